@@ -1,0 +1,206 @@
+"""Wire protocol v1 of the chat: what the two sides say, as msgspec structs. Sans-I/O; `docs/protocol.md` is the prose.
+
+`type` tells objects apart. Unknown fields are ignored, so either side may learn new ones. Two subprotocols carry the same
+objects: `tricorn.v1`, one JSON object per message, and `tricorn.v1.batch`, one or more per message, one a line.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+SUBPROTOCOL = "tricorn.v1"
+BATCH_SUBPROTOCOL = "tricorn.v1.batch"
+
+Outcome = Literal["success", "failed", "cancelled", "timeout", "interrupted"]
+
+# Printable without separators or control characters: an id can stand in a log line, a key or a URL as it is.
+Id = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9._:~-]{1,128}\Z")]
+Seq = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]  # a JSON number that JavaScript holds exactly
+
+
+class Message(msgspec.Struct, tag_field="type", frozen=True, omit_defaults=True):
+    """Anything either side sends."""
+
+
+# What a client says
+
+
+class Authenticate(Message, tag="authenticate"):
+    """Who is there. Answered with `welcome`."""
+
+    token: str
+
+
+class Open(Message, tag="open"):
+    """Attach to a conversation and hear every event after `after`, the old ones first. Answered with `opened`.
+
+    `epoch` is the one that `after` was counted in; where it is not the log's own, the replay starts from the beginning.
+    """
+
+    conversation: Id
+    after: Seq = 0
+    epoch: str | None = None
+
+
+class Post(Message, tag="post"):
+    """Say something in a conversation. Answered with `posted`; a repeated `id` gets the first answer again."""
+
+    id: Id
+    conversation: Id
+    text: str
+
+
+class Cancel(Message, tag="cancel"):
+    """End a run early. The run's `agent_completed` is the answer."""
+
+    conversation: Id
+    run: Id
+
+
+class Leave(Message, tag="leave"):
+    """Detach from a conversation. No answer."""
+
+    conversation: Id
+
+
+class Ping(Message, tag="ping"):
+    """Answered with `pong`."""
+
+
+Request = Authenticate | Open | Post | Cancel | Leave | Ping
+
+
+# What the server answers
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What the server takes; past `message_bytes` it closes with 1009, past the others it answers with `error`."""
+
+    message_bytes: int
+    text_characters: int
+    open_conversations: int
+
+
+class Welcome(Message, tag="welcome"):
+    """First on every connection. `heartbeat` is in seconds: silence for twice as long means that the connection is lost."""
+
+    connection: str
+    user: str
+    heartbeat: float
+    limits: Limits
+    expires_at: float | None = None
+
+
+class Opened(Message, tag="opened"):
+    """The conversation's `epoch` and the last sequence number in its log. Events after the client's cursor follow."""
+
+    conversation: str
+    epoch: str
+    head: int
+
+
+class Posted(Message, tag="posted"):
+    """The post is in the log as event `seq`. Sent only after that is so."""
+
+    id: str
+    conversation: str
+    seq: int
+
+
+class Error(Message, tag="error"):
+    """A request was refused. `code` is for programs, `message` for people, `ref` the post id or conversation it is about."""
+
+    code: Literal["malformed", "unknown_type", "too_long", "too_many", "not_found", "internal"]
+    message: str
+    ref: str | None = None
+    error_id: str | None = None
+
+
+class Heartbeat(Message, tag="heartbeat"):
+    """Sent when nothing else was for `welcome.heartbeat` seconds: a browser cannot see pings."""
+
+
+class Pong(Message, tag="pong"):
+    """The answer to `ping`."""
+
+
+class Closing(Message, tag="closing"):
+    """The server is about to close this connection. Come back after `retry_after` seconds."""
+
+    reason: str
+    retry_after: float
+
+
+# The events of a conversation
+
+
+class Event(Message, kw_only=True):
+    """One entry of a conversation's log: `seq` counts from 1 without gaps, `at` is in seconds since the Unix epoch."""
+
+    conversation: str
+    seq: int
+    at: float
+
+
+class RunEvent(Event, kw_only=True):
+    """An event that belongs to a run."""
+
+    run: str
+
+
+class UserMessage(Event, tag="user_message", kw_only=True):
+    """What a person wrote; `id` is the id of the post."""
+
+    id: str
+    text: str
+
+
+class AgentStarted(RunEvent, tag="agent_started", kw_only=True):
+    """First of a run."""
+
+    agent: str
+
+
+class AgentThinking(RunEvent, tag="agent_thinking", kw_only=True):
+    """What the agent is about."""
+
+    text: str
+
+
+class ToolExecuting(RunEvent, tag="tool_executing", kw_only=True):
+    """A tool starts. Followed by one `tool_completed` of the same `call` before the run ends."""
+
+    call: str
+    tool: str
+    arguments: dict[str, Any]
+
+
+class ToolCompleted(RunEvent, tag="tool_completed", kw_only=True):
+    """A tool is done: with a `result`, or with an `error` that says why not."""
+
+    call: str
+    tool: str
+    seconds: float
+    result: Any = None
+    error: str | None = None
+
+
+class AgentMessage(RunEvent, tag="agent_message", kw_only=True):
+    """A piece of the answer, as it streams."""
+
+    text: str
+
+
+class AgentCompleted(RunEvent, tag="agent_completed", kw_only=True):
+    """Last of a run, exactly once. `text` is the whole answer, `error_id` names the report of a failure."""
+
+    outcome: Outcome
+    seconds: float
+    text: str | None = None
+    error_id: str | None = None
+
+
+Reply = Welcome | Opened | Posted | Error | Heartbeat | Pong | Closing
+AnyEvent = UserMessage | AgentStarted | AgentThinking | ToolExecuting | ToolCompleted | AgentMessage | AgentCompleted
