@@ -1,0 +1,240 @@
+"""RFC 6455 for the server's side of a connection, Sans-I/O: bytes in, messages out.
+
+The receiving half is `Receiver`. The sending half is stateless: `frame` and `close_frame`.
+"""
+
+from __future__ import annotations
+
+import codecs
+from enum import IntEnum
+from struct import Struct
+from typing import NamedTuple
+
+from websockets.frames import apply_mask
+
+Message = str | bytes
+
+
+class Opcode(IntEnum):
+    """RFC 6455 §5.2."""
+
+    CONTINUATION = 0
+    TEXT = 1
+    BINARY = 2
+    CLOSE = 8
+    PING = 9
+    PONG = 10
+
+
+class Close(NamedTuple):
+    """A close code with its reason, RFC 6455 §7.4. 1005 stands for a close frame without a code."""
+
+    code: int
+    reason: str
+
+
+NORMAL = 1000
+PROTOCOL_ERROR = 1002
+NO_STATUS = 1005
+ABNORMAL = 1006
+INVALID_DATA = 1007
+TOO_BIG = 1009
+
+MAX_CONTROL_PAYLOAD = 125  # RFC 6455 §5.5
+
+_FIN = 0x80
+_RSV = 0x70
+_MASKED = 0x80
+_WHOLE_TEXT = _FIN | Opcode.TEXT
+_WHOLE_BINARY = _FIN | Opcode.BINARY
+_OPCODES = frozenset(Opcode)
+
+_header16 = Struct("!BBH").pack
+_header64 = Struct("!BBQ").pack
+_SHORT_HEADERS = {opcode: [bytes((_FIN | opcode, size)) for size in range(126)] for opcode in Opcode}
+_utf8_decoder = codecs.getincrementaldecoder("utf-8")
+
+
+def frame(opcode: Opcode, payload: bytes) -> bytes:
+    """One whole unmasked frame, its length in the shortest form (RFC 6455 §5.2)."""
+    size = len(payload)
+    if size < 126:
+        return _SHORT_HEADERS[opcode][size] + payload
+    if size < 1 << 16:
+        return _header16(_FIN | opcode, 126, size) + payload
+    return _header64(_FIN | opcode, 127, size) + payload
+
+
+def close_frame(close: Close) -> bytes:
+    """A close frame; the reason is cut, at a character, to what fits (RFC 6455 §5.5.1)."""
+    if close.code == NO_STATUS:
+        return frame(Opcode.CLOSE, b"")
+    reason = close.reason.encode()[: MAX_CONTROL_PAYLOAD - 2].decode(errors="ignore").encode()
+    return frame(Opcode.CLOSE, close.code.to_bytes(2, "big") + reason)
+
+
+def may_be_sent(code: int) -> bool:
+    """Whether a close code may stand in a close frame (RFC 6455 §7.4 and the IANA registry)."""
+    return 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
+
+
+class _Violation(Exception):
+    """The peer broke the protocol."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        self.close = Close(code, reason)
+
+
+class Receiver:
+    """The receiving half of a connection.
+
+    A message is refused as soon as a frame's header says that it would pass `max_message_bytes`, before any of it is kept,
+    and text at its first byte that is not UTF-8. Of a frame that comes in pieces, each piece is used at once: what is
+    kept is the message so far and at most one incomplete frame header.
+    """
+
+    def __init__(self, max_message_bytes: int) -> None:
+        self.pings: list[bytes] = []  # payloads of pings; whoever answers them clears the list
+        self.closed: Close | None = None  # the peer's close frame
+        self.violation: Close | None = None  # what the peer did wrong, as the close to answer with
+        self._max = max_message_bytes
+        self._buffer = b""  # an incomplete frame header
+        self._opcode = Opcode.CONTINUATION  # of the frame on its way
+        self._fin = False
+        self._left = 0  # bytes of its payload that have not come
+        self._mask = b""  # turned to where that payload goes on
+        self._control = b""
+        self._message = Opcode.CONTINUATION  # of the message on its way: TEXT, BINARY, or CONTINUATION for none
+        self._parts = bytearray()
+        self._utf8 = _utf8_decoder()
+
+    def receive_data(self, data: bytes) -> list[Message]:
+        """Take what one read brought and return the messages that it completed. Never raises.
+
+        Once `closed` or `violation` is set, whatever comes is ignored (RFC 6455 §1.4, §7.1.7).
+        """
+        messages: list[Message] = []
+        if self.closed is None and self.violation is None:
+            try:
+                self._receive(self._buffer + data if self._buffer else data, messages)
+            except _Violation as violation:
+                self.violation = violation.close
+            except UnicodeDecodeError as error:
+                self.violation = Close(INVALID_DATA, f"not UTF-8: {error.reason}")
+        return messages
+
+    def _receive(self, data: bytes, messages: list[Message]) -> None:
+        self._buffer = b""
+        position = 0
+        size = len(data)
+        if self._left:
+            position = self._go_on(data, 0, messages)
+        while size - position >= 2 and self.closed is None:
+            first = data[position]
+            length = data[position + 1] ^ _MASKED
+            if length < 126:
+                start = position + 6
+            elif length == 126:
+                start = position + 8
+            elif length == 127:
+                start = position + 14
+            else:
+                raise _Violation(PROTOCOL_ERROR, "a frame from a client must be masked")
+            if first != _WHOLE_TEXT and first != _WHOLE_BINARY or self._message:
+                self._check(first, length)
+            if start > size:
+                break
+            if length > 125:
+                length = _extended_length(data[position + 2 : start - 4])
+            mask = data[start - 4 : start]
+            if length + len(self._parts) > self._max and not first & 8:
+                raise _Violation(TOO_BIG, f"a message may have at most {self._max} bytes")
+            end = start + length
+            if end <= size and not self._message:  # the plain case: a whole frame
+                payload = apply_mask(data[start:end], mask)
+                if first == _WHOLE_TEXT:
+                    messages.append(payload.decode())
+                    position = end
+                    continue
+                if first == _WHOLE_BINARY:
+                    messages.append(payload)
+                    position = end
+                    continue
+            self._opcode = Opcode(first & 0x0F)
+            self._fin = first >= _FIN
+            self._left = length
+            self._mask = mask
+            if self._opcode < 8 and self._opcode:
+                self._message = self._opcode
+            position = self._go_on(data, start, messages)
+        if self.closed is None:
+            self._buffer = data[position:]
+
+    def _check(self, first: int, length: int) -> None:
+        """Refuse what §5.2, §5.4 and §5.5 forbid in the first two bytes of a frame."""
+        opcode = first & 0x0F
+        if first & _RSV:
+            raise _Violation(PROTOCOL_ERROR, "a reserved bit is set and no extension was negotiated")
+        if opcode not in _OPCODES:
+            raise _Violation(PROTOCOL_ERROR, f"opcode {opcode} is not defined")
+        if opcode >= 8:
+            if length > MAX_CONTROL_PAYLOAD:
+                raise _Violation(PROTOCOL_ERROR, f"a control frame may have at most {MAX_CONTROL_PAYLOAD} bytes")
+            if first < _FIN:
+                raise _Violation(PROTOCOL_ERROR, "a control frame must not be fragmented")
+        elif opcode and self._message:
+            raise _Violation(PROTOCOL_ERROR, "a new message began before the last one was finished")
+        elif not opcode and not self._message:
+            raise _Violation(PROTOCOL_ERROR, "a continuation frame without a message to continue")
+
+    def _go_on(self, data: bytes, start: int, messages: list[Message]) -> int:
+        """Use as much of the current frame's payload as `data` holds from `start`; return where it ends."""
+        end = min(start + self._left, len(data))
+        count = end - start
+        payload = apply_mask(data[start:end], self._mask)
+        self._left -= count
+        if self._left:
+            turn = count % 4
+            self._mask = self._mask[turn:] + self._mask[:turn]
+        if self._opcode >= 8:
+            self._control += payload
+            if not self._left:
+                payload, self._control = self._control, b""
+                self._control_frame(payload)
+            return end
+        finished = self._fin and not self._left
+        if self._message == Opcode.TEXT:
+            self._utf8.decode(payload, finished)
+        self._parts += payload
+        if finished:
+            messages.append(self._parts.decode() if self._message == Opcode.TEXT else bytes(self._parts))
+            self._message = Opcode.CONTINUATION
+            self._parts = bytearray()
+        return end
+
+    def _control_frame(self, payload: bytes) -> None:
+        if self._opcode == Opcode.PING:
+            self.pings.append(payload)
+        elif self._opcode == Opcode.CLOSE:
+            self.closed = _parse_close(payload)
+
+
+def _extended_length(field: bytes) -> int:
+    length = int.from_bytes(field, "big")
+    if length < (126 if len(field) == 2 else 1 << 16):
+        raise _Violation(PROTOCOL_ERROR, "a frame's length must be in its shortest form")
+    if length >> 63:
+        raise _Violation(PROTOCOL_ERROR, "a frame's length must be below 2**63")
+    return length
+
+
+def _parse_close(payload: bytes) -> Close:
+    """RFC 6455 §5.5.1 and §7.4."""
+    if not payload:
+        return Close(NO_STATUS, "")
+    if len(payload) == 1:
+        raise _Violation(PROTOCOL_ERROR, "a close frame has a payload of one byte")
+    code = int.from_bytes(payload[:2], "big")
+    if not may_be_sent(code):
+        raise _Violation(PROTOCOL_ERROR, f"close code {code} must not be sent")
+    return Close(code, payload[2:].decode())
