@@ -1,0 +1,7 @@
+"""Tricorn: a WebSocket server on Trio in which every connection is a nursery."""
+
+from .connection import Disconnected, WebSocket
+from .server import run, serve
+from .settings import Settings
+
+__all__ = ["Disconnected", "Settings", "WebSocket", "run", "serve"]

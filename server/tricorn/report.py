@@ -1,7 +1,8 @@
 """The error path: what went wrong, as one JSON line on stderr that Cloud Logging understands.
 
-Everything called here is bound at module level, so that nothing is looked up, imported or locked while an error is being
-handled. An error while reporting never replaces the one reported: full record, else a short one, else fixed bytes.
+Everything called here is bound at module level, so that nothing is looked up, imported or locked while an error is
+being handled. An error while reporting never replaces the one reported: full record, else a short one, else fixed
+bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _dropped = 0
 def report_error(error: BaseException, **context: object) -> str:
     """Report an error with what is known about where it happened, and return its id. Never raises, never blocks.
 
-    The id is all that a peer may see of it. An exception group is reported whole, as one error, without its cancellations.
+    The id is all that a peer may see of it. An exception group is one error: whole, but for its cancellations.
     """
     error_id = token_hex(4)
     try:

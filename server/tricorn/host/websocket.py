@@ -8,9 +8,10 @@ from __future__ import annotations
 import codecs
 from enum import IntEnum
 from struct import Struct
-from typing import NamedTuple
 
-from websockets.frames import apply_mask
+from websockets.frames import apply_mask  # type: ignore[attr-defined]
+
+from ..close import INVALID_DATA, NO_STATUS, PROTOCOL_ERROR, TOO_BIG, Close, may_be_sent
 
 Message = str | bytes
 
@@ -25,20 +26,6 @@ class Opcode(IntEnum):
     PING = 9
     PONG = 10
 
-
-class Close(NamedTuple):
-    """A close code with its reason, RFC 6455 §7.4. 1005 stands for a close frame without a code."""
-
-    code: int
-    reason: str
-
-
-NORMAL = 1000
-PROTOCOL_ERROR = 1002
-NO_STATUS = 1005
-ABNORMAL = 1006
-INVALID_DATA = 1007
-TOO_BIG = 1009
 
 MAX_CONTROL_PAYLOAD = 125  # RFC 6455 §5.5
 
@@ -73,11 +60,6 @@ def close_frame(close: Close) -> bytes:
     return frame(Opcode.CLOSE, close.code.to_bytes(2, "big") + reason)
 
 
-def may_be_sent(code: int) -> bool:
-    """Whether a close code may stand in a close frame (RFC 6455 §7.4 and the IANA registry)."""
-    return 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
-
-
 class _Violation(Exception):
     """The peer broke the protocol."""
 
@@ -88,8 +70,8 @@ class _Violation(Exception):
 class Receiver:
     """The receiving half of a connection.
 
-    A message is refused as soon as a frame's header says that it would pass `max_message_bytes`, before any of it is kept,
-    and text at its first byte that is not UTF-8. Of a frame that comes in pieces, each piece is used at once: what is
+    A message is refused as soon as a frame's header says that it would pass `max_message_bytes`, before any of it is
+    kept, and text at its first byte that is not UTF-8. Of a frame that comes in pieces, each is used at once: what is
     kept is the message so far and at most one incomplete frame header.
     """
 
@@ -140,7 +122,7 @@ class Receiver:
                 start = position + 14
             else:
                 raise _Violation(PROTOCOL_ERROR, "a frame from a client must be masked")
-            if first != _WHOLE_TEXT and first != _WHOLE_BINARY or self._message:
+            if (first != _WHOLE_TEXT and first != _WHOLE_BINARY) or self._message:
                 self._check(first, length)
             if start > size:
                 break
@@ -231,7 +213,7 @@ def _extended_length(field: bytes) -> int:
 def _parse_close(payload: bytes) -> Close:
     """RFC 6455 §5.5.1 and §7.4."""
     if not payload:
-        return Close(NO_STATUS, "")
+        return Close(NO_STATUS)
     if len(payload) == 1:
         raise _Violation(PROTOCOL_ERROR, "a close frame has a payload of one byte")
     code = int.from_bytes(payload[:2], "big")

@@ -1,0 +1,161 @@
+"""The command line: `tricorn serve` and `tricorn chat`.
+
+Exit status 2 is for what was asked wrongly, 1 for what then went wrong. Both come with one line on stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
+from inspect import iscoroutinefunction, signature
+from os.path import basename
+from secrets import token_hex
+from traceback import extract_tb
+from types import ModuleType
+from typing import Any, cast
+
+import msgspec
+import trio
+
+from tricorn.chat import Agent, Chat
+from tricorn.chat.protocol import SUBPROTOCOLS, Id
+from tricorn.chat.terminal import INTERRUPTED, chat, websocket_url, what_failed
+from tricorn.server import serve_until_signal
+from tricorn.settings import SettingError, Settings, parse_bind
+from tricorn.web.pages import app
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that `argv` (default: the process's own) asks for, and return the exit status."""
+    arguments = _parser().parse_args(argv)
+    command: Callable[[Namespace], int] = arguments.command
+    try:
+        return command(arguments)
+    except SettingError as error:
+        problem = str(error)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    print(f"tricorn: {problem}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="tricorn", description="Chat with agents over WebSockets.")
+    commands = parser.add_subparsers(required=True, metavar="serve | chat")
+
+    serve = commands.add_parser("serve", help="serve the chat", description="Serve the chat until SIGTERM or Ctrl-C.")
+    serve.set_defaults(command=_serve_command)
+    serve.add_argument("--bind", metavar="HOST:PORT", help="where to listen; port 0 picks one (127.0.0.1:8080)")
+    serve.add_argument("--agent", metavar="MODULE:FUNCTION", help="the agent that answers (the demo agent)")
+
+    client = commands.add_parser("chat", help="chat in this terminal", description="Chat in this terminal.")
+    client.set_defaults(command=_chat_command)
+    client.add_argument(
+        "url", metavar="URL", nargs="?", default="ws://127.0.0.1:8080/ws", help="where it is served (%(default)s)"
+    )
+    client.add_argument("--json", action="store_true", help="write the events as they come, one a line")
+    client.add_argument("--message", metavar="TEXT", help="post this, wait for the run; exit 0 if it was a success")
+    client.add_argument("--conversation", metavar="ID", default=token_hex(8), help="join this one (a new one)")
+    return parser
+
+
+def _chat_command(arguments: Namespace) -> int:
+    url = websocket_url(arguments.url)
+    try:
+        conversation = msgspec.convert(arguments.conversation, Id)
+    except msgspec.ValidationError:
+        raise SettingError("--conversation: must be 1 to 128 letters, digits, or any of . _ : ~ -") from None
+    return trio.run(partial(chat, url, conversation=conversation, message=arguments.message, raw=arguments.json))
+
+
+def _serve_command(arguments: Namespace) -> int:
+    settings = Settings.from_environ(os.environ)
+    if arguments.bind is not None:
+        host, port = parse_bind(arguments.bind, "--bind ")
+        settings = msgspec.structs.replace(settings, host=host, port=port)
+    if arguments.agent is not None:
+        settings = msgspec.structs.replace(settings, agent=arguments.agent)
+    sys.path.insert(0, os.getcwd())
+    return trio.run(_serve, load_agent(settings.agent), settings)
+
+
+async def _serve(agent: Agent, settings: Settings) -> int:
+    async with Chat(agent, settings=settings) as chats, trio.open_nursery() as nursery:
+        serve = partial(
+            serve_until_signal,
+            chats.session,
+            settings.port,
+            settings.host,
+            settings=settings,
+            subprotocols=SUBPROTOCOLS,
+            path="/ws",
+            app=app,
+            drain=chats.drain,
+        )
+        failure = None
+        try:
+            addresses = await nursery.start(serve)
+        except* OSError as errors:
+            failure = f"--bind {_address(settings.host, settings.port)}: {what_failed(errors)}"
+        else:
+            print(f"Tricorn is listening on http://{_address(*addresses[0])}", flush=True)
+    if failure:
+        raise SettingError(failure)  # only here: from inside it would come out in an exception group
+    return 0
+
+
+def load_agent(name: str) -> Agent:
+    """Import the agent that `name` (module:function) names. Raises `SettingError` that says what is wrong with it.
+
+    An agent is anything async that can be called with one argument: a function, a partial one, an object.
+    """
+    module_name, _, path = name.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), *path.split(".")]):
+        raise _agent_error(name, "must be module:function, for example tricorn.chat.agents.demo:demo")
+    agent: Any = _import(name, module_name)
+    for part in path.split("."):
+        agent = getattr(agent, part, None)
+    takes = f"must be an async function of one parameter, like: async def {path}(run)"
+    if agent is None:
+        raise _agent_error(name, f"there is no {path} in {module_name}")
+    if not callable(agent):
+        raise _agent_error(name, f"is of type {type(agent).__name__}; {takes}")
+    if not iscoroutinefunction(agent) and not iscoroutinefunction(type(agent).__call__):
+        raise _agent_error(name, f"is not async; {takes}")
+    try:
+        signature(agent).bind(None)
+    except TypeError:
+        raise _agent_error(name, f"takes {signature(agent)}; {takes}") from None
+    return cast(Agent, agent)
+
+
+def _import(name: str, module_name: str) -> ModuleType:
+    try:
+        return import_module(module_name)
+    except ModuleNotFoundError as error:
+        # What is missing may be the module itself, a package it should be in, or something that it imports.
+        if error.name and f"{module_name}.".startswith(f"{error.name}."):
+            raise _agent_error(name, f"there is no module {error.name} in this directory or installed") from None
+        raise _agent_error(name, _what_it_raised(module_name, error)) from None
+    except (Exception, SystemExit) as error:
+        raise _agent_error(name, _what_it_raised(module_name, error)) from None
+
+
+def _what_it_raised(module_name: str, error: BaseException) -> str:
+    shown = " ".join(f"{type(error).__name__}: {error}".split())
+    if not isinstance(error, SyntaxError):  # which says itself where it is
+        place = extract_tb(error.__traceback__)[-1]
+        shown += f" ({basename(place.filename)}, line {place.lineno})"
+    return f"importing {module_name} raised {shown}"
+
+
+def _agent_error(name: str, problem: str) -> SettingError:
+    return SettingError(f"--agent {name}: {problem}")
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,33 @@
+"""Close codes: RFC 6455 §7.4, the IANA registry, and our own. Sans-I/O.
+
+4500 and above tell a client not to come back unchanged.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Close(NamedTuple):
+    """Why a connection ends: a close code with its reason."""
+
+    code: int
+    reason: str = ""
+
+
+NORMAL = 1000
+PROTOCOL_ERROR = 1002
+NO_STATUS = 1005  # never sent: a close frame came without a code
+ABNORMAL = 1006  # never sent: the peer went without a close frame
+INVALID_DATA = 1007
+TOO_BIG = 1009
+INTERNAL_ERROR = 1011
+SERVICE_RESTART = 1012
+NO_PONG = 4000
+STALLED = 4001
+OUTBOX_OVERFLOW = 4004
+
+
+def may_be_sent(code: int) -> bool:
+    """Whether a close code may stand in a close frame."""
+    return 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999

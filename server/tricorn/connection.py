@@ -1,0 +1,307 @@
+"""One connection: its nursery, what it receives and sends, and how it ends."""
+
+from __future__ import annotations
+
+from collections import deque
+from secrets import token_hex
+from typing import TYPE_CHECKING, Protocol, Self
+
+import outcome
+import trio
+from trio.lowlevel import (
+    Abort,
+    checkpoint,
+    checkpoint_if_cancelled,
+    current_task,
+    reschedule,
+    wait_task_rescheduled,
+)
+
+from .close import ABNORMAL, INTERNAL_ERROR, NORMAL, SERVICE_RESTART, Close, may_be_sent
+from .phase import Phase, move
+from .report import report, report_error
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+
+    Handler = Callable[["WebSocket"], Awaitable[None]]
+
+Message = str | bytes  # text or binary, RFC 6455 §5.6
+
+
+class Disconnected(Exception):
+    """The connection is over.
+
+    Attributes:
+        code: the peer's close code; 1005 if it sent none, 1006 if it went without a close frame, else why we closed.
+        reason: the text that came with it.
+    """
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(f"{code} {reason}".strip())
+        self.code = code
+        self.reason = reason
+
+
+class Transport(Protocol):
+    """What a connection needs of its host. The host calls `deliver`, `end` and `hang_up` of the connection."""
+
+    def start(self, connection: WebSocket) -> None:
+        """Deliver from now on what the peer sends."""
+
+    def idle(self) -> None:
+        """The connection has used all that was delivered: send what waits, read on."""
+
+    async def send(self, payloads: Iterable[bytes], *, text: bool) -> None:
+        """Wait for room, then send messages. If cancelled, nothing was sent. A checkpoint only if it waits.
+
+        Raises:
+            trio.BrokenResourceError: the peer cannot be reached any more.
+        """
+
+    async def close(self, close: Close) -> None:
+        """Finish what is on its way and do the closing handshake. If cancelled, whatever is unsent stays so."""
+
+    def abort(self) -> None:
+        """Close the socket at once. Never blocks, and may be called again."""
+
+
+class WebSocket:
+    """One connection, as its handler sees it.
+
+    The handler runs in the connection's own nursery. It is cancelled when the peer is gone, but never before it
+    received what the peer had sent. When it returns the connection closes with 1000; when it raises, with 1011 and an
+    error id as reason.
+
+    Attributes:
+        nursery: the connection's nursery: what is started there ends with the connection.
+        id: a text that tells this connection from others in reports.
+        peer: the peer's address: host and port.
+        path: the request's path, decoded; `query`: what stood behind its `?`, as it came.
+        headers: the request's headers, names in lower case.
+        subprotocol: the one agreed on, or None.
+    """
+
+    nursery: trio.Nursery
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        peer: tuple[str, int],
+        path: str,
+        query: str,
+        headers: Mapping[str, str],
+        subprotocol: str | None,
+        close_timeout: float,
+    ) -> None:
+        self.id = token_hex(6)
+        self.peer = peer
+        self.path = path
+        self.query = query
+        self.headers = headers
+        self.subprotocol = subprotocol
+        self.inbox: deque[Message] = deque()  # what was delivered and not received yet; hosts look whether it is empty
+        self._transport = transport
+        self._close_timeout = close_timeout
+        self._phase = Phase.ACCEPTED
+        self._receiver: trio.lowlevel.Task | None = None
+        self._paid = False  # the task may send once without yielding: it yielded, or received, since the last time
+        self._cause: Close | None = None
+        self._over = False  # nothing more to receive, nothing more may be sent
+        self._hung_up = False
+        self._closed = trio.Event()
+        self._received = self._sent = 0
+
+    def __repr__(self) -> str:
+        return f"<WebSocket {self.id} {self.path} of {self.peer[0]}:{self.peer[1]}, {self._phase.value}>"
+
+    # For handlers
+
+    async def receive(self) -> Message:
+        """Return the next message: str for text, bytes for binary.
+
+        Checks for cancellation always, and yields if it has to wait. If cancelled, no message is lost.
+
+        Raises:
+            Disconnected: the connection is over and all that came before was received.
+            trio.BusyResourceError: another task is receiving.
+        """
+        if self.inbox:
+            await checkpoint_if_cancelled()
+        while not self.inbox:
+            if self._cause is not None:
+                await checkpoint_if_cancelled()
+                self._stop()
+                raise Disconnected(*self._cause)
+            if self._receiver is not None:
+                raise trio.BusyResourceError("another task is receiving from this connection")
+            self._transport.idle()
+            self._receiver = current_task()
+            await wait_task_rescheduled(self._stop_waiting)
+        self._paid = True
+        return self.inbox.popleft()
+
+    async def send(self, message: Message) -> None:
+        """Send a message: str as text, bytes as binary. Waits while the peer does not keep up.
+
+        A checkpoint; it yields at the latest at the second send in a row. If cancelled, nothing of the message was
+        sent; once begun, a message is sent whole or the connection is aborted.
+
+        Raises:
+            Disconnected: the connection is over.
+            TypeError: the message is neither str nor bytes.
+        """
+        if isinstance(message, str):
+            await self._send((message.encode(),), text=True)
+        elif isinstance(message, bytes | bytearray | memoryview):
+            await self._send((bytes(message),), text=False)
+        else:
+            raise TypeError(f"a message is str or bytes, not {type(message).__name__}")
+
+    async def send_text(self, payloads: Iterable[bytes]) -> None:
+        """Send texts that are UTF-8 already, each as one message, all in one write. Otherwise like `send`."""
+        await self._send(payloads, text=True)
+
+    async def close(self, code: int = NORMAL, reason: str = "") -> None:
+        """Close the connection, once and for all: the first cause counts. Cancels the connection's nursery.
+
+        Returns when the connection is closed. In a task of the connection itself it therefore does not return: it
+        raises `Cancelled`. If cancelled, the connection closes all the same.
+
+        Raises:
+            ValueError: the code may not be sent (RFC 6455 §7.4), or the reason has more than 123 bytes.
+        """
+        if not may_be_sent(code):
+            raise ValueError(f"close code {code} may not be sent; 1000 and 3000 to 4999 are for applications")
+        if len(reason.encode()) > 123:
+            raise ValueError("a close reason may have at most 123 bytes in UTF-8")
+        self._end(Close(code, reason))
+        self._stop()
+        await self._closed.wait()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Message:
+        """The next message, as `receive` gives it. Iteration ends when the connection is over."""
+        try:
+            return await self.receive()
+        except Disconnected:
+            raise StopAsyncIteration from None
+
+    # For hosts
+
+    async def run(self, handler: Handler) -> None:
+        """Run the connection from the handler's first step to the closed socket. Raises only what is not an Exception.
+
+        If cancelled, the connection closes with 1012, within `close_timeout`.
+        """
+        try:
+            async with trio.open_nursery() as self.nursery:
+                self._phase = move(self._phase, Phase.OPEN)
+                self._transport.start(self)
+                await handler(self)
+                self._end(Close(NORMAL))
+                self._stop()
+        except* Exception as errors:
+            self._failed(errors)
+        finally:
+            await self._tear_down()
+
+    def deliver(self, messages: Sequence[Message]) -> None:
+        """Take messages from the peer."""
+        self._received += len(messages)
+        self.inbox.extend(messages)
+        if self._receiver is not None:
+            reschedule(self._receiver)
+            self._receiver = None
+
+    def end(self, cause: Close) -> None:
+        """The peer is gone or to be got rid of. The handler is cancelled once it has received what came before."""
+        if not self._end(cause):
+            return
+        if self._receiver is not None:  # first, so that it gets to know why
+            reschedule(self._receiver, outcome.Error(Disconnected(*cause)))
+            self._receiver = None
+        self._hurry()
+
+    def hang_up(self) -> None:
+        """The peer is gone, but something that it sent before may not have been read yet."""
+        self._hung_up = True
+        self._hurry()
+
+    # How it ends
+
+    def _end(self, cause: Close) -> bool:
+        """Keep the first cause; say whether this is it."""
+        if self._cause is not None:
+            return False
+        self._cause = cause
+        return True
+
+    def _hurry(self) -> None:
+        """Cancel the handler: now if it received everything, else as soon as it did, but within `close_timeout`."""
+        if self.inbox or self._cause is None:
+            scope = self.nursery.cancel_scope
+            scope.deadline = min(scope.deadline, trio.current_time() + self._close_timeout)
+        else:
+            self._stop()
+
+    def _stop(self) -> None:
+        self._over = True
+        self.nursery.cancel_scope.cancel()
+
+    def _failed(self, errors: BaseExceptionGroup[BaseException]) -> None:
+        rest = errors.split(Disconnected)[1] if self._cause is not None else errors
+        if rest is not None:
+            error_id = report_error(rest, connection=self.id, peer=self.peer, path=self.path, phase=self._phase.value)
+            self._end(Close(INTERNAL_ERROR, error_id))
+
+    async def _tear_down(self) -> None:
+        cause = self._cause
+        if cause is None:
+            cause = self._cause = Close(ABNORMAL if self._hung_up else SERVICE_RESTART)
+        self._over = True
+        self._phase = move(self._phase, Phase.CLOSING)
+        self.inbox.clear()
+        with trio.move_on_after(self._close_timeout, shield=True):
+            await self._transport.close(cause)
+        self._transport.abort()
+        if self._receiver is not None:  # a task that is not the connection's own
+            reschedule(self._receiver, outcome.Error(Disconnected(*cause)))
+            self._receiver = None
+        self._phase = move(self._phase, Phase.CLOSED)
+        self._closed.set()
+        report(
+            "INFO",
+            "connection closed",
+            connection=self.id,
+            peer=self.peer,
+            path=self.path,
+            code=cause.code,
+            reason=cause.reason,
+            messages_received=self._received,
+            messages_sent=self._sent,
+        )
+
+    # Inside
+
+    async def _send(self, payloads: Iterable[bytes], *, text: bool) -> None:
+        if self._paid:
+            self._paid = False
+            await checkpoint_if_cancelled()
+        else:
+            await checkpoint()
+        if not self._over:
+            try:
+                await self._transport.send(payloads, text=text)
+                self._sent += 1
+            except trio.BrokenResourceError:
+                pass  # no error yet: something that came before may still be worth receiving
+        if self._over and self._cause is not None:
+            raise Disconnected(*self._cause)
+
+    def _stop_waiting(self, _: object) -> Abort:
+        self._receiver = None
+        return Abort.SUCCEEDED

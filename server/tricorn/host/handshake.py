@@ -1,0 +1,150 @@
+"""The opening handshake, RFC 6455 §4.2: from request heads to answers. Sans-I/O, HTTP parsed by h11."""
+
+from __future__ import annotations
+
+from base64 import b64decode, b64encode
+from binascii import Error as Base64Error
+from hashlib import sha1
+from http import HTTPStatus
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import unquote
+
+import h11
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n"  # RFC 9113 §3.4
+
+_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 §1.3
+
+
+class Request(NamedTuple):
+    """A request's head. `headers` has lower-case names; what came several times is joined by `, ` (RFC 9110 §5.3)."""
+
+    method: str
+    path: str
+    query: str
+    http_version: str
+    headers: Mapping[str, str]
+
+
+class Refused(Exception):
+    """A request that is answered with an HTTP error: its `status`, a text that says why, and further headers."""
+
+    def __init__(self, status: HTTPStatus, text: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(text)
+        self.status = status
+        self.headers = headers or {}
+
+
+class Head:
+    """A request head on its way in."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.data = b""  # all that came, the head included
+        self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=max_bytes)
+
+    @property
+    def is_http2(self) -> bool:
+        """Whether it began with the preface of HTTP/2."""
+        return self.data.startswith(HTTP2_PREFACE)
+
+    @property
+    def rest(self) -> bytes:
+        """What came behind the head."""
+        return self._h11.trailing_data[0]
+
+    def receive_data(self, data: bytes) -> Request | None:
+        """Take what one read brought; return the request once its head is complete.
+
+        Raises:
+            Refused: it is malformed (400) or larger than `max_bytes` (431).
+        """
+        self.data += data
+        try:
+            self._h11.receive_data(data)
+            event = self._h11.next_event()
+        except h11.RemoteProtocolError as error:
+            raise Refused(HTTPStatus(error.error_status_hint), f"bad request head: {error}") from None
+        if not isinstance(event, h11.Request):
+            return None
+        headers: dict[str, str] = {}
+        for raw_name, raw_value in event.headers:
+            name, value = raw_name.decode("ascii"), raw_value.decode("latin-1")
+            headers[name] = f"{headers[name]}, {value}" if name in headers else value
+        path, _, query = event.target.decode("ascii").partition("?")
+        return Request(event.method.decode("ascii"), unquote(path), query, event.http_version.decode("ascii"), headers)
+
+
+def wants_websocket(request: Request) -> bool:
+    """Whether the request asks for an upgrade to WebSocket."""
+    return "websocket" in _tokens(request.headers.get("upgrade", ""))
+
+
+def check(request: Request, path: str | None) -> None:
+    """Check an upgrade request against RFC 6455 §4.2.1; `path` is the one that is upgraded, None for any.
+
+    Raises:
+        Refused: it asks for something else, or does not ask properly.
+    """
+    headers = request.headers
+    if path is not None and request.path != path:
+        raise Refused(HTTPStatus.NOT_FOUND, f"no WebSocket here; there is one at {path}")
+    if request.method != "GET":
+        raise Refused(HTTPStatus.METHOD_NOT_ALLOWED, "a WebSocket upgrade is a GET request", {"Allow": "GET"})
+    if request.http_version != "1.1":
+        raise Refused(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "a WebSocket upgrade needs HTTP/1.1")
+    if "upgrade" not in _tokens(headers.get("connection", "")):
+        raise Refused(HTTPStatus.BAD_REQUEST, "the Connection header must name Upgrade")
+    if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
+        raise Refused(HTTPStatus.BAD_REQUEST, "a WebSocket upgrade has no body")
+    if headers.get("sec-websocket-version") != "13":
+        text = "the Sec-WebSocket-Version must be 13"
+        raise Refused(HTTPStatus.UPGRADE_REQUIRED, text, {"Sec-WebSocket-Version": "13", **UPGRADE})
+    try:
+        size = len(b64decode(headers.get("sec-websocket-key", ""), validate=True))
+    except (Base64Error, ValueError):
+        size = 0
+    if size != 16:
+        raise Refused(HTTPStatus.BAD_REQUEST, "the Sec-WebSocket-Key must be 16 bytes in base64")
+
+
+UPGRADE = {"Upgrade": "websocket", "Connection": "Upgrade"}  # RFC 9110 §15.5.22: 426 says to what
+
+
+def choose_subprotocol(request: Request, known: Sequence[str]) -> str | None:
+    """The first that the client offers and the server knows (RFC 6455 §4.2.2); None where there is none."""
+    offered = request.headers.get("sec-websocket-protocol", "").split(",")
+    return next((name for name in map(str.strip, offered) if name in known), None)
+
+
+def accept(request: Request, subprotocol: str | None) -> bytes:
+    """The 101 response (RFC 6455 §4.2.2)."""
+    digest = sha1(request.headers["sec-websocket-key"].encode() + _GUID, usedforsecurity=False).digest()
+    lines = [
+        b"HTTP/1.1 101 Switching Protocols",
+        b"Upgrade: websocket",
+        b"Connection: Upgrade",
+        b"Sec-WebSocket-Accept: " + b64encode(digest),
+    ]
+    if subprotocol is not None:
+        lines.append(b"Sec-WebSocket-Protocol: " + subprotocol.encode())
+    return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+def refuse(refused: Refused) -> bytes:
+    """The response to a request that is refused; the connection is closed behind it."""
+    body = f"{refused}\n".encode()
+    headers = {
+        "Connection": "close",
+        "Content-Type": "text/plain; charset=utf-8",
+        "Content-Length": str(len(body)),
+        **refused.headers,
+    }
+    lines = [f"HTTP/1.1 {refused.status.value} {refused.status.phrase}", *(f"{k}: {v}" for k, v in headers.items())]
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+
+
+def _tokens(header: str) -> list[str]:
+    return [token.strip() for token in header.lower().split(",")]

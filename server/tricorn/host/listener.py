@@ -1,0 +1,181 @@
+"""Accept sockets, read request heads, and route: WebSocket upgrades to the codec, the rest to the ASGI app."""
+
+from __future__ import annotations
+
+import socket
+from errno import EMFILE, ENFILE, ENOBUFS, ENOMEM
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+import trio
+from trio.lowlevel import wait_readable
+
+from ..connection import WebSocket
+from ..report import report
+from .handshake import (
+    UPGRADE,
+    Head,
+    Refused,
+    accept,
+    check,
+    choose_subprotocol,
+    refuse,
+    wants_websocket,
+)
+from .native import NativeTransport
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from ..connection import Handler
+    from ..settings import Settings
+    from .handshake import Request
+    from .hypercorn import Hypercorn
+    from .readiness import Readiness
+
+Address = tuple[str, int]
+
+BACKLOG = 4096
+ACCEPT_AT_ONCE = 64  # then others get their turn
+PAUSE = 0.1  # seconds without accepting when descriptors or memory ran out
+READ_SIZE = 65536
+
+
+async def listen(port: int, host: str) -> list[socket.socket]:
+    """Bind and listen on every address that the host has.
+
+    Raises:
+        OSError: an address cannot be found or bound.
+    """
+    found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    listeners: list[socket.socket] = []
+    try:
+        for family, kind, protocol, _, address in found:
+            listener = socket.socket(family, kind, protocol)
+            listeners.append(listener)
+            listener.setblocking(False)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listener.bind(address)
+            listener.listen(BACKLOG)
+    except BaseException:
+        for listener in listeners:
+            listener.close()
+        raise
+    return listeners
+
+
+async def accept_forever(
+    listener: socket.socket, connections: trio.Nursery, serve: Callable[[socket.socket, Address], Awaitable[None]]
+) -> None:
+    """Start a task in `connections` for every socket accepted. Runs until cancelled."""
+    short = False
+    while True:
+        await wait_readable(listener)
+        for _ in range(ACCEPT_AT_ONCE):
+            try:
+                sock, address = listener.accept()
+            except BlockingIOError:
+                break
+            except OSError as error:
+                if error.errno in (EMFILE, ENFILE, ENOBUFS, ENOMEM):
+                    if not short:
+                        report("WARNING", f"cannot accept connections for now: {error}")
+                    short = True
+                    await trio.sleep(PAUSE)
+                    break
+                continue  # this peer is gone already
+            short = False
+            sock.setblocking(False)
+            connections.start_soon(serve, sock, address[:2])
+
+
+class Router:
+    """What becomes of an accepted socket."""
+
+    def __init__(
+        self,
+        handler: Handler,
+        readiness: Readiness,
+        transports: set[NativeTransport],
+        settings: Settings,
+        *,
+        subprotocols: Sequence[str],
+        path: str | None,
+        http: Hypercorn | None,
+    ) -> None:
+        self._handler = handler
+        self._readiness = readiness
+        self._transports = transports
+        self._settings = settings
+        self._subprotocols = subprotocols
+        self._path = path
+        self._http = http
+
+    async def serve(self, sock: socket.socket, peer: Address) -> None:
+        """Serve one socket until it is closed. Raises no Exception. If cancelled, closes it in the proper way."""
+        try:
+            head = Head(self._settings.max_head_bytes)
+            try:
+                request = await self._read_head(sock, head)
+                if request is not None and wants_websocket(request):
+                    check(request, self._path)
+                    await self._upgrade(sock, peer, request, head.rest)
+                elif request is None and not head.is_http2:
+                    pass  # the peer went before it had said what it wants
+                elif self._http is not None:
+                    await self._http.serve(sock, peer, head.data)
+                else:
+                    raise Refused(HTTPStatus.UPGRADE_REQUIRED, "this is a WebSocket server", UPGRADE)
+            except Refused as refused:
+                await self._refuse(sock, refuse(refused))
+        except OSError:
+            pass  # the peer is gone
+        finally:
+            sock.close()
+
+    async def _read_head(self, sock: socket.socket, head: Head) -> Request | None:
+        """Return None where there will be no head that we can read: the stream ended, or it is HTTP/2."""
+        with trio.move_on_after(self._settings.handshake_timeout):
+            while True:
+                await wait_readable(sock)
+                data = sock.recv(READ_SIZE)
+                if not data:
+                    return None
+                request = head.receive_data(data)
+                if request is not None or head.is_http2:
+                    return request
+        if not head.data:
+            return None
+        raise Refused(HTTPStatus.REQUEST_TIMEOUT, "the request head did not come in time")
+
+    async def _upgrade(self, sock: socket.socket, peer: Address, request: Request, rest: bytes) -> None:
+        subprotocol = choose_subprotocol(request, self._subprotocols)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.send(accept(request, subprotocol))  # nothing was sent before, so there is room
+        transport = NativeTransport(sock, rest, self._readiness, self._settings)
+        websocket = WebSocket(
+            transport,
+            peer=peer,
+            path=request.path,
+            query=request.query,
+            headers=request.headers,
+            subprotocol=subprotocol,
+            close_timeout=self._settings.close_timeout,
+        )
+        self._transports.add(transport)
+        try:
+            await websocket.run(self._handler)
+        finally:
+            self._transports.discard(transport)
+
+    async def _refuse(self, sock: socket.socket, response: bytes) -> None:
+        """Send a response and wait for the peer's end: closed with something unread, the socket would take it back."""
+        with trio.move_on_after(self._settings.close_timeout):
+            sock.send(response)
+            sock.shutdown(socket.SHUT_WR)
+            while True:
+                await wait_readable(sock)
+                if not sock.recv(READ_SIZE):
+                    return

@@ -1,0 +1,261 @@
+"""The codec on a bare socket: the transport of a plain HTTP/1.1 WebSocket."""
+
+from __future__ import annotations
+
+from socket import SHUT_WR, SO_LINGER, SOL_SOCKET
+from struct import pack
+from typing import TYPE_CHECKING
+
+from trio import BrokenResourceError, Event
+from trio.lowlevel import ParkingLot
+
+from ..close import ABNORMAL, NO_PONG, STALLED, Close
+from .websocket import Opcode, Receiver, close_frame, frame
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from socket import socket as Socket
+
+    from ..connection import WebSocket
+    from ..settings import Settings
+    from .readiness import Readiness
+
+READ_SIZE = 65536  # bytes; what one read takes at most
+READ_AHEAD = 65536  # bytes; what is read while the connection has something to receive, before reading pauses
+RESET = pack("ii", 1, 0)  # for SO_LINGER: close with RST and keep nothing
+PUT_OFF = 65536  # bytes; what is put off at most to go out in one write
+
+
+class NativeTransport:
+    """A WebSocket on a socket whose request head has been read and answered.
+
+    Writing: what the socket does not take at once is kept and finished as soon as it does, whatever became of the task
+    that sent it; nobody else's frame goes before. So a frame is whole, or the last thing on the stream. While the
+    connection still has messages to receive its answers are put off, so that many go out in one write.
+
+    Reading pauses when the connection does not keep up: a busy handler is backpressure for its peer.
+    """
+
+    def __init__(self, sock: Socket, rest: bytes, readiness: Readiness, settings: Settings) -> None:
+        self.wants_read = True
+        self.wants_write = False
+        self.at_eof = False
+        self._socket = sock
+        self._rest = rest
+        self._readiness = readiness
+        self._settings = settings
+        self._connection: WebSocket
+        self._codec = Receiver(settings.max_message_bytes)
+        self._unread = 0  # bytes read while the connection had something to receive
+        self._put_off: list[bytes] = []  # frames
+        self._put_off_bytes = 0
+        self._pong = b""  # the answer to the last ping that came while something was unsent
+        self._unsent: bytes | memoryview = b""  # what the socket has not taken of the last write
+        self._room = ParkingLot()  # tasks that wait until nothing is unsent
+        self._broken = False  # nothing can be sent any more
+        self._closing = False  # the close frame was the last thing sent
+        self._finished = Event()  # the closing handshake is done, or cannot be done
+        self._aborted = False
+        # For keepalive: what happened since it last looked, and when something last had.
+        self._heard = True
+        self._heard_at = 0.0
+        self._pinged_at: float | None = None
+        self._progress = False
+        self._progress_at = 0.0
+
+    # For the connection
+
+    def start(self, connection: WebSocket) -> None:
+        self._connection = connection
+        self._readiness.register(self)
+        if self._rest:
+            self._take(self._rest)
+
+    def idle(self) -> None:
+        self._unread = 0
+        if self._put_off:
+            self.flush()
+        if not self.wants_read and not self.at_eof:
+            self.wants_read = True
+            self._readiness.change(self)
+
+    async def send(self, payloads: Iterable[bytes], *, text: bool) -> None:
+        while self._unsent and not self._broken:
+            await self._room.park()
+        if self._broken or self._closing:
+            raise BrokenResourceError("the connection is over")
+        opcode = Opcode.TEXT if text else Opcode.BINARY
+        for payload in payloads:
+            data = frame(opcode, payload)
+            self._put_off.append(data)
+            self._put_off_bytes += len(data)
+        if self._connection.inbox and self._put_off_bytes < PUT_OFF:
+            self._readiness.flush_soon(self)
+            return
+        self.flush()
+        if self._room and not self._unsent:
+            self._room.unpark()
+
+    async def close(self, close: Close) -> None:
+        self._closing = True
+        self._room.unpark_all()
+        if self._broken or close.code == ABNORMAL:
+            return
+        self._put_off.append(close_frame(close))
+        self.flush()
+        if not self.at_eof:
+            self.wants_read = True
+            self._readiness.change(self)
+        self._look_finished()
+        await self._finished.wait()
+
+    def abort(self) -> None:
+        if self._aborted:
+            return
+        self._aborted = True
+        self._readiness.unregister(self)
+        if self._unsent:  # the stream ends in half a frame: the kernel need not keep the rest for it
+            self._socket.setsockopt(SOL_SOCKET, SO_LINGER, RESET)
+        self._socket.close()
+        self._break()
+        self._connection.end(Close(ABNORMAL, "aborted"))
+
+    # For the readiness
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def readable(self) -> None:
+        if not self.wants_read:  # the peer hung up: what it left is bounded, so read that and find the end
+            self.wants_read = True
+            self._readiness.change(self)
+        try:
+            data = self._socket.recv(READ_SIZE)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._end_of_stream(str(error))
+            return
+        if data:
+            self._heard = True
+            self._take(data)
+        else:
+            self._end_of_stream("no close frame")
+
+    def writable(self) -> None:
+        self._write(self._unsent)
+        self.flush()
+        if not self._unsent:
+            self._room.unpark()
+            self._look_finished()
+
+    def flush(self) -> None:
+        if self._unsent or self._broken:
+            return
+        if self._pong:
+            self._put_off.append(self._pong)
+            self._pong = b""
+        frames = self._put_off
+        if frames:
+            self._put_off = []
+            self._put_off_bytes = 0
+            self._write(frames[0] if len(frames) == 1 else b"".join(frames))
+
+    # For the server
+
+    def keep_alive(self, now: float) -> None:
+        """Ping a silent peer, and give up one that does not answer or that takes nothing of what is sent to it."""
+        settings = self._settings
+        if self._progress:
+            self._progress = False
+            self._progress_at = now
+        elif self._unsent and now - self._progress_at >= settings.stall_timeout:
+            self._break()
+            self._connection.end(Close(STALLED, "the peer stopped reading"))
+        if self._heard or not self.wants_read:  # while reading is paused its answer may be among what is unread
+            self._heard = False
+            self._heard_at = now
+            self._pinged_at = None
+        elif self._pinged_at is None:
+            if now - self._heard_at >= settings.ping_interval:
+                self._pinged_at = now
+                self._put_off.append(frame(Opcode.PING, b""))
+                self.flush()
+        elif now - self._pinged_at >= settings.ping_timeout:
+            self._connection.end(Close(NO_PONG, "no pong"))
+
+    # Inside
+
+    def _take(self, data: bytes) -> None:
+        codec = self._codec
+        messages = codec.receive_data(data)
+        connection = self._connection
+        if messages and not self._closing:
+            connection.deliver(messages)
+        if codec.pings:
+            self._answer_pings()
+        over = codec.closed or codec.violation
+        if over is not None:
+            self.wants_read = self._closing
+            self._readiness.change(self)
+            self._look_finished()
+            connection.end(over)
+        elif connection.inbox:
+            self._unread += len(data)
+            if self._unread > READ_AHEAD:
+                self.wants_read = False
+                self._readiness.change(self)
+
+    def _answer_pings(self) -> None:
+        """RFC 6455 §5.5.3: where several wait, answering the last is enough."""
+        pings, self._codec.pings = self._codec.pings, []
+        if self._closing:
+            return
+        if self._unsent:
+            self._pong = frame(Opcode.PONG, pings[-1])
+        else:
+            self._put_off += [frame(Opcode.PONG, ping) for ping in pings]
+            self.flush()
+
+    def _end_of_stream(self, reason: str) -> None:
+        self.at_eof = True
+        self._readiness.change(self)
+        self._look_finished()
+        self._connection.end(Close(ABNORMAL, reason))
+
+    def _write(self, data: bytes | memoryview) -> None:
+        try:
+            sent = self._socket.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self._break()
+            return
+        self._progress = True
+        self._unsent = memoryview(data)[sent:] if sent < len(data) else b""
+        if self.wants_write != bool(self._unsent):
+            self.wants_write = not self.wants_write
+            self._readiness.change(self)
+
+    def _break(self) -> None:
+        """Give up sending."""
+        self._broken = True
+        self._put_off = []
+        self._room.unpark_all()
+        self._finished.set()
+        if self.wants_write:
+            self.wants_write = False
+            if not self._aborted:
+                self._readiness.change(self)
+
+    def _look_finished(self) -> None:
+        """See whether the closing handshake is done: both close frames, or ours and the peer's end of the stream."""
+        if not self._closing or self._unsent or self._put_off:
+            return
+        if self._codec.closed is not None or self.at_eof:
+            self._finished.set()
+        elif self._codec.violation is not None:  # its close frame would not be understood: let it see the end instead
+            try:
+                self._socket.shutdown(SHUT_WR)
+            except OSError:
+                self._finished.set()

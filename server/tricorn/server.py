@@ -1,0 +1,206 @@
+"""The server: what runs beside the connections, and the order in which all of it ends."""
+
+from __future__ import annotations
+
+import signal
+from functools import partial
+from typing import TYPE_CHECKING, TypedDict, Unpack
+
+import trio
+
+from .host.hypercorn import Hypercorn
+from .host.listener import Router, accept_forever, listen
+from .host.readiness import best
+from .report import report_error
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from socket import socket as Socket
+
+    from .connection import Handler
+    from .host.hypercorn import ASGIApp
+    from .host.listener import Address
+    from .host.native import NativeTransport
+
+DEFAULTS = Settings()
+
+LOOKS_PER_TIMEOUT = 4  # how often keepalive looks in its shortest time: it may be late by a quarter
+
+
+class Server:
+    """Connections, what watches over them, and their end.
+
+    The connections live in a nursery that is shielded from whatever cancels the server, so that they can be ended in
+    order: no more are accepted, `drain` is awaited, then every connection is closed with 1012, all in `drain_timeout`.
+    """
+
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        settings: Settings = DEFAULTS,
+        subprotocols: Sequence[str] = (),
+        path: str | None = None,
+        app: ASGIApp | None = None,
+        drain: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        self._settings = settings
+        self._drain = drain
+        self._http = None if app is None else Hypercorn(app, settings)
+        self._transports: set[NativeTransport] = set()
+        self._readiness = best()
+        self._router = Router(
+            handler,
+            self._readiness,
+            self._transports,
+            settings,
+            subprotocols=subprotocols,
+            path=path,
+            http=self._http,
+        )
+        self._draining = trio.CancelScope(shield=True)
+        self._shield = trio.CancelScope(shield=True)
+
+    async def serve(self, port: int, host: str, task_status: trio.TaskStatus[list[Address]]) -> None:
+        """Listen and serve until cancelled; the started value is the addresses listened on.
+
+        Raises:
+            OSError: an address cannot be found or bound.
+        """
+        listeners = await listen(port, host)
+        try:
+            async with trio.open_nursery() as nursery:
+                connections: trio.Nursery = await nursery.start(self._hold_connections)
+                try:
+                    async with trio.open_nursery() as accepting:
+                        for listener in listeners:
+                            accepting.start_soon(accept_forever, listener, connections, self._router.serve)
+                        task_status.started([listener.getsockname()[:2] for listener in listeners])
+                finally:
+                    self._shield.deadline = trio.current_time() + self._settings.drain_timeout
+                    _close(listeners)
+                    await self._run_drain()
+                    connections.cancel_scope.cancel()
+        finally:
+            _close(listeners)
+
+    def abort(self) -> None:
+        """Close every socket at once. For the second signal."""
+        self._draining.cancel()
+        self._shield.cancel()
+        for transport in list(self._transports):
+            transport.abort()
+
+    async def _hold_connections(self, task_status: trio.TaskStatus[trio.Nursery]) -> None:
+        """The connections' nursery inside that of what they need until the last of them has ended."""
+        with self._shield:
+            async with trio.open_nursery() as support:
+                await support.start(self._readiness.run)
+                support.start_soon(self._keep_alive)
+                async with trio.open_nursery() as connections:
+                    task_status.started(connections)
+                    await trio.sleep_forever()
+                support.cancel_scope.cancel()
+
+    async def _keep_alive(self) -> None:
+        settings = self._settings
+        period = min(settings.ping_interval, settings.ping_timeout, settings.stall_timeout) / LOOKS_PER_TIMEOUT
+        while True:
+            await trio.sleep(period)
+            now = trio.current_time()
+            for transport in list(self._transports):
+                transport.keep_alive(now)
+
+    async def _run_drain(self) -> None:
+        """Let HTTP and the program's own `drain` end what they have going, leaving `close_timeout` for the rest."""
+        with self._draining:
+            self._draining.deadline = trio.current_time() + self._settings.drain_timeout - self._settings.close_timeout
+            try:
+                if self._http is not None:
+                    await self._http.drain()
+                if self._drain is not None:
+                    await self._drain()
+            except Exception as error:
+                report_error(error, phase="draining")
+
+
+class Options(TypedDict, total=False):
+    """The options of `serve`, `serve_until_signal` and `run`.
+
+    settings: times and limits of the server.
+    subprotocols: those that the handler speaks; the first that a client offers of them is agreed on.
+    path: the one path where WebSockets are, other upgrades get 404; None, the default, is any path.
+    app: an ASGI app for every request that is not an upgrade; without one they get 426.
+    drain: is awaited when accepting has stopped and before connections are closed.
+    """
+
+    settings: Settings
+    subprotocols: Sequence[str]
+    path: str | None
+    app: ASGIApp | None
+    drain: Callable[[], Awaitable[None]] | None
+
+
+async def serve(
+    handler: Handler,
+    port: int,
+    host: str = "127.0.0.1",
+    *,
+    task_status: trio.TaskStatus[list[Address]] = trio.TASK_STATUS_IGNORED,
+    **options: Unpack[Options],
+) -> None:
+    """Serve WebSockets in a program's own nursery: `addresses = await nursery.start(tricorn.serve, handler, 8080)`.
+
+    `handler` is called with each `WebSocket`, in that connection's own nursery. Port 0 takes a free one; the started
+    value is the list of (host, port) listened on. The options are those of `Options`.
+
+    Cancelling it is closing it: accepting stops, `drain` is awaited, every connection is closed with 1012, and after at
+    most `settings.drain_timeout` seconds it is over, whatever the peers do.
+
+    Raises:
+        OSError: an address cannot be found or bound.
+    """
+    await Server(handler, **options).serve(port, host, task_status)
+
+
+async def serve_until_signal(
+    handler: Handler,
+    port: int,
+    host: str = "127.0.0.1",
+    *,
+    task_status: trio.TaskStatus[list[Address]] = trio.TASK_STATUS_IGNORED,
+    **options: Unpack[Options],
+) -> None:
+    """Like `serve`, until SIGTERM or SIGINT, which close it; a second signal aborts every socket at once."""
+    server = Server(handler, **options)
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+            with trio.CancelScope() as serving:
+                nursery.start_soon(_obey, signals, serving, server)
+                await server.serve(port, host, task_status)
+            nursery.cancel_scope.cancel()
+
+
+def run(handler: Handler, port: int, host: str = "127.0.0.1", **options: Unpack[Options]) -> None:
+    """Serve WebSockets until SIGTERM or SIGINT: `trio.run` of `serve` with signals. The arguments are those of `serve`.
+
+    Returns once everything is closed, within `settings.drain_timeout` seconds of the signal; a second signal closes
+    every socket at once.
+
+    Raises:
+        OSError: an address cannot be found or bound.
+    """
+    trio.run(partial(serve_until_signal, handler, port, host, **options))
+
+
+async def _obey(signals: AsyncIterator[int], serving: trio.CancelScope, server: Server) -> None:
+    async for _ in signals:
+        if serving.cancel_called:
+            server.abort()
+        serving.cancel()
+
+
+def _close(listeners: list[Socket]) -> None:
+    for listener in listeners:
+        listener.close()

@@ -1,0 +1,147 @@
+"""Every setting, and the one place where the environment is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Annotated, Any, Self
+
+from msgspec import Meta, Struct, ValidationError, convert
+from msgspec.structs import fields
+
+Seconds = Annotated[float, Meta(gt=0, description="a number of seconds above 0")]
+Linger = Annotated[float, Meta(ge=0, description="a number of seconds, 0 or more")]
+# JSON has no infinity, and the heartbeat is told to every client.
+Heartbeat = Annotated[float, Meta(gt=0, le=3600, description="a number of seconds above 0, at most 3600")]
+Count = Annotated[int, Meta(ge=1, description="a whole number above 0")]
+Port = Annotated[int, Meta(ge=0, le=65535, description="a whole number from 0 to 65535")]
+Host = Annotated[str, Meta(min_length=1, description="an address or a host name")]
+AgentName = Annotated[str, Meta(min_length=1, description="module:function")]
+
+
+class SettingError(ValueError):
+    """A setting cannot be used. The text is one line: which setting, its value, and what would be right."""
+
+
+class Settings(Struct, frozen=True, kw_only=True):
+    """Everything that can be set, checked when it is made: raises `SettingError`.
+
+    Times are in seconds, and `inf` means never; `heartbeat` has no `inf`.
+    """
+
+    # Where to listen; port 0 takes a free one.
+    host: Host = "127.0.0.1"
+    port: Port = 8080
+    # The agent of the chat, as module:function.
+    agent: AgentName = "tricorn.chat.agents.demo:demo"
+
+    # A connection: from accepting it to the end of its handshake.
+    handshake_timeout: Seconds = 10.0
+    # From the end of a connection to its socket being closed, whatever the peer does.
+    close_timeout: Seconds = 2.0
+    # How long a peer may read nothing while something is being sent to it.
+    stall_timeout: Seconds = 30.0
+    # Between two pings, and from a ping to its pong.
+    ping_interval: Seconds = 20.0
+    ping_timeout: Seconds = 20.0
+    # From SIGTERM to the exit; longer than close_timeout, and Cloud Run kills after 10.
+    drain_timeout: Seconds = 8.0
+
+    # The chat: how long a run may take.
+    run_timeout: Seconds = 300.0
+    # How long a conversation stays in memory with nobody attached and nothing running.
+    linger: Linger = 30.0
+    # Between two messages to a client that has nothing else to hear.
+    heartbeat: Heartbeat = 20.0
+
+    # Bytes of an HTTP request head, and of one WebSocket message.
+    max_head_bytes: Count = 16384
+    max_message_bytes: Count = 1048576
+    # Characters (Unicode code points) of one post.
+    text_characters: Count = 32000
+    # Conversations that one connection may have open.
+    open_conversations: Count = 100
+    # Replies that may wait for one client to read.
+    outbox: Count = 256
+
+    # Cloud Run: the names of the service and of its revision.
+    service: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(Settings):
+            _checked(field.name, getattr(self, field.name), field.type, strict=True)
+        if self.close_timeout >= self.drain_timeout:
+            raise SettingError(
+                f"close_timeout={self.close_timeout}: must be less than drain_timeout, which is {self.drain_timeout}"
+            )
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> Self:
+        """Read `TRICORN_BIND` (HOST:PORT), `TRICORN_<FIELD>` for every other field, and what Cloud Run says.
+
+        `K_SERVICE` and `K_REVISION` name the service and its revision, and a service listens on every interface. `PORT`
+        is its port. `TRICORN_BIND` goes before both. Raises `SettingError`, also for a `TRICORN_` variable that does
+        not exist: a misspelt setting must not pass for one that was made.
+        """
+        values: dict[str, Any] = {"service": environ.get("K_SERVICE"), "revision": environ.get("K_REVISION")}
+        if "K_SERVICE" in environ:
+            values["host"] = "0.0.0.0"
+        if "PORT" in environ:
+            values["port"] = _checked("PORT", environ["PORT"], Port, strict=False)
+        settable = {field.name.upper(): field for field in fields(cls) if field.name not in _NOT_VARIABLES}
+        for variable, text in environ.items():
+            if not variable.startswith(_PREFIX):
+                continue
+            name = variable.removeprefix(_PREFIX)
+            if name == "BIND":
+                values["host"], values["port"] = parse_bind(text, f"{variable}=")
+            elif field := settable.get(name):
+                values[field.name] = _checked(variable, text, field.type, strict=False)
+            else:
+                raise SettingError(f"{variable}: no such setting; {_nearest(name, ['BIND', *settable])}")
+        return cls(**values)
+
+
+def parse_bind(text: str, label: str = "") -> tuple[str, int]:
+    """Split `HOST:PORT` into host and port. An IPv6 address stands in brackets: `[::1]:8080`.
+
+    There is no default host: whether `:8080` means this machine or the whole network differs from program to program.
+    Raises `SettingError`; its text begins with `label` and the text given.
+    """
+    host, _, port = text.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    if not bare or not bare.isprintable() or not {" ", "/"}.isdisjoint(bare):
+        raise SettingError(f"{label}{_shown(text)}: must be HOST:PORT, for example 127.0.0.1:8080")
+    if host != (f"[{bare}]" if ":" in bare else bare):
+        raise SettingError(f"{label}{_shown(text)}: an IPv6 address, and only that, has brackets: [::1]:8080")
+    try:
+        return bare, convert(port, Port, strict=False)
+    except ValidationError:
+        raise SettingError(f"{label}{_shown(text)}: the port must be a whole number from 0 to 65535") from None
+
+
+_PREFIX = "TRICORN_"
+_NOT_VARIABLES = {"host", "port", "service", "revision"}
+
+
+def _checked(name: str, value: object, kind: Any, *, strict: bool) -> Any:
+    """Return `value` as `kind`, made from text unless `strict`."""
+    try:
+        return convert(value, kind, strict=strict)
+    except ValidationError:
+        raise SettingError(f"{name}={_shown(value)}: must be {_description(kind)}") from None
+
+
+def _description(kind: Any) -> str:
+    return next((meta.description for meta in getattr(kind, "__metadata__", ())), "text or nothing")
+
+
+def _shown(value: object) -> str:
+    text = str(value)
+    return text if text.isprintable() else repr(text)
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    near = get_close_matches(name, names, n=1)
+    return f"did you mean {_PREFIX}{near[0]}?" if near else f"there are {', '.join(_PREFIX + each for each in names)}"
