@@ -1,0 +1,82 @@
+"""The chat page, its style, its client and `/healthz`, as an ASGI 3.0 application.
+
+All of it is read when this module is imported: answering touches no disk and cannot fail for a missing file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from importlib.resources import files
+from typing import Any
+
+Event = Mapping[str, Any]
+Receive = Callable[[], Awaitable[Event]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+Headers = Iterable[tuple[bytes, bytes]]
+
+TEXT = b"text/plain; charset=utf-8"
+
+# Nothing but the page's own two files and its own WebSocket; the icon is a data: URL in the page.
+CONTENT_SECURITY_POLICY = (
+    b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+    b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+def _page(name: str, content_type: bytes) -> tuple[bytes, bytes]:
+    return content_type, files(__package__).joinpath(name).read_bytes()
+
+
+PAGES = {
+    "/": _page("chat.html", b"text/html; charset=utf-8"),
+    "/chat.css": _page("chat.css", b"text/css; charset=utf-8"),
+    "/client.js": _page("client.js", b"text/javascript; charset=utf-8"),
+    "/healthz": (TEXT, b"ok"),
+}
+
+
+async def app(scope: Event, receive: Receive, send: Send) -> None:
+    """Answer GET and HEAD for `PAGES`, and refuse every WebSocket, which an ASGI server turns into 403.
+
+    Waits only in `receive` and `send`, so it is a checkpoint where they are; when cancelled, it leaves nothing behind.
+    """
+    match scope["type"]:
+        case "http":
+            await _answer(scope["method"], scope["path"], send)
+        case "websocket":
+            await receive()
+            await send({"type": "websocket.close"})
+        case "lifespan":
+            await _live(receive, send)
+
+
+async def _answer(method: str, path: str, send: Send) -> None:
+    if path not in PAGES:
+        await _respond(send, method, 404, TEXT, b"not found")
+    elif method not in ("GET", "HEAD"):
+        await _respond(send, method, 405, TEXT, b"method not allowed", [(b"allow", b"GET, HEAD")])
+    else:
+        await _respond(send, method, 200, *PAGES[path])
+
+
+async def _respond(
+    send: Send, method: str, status: int, content_type: bytes, body: bytes, more_headers: Headers = ()
+) -> None:
+    headers = [
+        (b"content-type", content_type),
+        (b"content-length", b"%d" % len(body)),
+        (b"cache-control", b"no-cache"),
+        (b"content-security-policy", CONTENT_SECURITY_POLICY),
+        (b"x-content-type-options", b"nosniff"),
+        *more_headers,
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": b"" if method == "HEAD" else body})
+
+
+async def _live(receive: Receive, send: Send) -> None:
+    """There is nothing to start and nothing to stop: say so. Returns after `lifespan.shutdown`."""
+    phase = ""
+    while phase != "lifespan.shutdown":
+        phase = (await receive())["type"]
+        await send({"type": f"{phase}.complete"})
