@@ -52,7 +52,7 @@ class Transport(Protocol):
     def idle(self) -> None:
         """The connection has used all that was delivered: send what waits, read on."""
 
-    async def send(self, payloads: Iterable[bytes], *, text: bool) -> None:
+    async def send(self, payloads: Sequence[bytes], *, text: bool) -> None:
         """Wait for room, then send messages. If cancelled, nothing was sent. A checkpoint only if it waits.
 
         Raises:
@@ -161,7 +161,7 @@ class WebSocket:
 
     async def send_text(self, payloads: Iterable[bytes]) -> None:
         """Send texts that are UTF-8 already, each as one message, all in one write. Otherwise like `send`."""
-        await self._send(payloads, text=True)
+        await self._send(list(payloads), text=True)
 
     async def close(self, code: int = NORMAL, reason: str = "") -> None:
         """Close the connection, once and for all: the first cause counts. Cancels the connection's nursery.
@@ -287,7 +287,7 @@ class WebSocket:
 
     # Inside
 
-    async def _send(self, payloads: Iterable[bytes], *, text: bool) -> None:
+    async def _send(self, payloads: Sequence[bytes], *, text: bool) -> None:
         if self._paid:
             self._paid = False
             await checkpoint_if_cancelled()
@@ -296,7 +296,7 @@ class WebSocket:
         if not self._over:
             try:
                 await self._transport.send(payloads, text=text)
-                self._sent += 1
+                self._sent += len(payloads)
             except trio.BrokenResourceError:
                 pass  # no error yet: something that came before may still be worth receiving
         if self._over and self._cause is not None:

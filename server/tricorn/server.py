@@ -62,13 +62,8 @@ class Server:
         self._draining = trio.CancelScope(shield=True)
         self._shield = trio.CancelScope(shield=True)
 
-    async def serve(self, port: int, host: str, task_status: trio.TaskStatus[list[Address]]) -> None:
-        """Listen and serve until cancelled; the started value is the addresses listened on.
-
-        Raises:
-            OSError: an address cannot be found or bound.
-        """
-        listeners = await listen(port, host)
+    async def serve(self, listeners: list[Socket], task_status: trio.TaskStatus[list[Address]]) -> None:
+        """Serve on listening sockets until cancelled, and close them; the started value is their addresses."""
         try:
             async with trio.open_nursery() as nursery:
                 connections: trio.Nursery = await nursery.start(self._hold_connections)
@@ -110,7 +105,10 @@ class Server:
             await trio.sleep(period)
             now = trio.current_time()
             for transport in list(self._transports):
-                transport.keep_alive(now)
+                try:
+                    transport.keep_alive(now)
+                except Exception as error:
+                    transport.failed(error)
 
     async def _run_drain(self) -> None:
         """Let HTTP and the program's own `drain` end what they have going, leaving `close_timeout` for the rest."""
@@ -161,7 +159,8 @@ async def serve(
     Raises:
         OSError: an address cannot be found or bound.
     """
-    await Server(handler, **options).serve(port, host, task_status)
+    server = Server(handler, **options)
+    await server.serve(await listen(port, host), task_status)
 
 
 async def serve_until_signal(
@@ -174,11 +173,12 @@ async def serve_until_signal(
 ) -> None:
     """Like `serve`, until SIGTERM or SIGINT, which close it; a second signal aborts every socket at once."""
     server = Server(handler, **options)
+    listeners = await listen(port, host)  # outside of the nursery, so that an OSError comes out as it is
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
             with trio.CancelScope() as serving:
                 nursery.start_soon(_obey, signals, serving, server)
-                await server.serve(port, host, task_status)
+                await server.serve(listeners, task_status)
             nursery.cancel_scope.cancel()
 
 

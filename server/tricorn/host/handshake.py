@@ -56,12 +56,14 @@ class Head:
         return self._h11.trailing_data[0]
 
     def receive_data(self, data: bytes) -> Request | None:
-        """Take what one read brought; return the request once its head is complete.
+        """Take what one read brought; return the request once its head is complete, and never one of HTTP/2.
 
         Raises:
             Refused: it is malformed (400) or larger than `max_bytes` (431).
         """
         self.data += data
+        if self.is_http2:
+            return None
         try:
             self._h11.receive_data(data)
             event = self._h11.next_event()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 from socket import SO_LINGER, SOL_SOCKET
-from struct import pack
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -21,6 +20,7 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
 
 from ..report import report_error
+from .native import RESET
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from ..settings import Settings
 
     ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]  # ASGI 3.0; frameworks differ in how they type it
-
-RESET = pack("ii", 1, 0)
 
 
 class Hypercorn:

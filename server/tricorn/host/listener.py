@@ -11,7 +11,7 @@ import trio
 from trio.lowlevel import wait_readable
 
 from ..connection import WebSocket
-from ..report import report
+from ..report import report, report_error
 from .handshake import (
     UPGRADE,
     Head,
@@ -132,6 +132,8 @@ class Router:
                 await self._refuse(sock, refuse(refused))
         except OSError:
             pass  # the peer is gone
+        except Exception as error:  # a bug of ours: it ends this connection and nothing else
+            report_error(error, peer=peer)
         finally:
             sock.close()
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 from trio import BrokenResourceError, Event
 from trio.lowlevel import ParkingLot
 
-from ..close import ABNORMAL, NO_PONG, STALLED, Close
+from ..close import ABNORMAL, INTERNAL_ERROR, NO_PONG, STALLED, Close
+from ..report import report_error
 from .websocket import Opcode, Receiver, close_frame, frame
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
     from socket import socket as Socket
 
     from ..connection import WebSocket
@@ -79,7 +80,7 @@ class NativeTransport:
             self.wants_read = True
             self._readiness.change(self)
 
-    async def send(self, payloads: Iterable[bytes], *, text: bool) -> None:
+    async def send(self, payloads: Sequence[bytes], *, text: bool) -> None:
         while self._unsent and not self._broken:
             await self._room.park()
         if self._broken or self._closing:
@@ -160,6 +161,13 @@ class NativeTransport:
             self._put_off = []
             self._put_off_bytes = 0
             self._write(frames[0] if len(frames) == 1 else b"".join(frames))
+
+    def failed(self, error: Exception) -> None:
+        """A bug, or no memory: it ends this connection and nothing else."""
+        error_id = report_error(error, connection=self._connection.id)
+        self.at_eof = True
+        self._readiness.change(self)
+        self._connection.end(Close(INTERNAL_ERROR, error_id))
 
     # For the server
 

@@ -24,7 +24,7 @@ from trio.lowlevel import (
 
 
 class Watched(Protocol):
-    """A socket's owner. Its methods are called in a task of the readiness and must neither block nor raise."""
+    """A socket's owner. Its methods are called in a task of the readiness and do not block."""
 
     wants_read: bool
     wants_write: bool
@@ -41,6 +41,9 @@ class Watched(Protocol):
 
     def flush(self) -> None:
         """Write what was put off."""
+
+    def failed(self, error: Exception) -> None:
+        """One of these methods raised."""
 
 
 class Readiness(Protocol):
@@ -85,7 +88,10 @@ class _Flusher:
             await wait_task_rescheduled(self._stop_waiting)
             waiting, self._waiting = self._waiting, set()
             for watched in waiting:
-                watched.flush()
+                try:
+                    watched.flush()
+                except Exception as error:
+                    watched.failed(error)
 
     def _stop_waiting(self, _: object) -> Abort:
         self._task = None
@@ -128,12 +134,15 @@ class Epoll(_Flusher):
             watched = get(descriptor)
             if watched is None:
                 continue
-            if events != EPOLLOUT and not watched.at_eof:
-                watched.readable()
-            if watched.wants_write and events & (EPOLLOUT | EPOLLHUP | EPOLLERR):
-                watched.writable()
-                if watched.at_eof and watched.wants_write:
-                    self.change(watched)
+            try:
+                if events != EPOLLOUT and not watched.at_eof:
+                    watched.readable()
+                if watched.wants_write and events & (EPOLLOUT | EPOLLHUP | EPOLLERR):
+                    watched.writable()
+                    if watched.at_eof and watched.wants_write:
+                        self.change(watched)
+            except Exception as error:
+                watched.failed(error)
 
 
 def _events(watched: Watched) -> int:
@@ -181,6 +190,8 @@ class PerSocket(_Flusher):
                     watched.readable()
         except trio.ClosedResourceError:
             pass  # unregistered
+        except Exception as error:
+            watched.failed(error)
         finally:
             self._reading.discard(watched)
 
@@ -191,6 +202,8 @@ class PerSocket(_Flusher):
                 watched.writable()
         except trio.ClosedResourceError:
             pass  # unregistered
+        except Exception as error:
+            watched.failed(error)
         finally:
             self._writing.discard(watched)
 
