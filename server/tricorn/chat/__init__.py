@@ -1,0 +1,7 @@
+"""The chat: people post, an agent works, and everybody who follows the conversation sees it as it happens."""
+
+from tricorn.chat.chat import Chat
+from tricorn.chat.protocol import SUBPROTOCOLS
+from tricorn.chat.run import Agent, Run, ToolError
+
+__all__ = ["SUBPROTOCOLS", "Agent", "Chat", "Run", "ToolError"]

@@ -1,17 +1,18 @@
 """Wire protocol v1 of the chat: what the two sides say, as msgspec structs. Sans-I/O; `docs/protocol.md` is the prose.
 
-`type` tells objects apart. Unknown fields are ignored, so either side may learn new ones. Two subprotocols carry the same
-objects: `tricorn.v1`, one JSON object per message, and `tricorn.v1.batch`, one or more per message, one a line.
+`type` tells objects apart. Unknown fields are ignored, so either side may learn new ones. Two subprotocols carry the
+same objects: `tricorn.v1`, one JSON object per message, and `tricorn.v1.batch`, one or more per message, one a line.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, dataclass_transform
 
 import msgspec
 
 SUBPROTOCOL = "tricorn.v1"
 BATCH_SUBPROTOCOL = "tricorn.v1.batch"
+SUBPROTOCOLS = (BATCH_SUBPROTOCOL, SUBPROTOCOL)  # who offers both can read both, and the batch is cheaper
 
 Outcome = Literal["success", "failed", "cancelled", "timeout", "interrupted"]
 
@@ -20,6 +21,7 @@ Id = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9._:~-]{1,128}\Z")]
 Seq = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]  # a JSON number that JavaScript holds exactly
 
 
+@dataclass_transform(frozen_default=True)  # subclasses are frozen too, which type checkers cannot know
 class Message(msgspec.Struct, tag_field="type", frozen=True, omit_defaults=True):
     """Anything either side sends."""
 
@@ -37,6 +39,7 @@ class Open(Message, tag="open"):
     """Attach to a conversation and hear every event after `after`, the old ones first. Answered with `opened`.
 
     `epoch` is the one that `after` was counted in; where it is not the log's own, the replay starts from the beginning.
+    Without it `after` is taken at its word.
     """
 
     conversation: Id
@@ -84,7 +87,7 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 class Welcome(Message, tag="welcome"):
-    """First on every connection. `heartbeat` is in seconds: silence for twice as long means that the connection is lost."""
+    """First on every connection. `heartbeat` is in seconds: silence for twice as long means a lost connection."""
 
     connection: str
     user: str
@@ -110,9 +113,9 @@ class Posted(Message, tag="posted"):
 
 
 class Error(Message, tag="error"):
-    """A request was refused. `code` is for programs, `message` for people, `ref` the post id or conversation it is about."""
+    """A request was refused: `code` for programs, `message` for people, `ref` the post or conversation it is about."""
 
-    code: Literal["malformed", "unknown_type", "too_long", "too_many", "not_found", "internal"]
+    code: Literal["malformed", "unknown_type", "too_long", "too_many", "not_found", "closing", "internal"]
     message: str
     ref: str | None = None
     error_id: str | None = None
@@ -158,9 +161,10 @@ class UserMessage(Event, tag="user_message", kw_only=True):
 
 
 class AgentStarted(RunEvent, tag="agent_started", kw_only=True):
-    """First of a run."""
+    """First of a run; `post` is the id of the post that it answers."""
 
     agent: str
+    post: str
 
 
 class AgentThinking(RunEvent, tag="agent_thinking", kw_only=True):

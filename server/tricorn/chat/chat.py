@@ -1,0 +1,102 @@
+"""The chat: a nursery of conversations, and the sessions that follow them."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from trio import open_nursery
+from trio.lowlevel import checkpoint
+
+from tricorn.chat.conversation import Conversation
+from tricorn.chat.log.base import Log
+from tricorn.chat.log.memory import MemoryLog
+from tricorn.chat.run import Agent
+from tricorn.chat.session import Session
+from tricorn.settings import Settings
+
+if TYPE_CHECKING:
+    from tricorn.connection import WebSocket
+
+
+class Chat:
+    """Conversations with an agent: `async with Chat(agent) as chat`, and `chat.session` is the handler for a server.
+
+    Leaving the block ends the conversations; runs end as interrupted. As with a nursery, what the block raises comes
+    out in an ExceptionGroup.
+    """
+
+    def __init__(self, agent: Agent, settings: Settings | None = None, log: Log | None = None) -> None:
+        self.settings = settings or Settings()
+        self._agent = agent
+        self._log = log or MemoryLog()
+        self._opening = open_nursery()
+        self._conversations: dict[str, Conversation] = {}
+        self._sessions: set[Session] = set()
+        self._closing = False
+
+    async def __aenter__(self) -> Self:
+        self._nursery = await self._opening.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        self._end_conversations()
+        return await self._opening.__aexit__(kind, error, traceback)
+
+    async def session(self, ws: WebSocket) -> None:
+        """Talk the wire protocol with one client until it is gone. However that ends, its runs go on."""
+        session = Session(self, ws, user="local")
+        self._sessions.add(session)
+        if self._closing:
+            session.closing()
+        try:
+            await session.run()
+        finally:
+            self._sessions.discard(session)
+
+    async def drain(self) -> None:
+        """Take no more posts, interrupt all runs, and return when every session has sent all that is in the log.
+
+        How long that takes depends on the peers: put a deadline around it. Cancelling it ends only the waiting.
+        """
+        conversations = list(self._conversations.values())
+        self._end_conversations()
+        for session in self._sessions:
+            session.closing()
+        await checkpoint()
+        for conversation in conversations:
+            await conversation.ended.wait()
+        async with open_nursery() as nursery:
+            for session in self._sessions:
+                nursery.start_soon(session.flush)
+
+    def conversation(self, id: str) -> Conversation:
+        """The conversation of this id, brought to life where it is not alive. Hold it, or it lingers out."""
+        conversation = self._conversations.get(id)
+        if conversation is None or (conversation.over and not self._closing):
+            conversation = Conversation(id, self._agent, self._log, self.settings)
+            if self._closing:
+                conversation.end()  # it can be read, but has no task
+            else:
+                self._conversations[id] = conversation
+                self._nursery.start_soon(self._live, conversation)
+        return conversation
+
+    def cancel(self, conversation: str, run: str) -> bool:
+        """Cancel a run; False if it does not go on."""
+        found = self._conversations.get(conversation)
+        return found is not None and found.cancel(run)
+
+    def _end_conversations(self) -> None:
+        self._closing = True
+        for conversation in self._conversations.values():
+            conversation.end()
+
+    async def _live(self, conversation: Conversation) -> None:
+        try:
+            await conversation.live()
+        finally:
+            if self._conversations.get(conversation.id) is conversation:
+                del self._conversations[conversation.id]

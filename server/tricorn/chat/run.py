@@ -1,0 +1,289 @@
+"""One run: an agent answers one post. What it does goes into the conversation's log, from its start to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator
+from itertools import count
+from math import inf
+from secrets import token_hex
+from types import TracebackType
+from typing import Any, Literal
+
+from msgspec import Raw
+from msgspec.json import Encoder
+from trio import (
+    Cancelled,
+    CancelScope,
+    TooSlowError,
+    current_effective_deadline,
+    current_time,
+    fail_after,
+    move_on_after,
+)
+from trio.lowlevel import checkpoint, checkpoint_if_cancelled
+
+from tricorn.chat.protocol import (
+    AgentCompleted,
+    AgentMessage,
+    AgentStarted,
+    AgentThinking,
+    AnyEvent,
+    Outcome,
+    ToolCompleted,
+    ToolExecuting,
+)
+from tricorn.report import report_error
+
+# Seconds that what must not be missing in the log may take, where nobody can be let wait for it.
+LAST_WORDS = 2.0
+
+TOOL_FAILED = "the tool failed"
+TOOL_LEFT_OPEN = "not finished"
+TOOL_ENDED = {"cancelled": "cancelled", "timeout": "timed out", "interrupted": "interrupted"}
+
+# These are not an agent's to fail with.
+_NOT_FAILURES = (KeyboardInterrupt, SystemExit)
+
+_encode = Encoder().encode
+
+
+class ToolError(Exception):
+    """Raise this inside a tool to have its text shown to people as the tool's error."""
+
+
+class Run:
+    """What an agent gets: what it was asked, and the ways to show its work, for at most `seconds`.
+
+    Every method but `cancel` and `tool` is a checkpoint and returns once the event is in the log. If one is cancelled,
+    the event may be there or not. After the end of the run they raise RuntimeError.
+    """
+
+    def __init__(
+        self,
+        conversation: str,
+        user: str,
+        message: str,
+        post: str,
+        seconds: float,
+        append: Callable[[AnyEvent, str | None], Awaitable[object]],
+    ) -> None:
+        self.id = token_hex(8)
+        self.conversation = conversation
+        self.user = user
+        self.message = message
+        self._post = post
+        self._append = append
+        self._scope = CancelScope(relative_deadline=seconds)
+        self._cause: Literal["cancelled", "interrupted"] | None = None
+        self._sealed = False
+        self._answer: list[str] = []
+        self._calls = count(1)
+        self._tools: dict[Tool, None] = {}  # in progress
+        # By key: what must be in the log before the end, and may not be there yet.
+        self._owed: dict[str, AnyEvent] = {}
+
+    async def think(self, text: str) -> None:
+        """Say what the agent is about. An empty text is no event."""
+        await self._speak(AgentThinking(**self._stamp(), text=text))
+
+    async def say(self, text: str) -> None:
+        """Say a piece of the answer, which is all pieces joined as they are. An empty text is no event."""
+        await self._speak(AgentMessage(**self._stamp(), text=text))
+        self._answer.append(text)
+
+    def tool(self, name: str, /, **arguments: Any) -> Tool:
+        """Show the use of a tool: `async with run.tool("forecast", city="Oslo") as tool: tool.result = ...`."""
+        return Tool(self, name, arguments)
+
+    def cancel(self, cause: Literal["cancelled", "interrupted"] = "cancelled") -> None:
+        """End the run early. What ended it first stays the cause."""
+        if not self._scope.cancel_called:
+            self._cause = cause
+            self._scope.cancel()
+
+    def _ending(self) -> Outcome | None:
+        """Why the run does not end by itself, where it knows: of the scopes around it, it does not."""
+        return self._cause or ("timeout" if self._scope.cancel_called else None)
+
+    def _stamp(self) -> dict[str, Any]:
+        return {"conversation": self.conversation, "run": self.id, "seq": 0, "at": 0.0}  # the log sets the last two
+
+    def _check_open(self) -> None:
+        if self._sealed:
+            raise RuntimeError("the run is over")
+
+    async def _speak(self, event: AgentThinking | AgentMessage) -> None:
+        self._check_open()
+        _check_text(event.text, "text")
+        if event.text:
+            await self._append(event, None)
+        else:
+            await checkpoint()
+
+    async def _record(self, key: str, event: AnyEvent) -> None:
+        """Append what must not be missing. If this is cancelled or raises, the end of the run makes up for it."""
+        self._owed[key] = event
+        await self._append(event, key)
+        self._owed.pop(key, None)
+
+
+class Tool:
+    """A tool at work. Set `result` to what it found: anything that has a JSON form.
+
+    An exception goes on when the tool is left; people are shown the text of a `ToolError`, and of any other only that
+    there was one. Raises TypeError where an argument or the result has no JSON form, and RuntimeError where it is
+    entered after the end of the run. Entering is a checkpoint. Leaving cannot be cancelled, so that no tool stays open:
+    it waits at most `LAST_WORDS` seconds for the log, and not at all where the run is being ended.
+    """
+
+    def __init__(self, run: Run, name: str, arguments: dict[str, Any]) -> None:
+        self.result: Any = None
+        self._run = run
+        self._name = name
+        self._arguments = arguments
+
+    async def __aenter__(self) -> Tool:
+        run = self._run
+        run._check_open()
+        _check_text(self._name, "name of a tool")
+        arguments: Any = _json(self._arguments, f"an argument of the tool {self._name!r}")
+        await checkpoint_if_cancelled()  # from here on people see the tool
+        self._call = f"{run.id}.{next(run._calls)}"
+        self._began = current_time()
+        run._tools[self] = None
+        executing = ToolExecuting(**run._stamp(), call=self._call, tool=self._name, arguments=arguments)
+        await run._record(f"{self._call}:executing", executing)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            await self._complete(error=self._shown(error))
+            return
+        try:
+            result = None if self.result is None else _json(self.result, f"the result of the tool {self._name!r}")
+        except TypeError:
+            await self._complete(error=TOOL_FAILED)
+            raise
+        await self._complete(result=result)
+
+    async def _complete(self, result: Raw | None = None, error: str | None = None) -> None:
+        run = self._run
+        if self not in run._tools:
+            return  # the end of the run has spoken for it
+        key, completed = self._completed(result, error)
+        del run._tools[self]
+        if run._ending():
+            run._owed[key] = completed  # one deadline for all that is owed at the end
+        else:  # a timeout that the agent itself has put around the tool does not end the run
+            with move_on_after(LAST_WORDS, shield=True):
+                await run._record(key, completed)
+
+    def _completed(self, result: Raw | None = None, error: str | None = None) -> tuple[str, ToolCompleted]:
+        seconds = current_time() - self._began
+        stamp = self._run._stamp()
+        completed = ToolCompleted(
+            **stamp, call=self._call, tool=self._name, seconds=seconds, result=result, error=error
+        )
+        return f"{self._call}:completed", completed
+
+    def _shown(self, error: BaseException) -> str:
+        """What people may see of the exception that ended the tool."""
+        errors = [leaf for leaf in _leaves(error) if not isinstance(leaf, Cancelled)]
+        if not errors:
+            return TOOL_ENDED[self._run._ending() or "cancelled"]
+        if not all(isinstance(leaf, ToolError) for leaf in errors):
+            return TOOL_FAILED
+        text = "; ".join(map(str, errors))
+        return text.encode(errors="replace").decode() or TOOL_FAILED
+
+
+Agent = Callable[[Run], Awaitable[None]]
+
+
+async def perform(run: Run, agent: Agent) -> None:
+    """Let an agent work, from `agent_started` to `agent_completed`, whatever it does.
+
+    What it raises is reported and ends here. If this is cancelled the run ends as interrupted, and what is then still
+    owed to the log has `LAST_WORDS` seconds.
+    """
+    began = current_time()
+    outcome: Outcome = "success"
+    error_id = None
+    name = getattr(agent, "__name__", type(agent).__name__)
+    try:
+        with run._scope:
+            await run._record(f"{run.id}:started", AgentStarted(**run._stamp(), agent=name, post=run._post))
+            await agent(run)
+        if run._scope.cancelled_caught:
+            outcome = run._ending() or outcome
+    except BaseException as error:
+        interrupted = current_effective_deadline() == -inf
+        ending = run._ending() or ("interrupted" if interrupted else None)
+        # A Cancelled that nobody asked for is the agent's: let go on, it would end everything around it in silence.
+        passing, failure = _split(error, (*_NOT_FAILURES, Cancelled) if ending else _NOT_FAILURES)
+        outcome = ending or ("failed" if failure else "interrupted")
+        if failure is not None:
+            error_id = report_error(failure, conversation=run.conversation, run=run.id, user=run.user)
+        if passing is not None:
+            raise passing from None
+    finally:
+        await _seal(run, outcome, current_time() - began, error_id)
+
+
+async def _seal(run: Run, outcome: Outcome, seconds: float, error_id: str | None) -> None:
+    """Say all that is owed, and the last word."""
+    run._sealed = True
+    for tool in run._tools:
+        key, completed = tool._completed(error=TOOL_ENDED.get(outcome, TOOL_LEFT_OPEN))
+        run._owed[key] = completed
+    run._tools.clear()
+    run._owed[f"{run.id}:completed"] = AgentCompleted(
+        **run._stamp(), outcome=outcome, seconds=seconds, text="".join(run._answer) or None, error_id=error_id
+    )
+    try:
+        with fail_after(LAST_WORDS, shield=True):
+            for key, event in list(run._owed.items()):
+                await _try_to_append(run, event, key)
+    except TooSlowError as error:
+        report_error(error, conversation=run.conversation, run=run.id)
+
+
+async def _try_to_append(run: Run, event: AnyEvent, key: str) -> None:
+    """Append, or report why not: the events that follow are still due."""
+    try:
+        await run._append(event, key)
+    except Exception as error:
+        report_error(error, conversation=run.conversation, run=run.id)
+
+
+def _check_text(text: str, what: str) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"the {what} must be a str, not {type(text).__name__}")
+    text.encode()  # raises UnicodeEncodeError for a lone surrogate, which has no place in JSON
+
+
+def _json(value: object, what: str) -> Raw:
+    """Encode now, so that neither an event nor its place in the log can fail later."""
+    try:
+        return Raw(_encode(value))
+    except Exception as error:
+        raise TypeError(f"{what} has no JSON form: {error}") from error
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error
+
+
+def _split(
+    error: BaseException, kinds: tuple[type[BaseException], ...]
+) -> tuple[BaseException | None, BaseException | None]:
+    """What of an exception is of these kinds, and the rest."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.split(kinds)
+    return (error, None) if isinstance(error, kinds) else (None, error)

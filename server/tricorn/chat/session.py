@@ -1,0 +1,269 @@
+"""The handler: one client on one connection. A reader serves its requests, a writer tells it all there is to tell."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, get_args
+
+from msgspec import DecodeError, Struct, ValidationError
+from msgspec.json import Decoder, Encoder
+from trio import Event, move_on_after
+from trio.lowlevel import checkpoint
+
+from tricorn.chat.conversation import Cursor, Ended
+from tricorn.chat.protocol import (
+    BATCH_SUBPROTOCOL,
+    Authenticate,
+    Cancel,
+    Closing,
+    Error,
+    Heartbeat,
+    Leave,
+    Limits,
+    Open,
+    Opened,
+    Ping,
+    Pong,
+    Post,
+    Posted,
+    Reply,
+    Request,
+    Welcome,
+)
+from tricorn.close import OUTBOX_OVERFLOW
+from tricorn.report import report_error
+
+if TYPE_CHECKING:
+    from tricorn.chat.chat import Chat
+    from tricorn.connection import WebSocket
+
+# Events of one turn of the writer: what a replay may take of memory, and what others wait for.
+EVENTS_PER_TURN = 256
+# Bytes of one message that joins several lines; many clients take no message over 1 MiB.
+BATCH_BYTES = 64 * 1024
+
+RETRY_AFTER = 1.0  # seconds
+
+
+class _Envelope(Struct):
+    """What can be said of an object that is not a request."""
+
+    type: object
+    id: object = None
+    conversation: object = None
+
+
+_encode = Encoder().encode
+_decode_request = Decoder(Request).decode
+_decode_envelope = Decoder(_Envelope).decode
+_KNOWN_TYPES = {request.__struct_config__.tag for request in get_args(Request)}
+
+
+class Session:
+    """What one client is told: replies through a bounded outbox, events of the conversations it follows by cursors."""
+
+    def __init__(self, chat: Chat, ws: WebSocket, user: str) -> None:
+        self._chat = chat
+        self._ws = ws
+        self._user = user
+        self._batch = ws.subprotocol == BATCH_SUBPROTOCOL
+        self._cursors: dict[str, Cursor] = {}
+        self._behind: dict[Cursor, None] = {}  # those of the cursors that have something to read
+        self._outbox: deque[bytes] = deque()
+        self._wake = Event()
+        self._flushing = False
+        self._flushed = Event()
+        self._put(self._welcome())
+
+    async def run(self) -> None:
+        """Serve the client until it is gone. However this ends, the runs that it began go on."""
+        try:
+            self._ws.nursery.start_soon(self._write)
+            await self._read()
+        finally:
+            for cursor in self._cursors.values():
+                cursor.conversation.detach(cursor)
+            self._flushed.set()
+
+    def closing(self) -> None:
+        """Tell the client that the server is about to close the connection."""
+        self._put(Closing(reason="the server is shutting down", retry_after=RETRY_AFTER))
+
+    async def flush(self) -> None:
+        """Wait until the client was sent all that there is, or is gone. A checkpoint; may be cancelled."""
+        self._flushing = True
+        self._wake.set()
+        await self._flushed.wait()
+
+    def _put(self, reply: Reply) -> None:
+        self._outbox.append(_encode(reply))
+        self._wake.set()
+
+    def _notify(self, cursor: Cursor) -> None:
+        self._behind[cursor] = None
+        self._wake.set()
+
+    # The reader
+
+    async def _read(self) -> None:
+        async for message in self._ws:
+            for line in self._lines(message):
+                request = decode(line)
+                reply = request if isinstance(request, Error) else await self._serve(request)
+                if reply is not None:
+                    # No checkpoint since the request was served: what it set off cannot be sent before the reply.
+                    self._put(reply)
+                    if len(self._outbox) > self._chat.settings.outbox:
+                        await self._ws.close(OUTBOX_OVERFLOW, "outbox overflow")
+                await checkpoint()  # many requests in one message: the writer has its turns too
+
+    def _lines(self, message: str | bytes) -> list[str | bytes]:
+        if self._batch and isinstance(message, str):
+            return [line for line in message.split("\n") if line.strip()]
+        return [message]
+
+    async def _serve(self, request: Request) -> Reply | None:
+        ref = request.id if isinstance(request, Post) else getattr(request, "conversation", None)
+        try:
+            match request:
+                case Open():
+                    return await self._open(request)
+                case Post():
+                    return await self._post(request)
+                case Cancel():
+                    return self._cancel(request)
+                case Leave():
+                    self._leave(request.conversation)
+                    return None
+                case Ping():
+                    return Pong()
+                case Authenticate():
+                    return self._welcome()
+        except Exception as error:
+            error_id = report_error(error, connection=self._ws.id, user=self._user, request=request.__class__.__name__)
+            return Error(code="internal", message="this did not work", ref=ref, error_id=error_id)
+
+    def _welcome(self) -> Welcome:
+        settings = self._chat.settings
+        limits = Limits(
+            message_bytes=settings.max_message_bytes,
+            text_characters=settings.text_characters,
+            open_conversations=settings.open_conversations,
+        )
+        return Welcome(connection=self._ws.id, user=self._user, heartbeat=settings.heartbeat, limits=limits)
+
+    async def _open(self, request: Open) -> Reply:
+        id = request.conversation
+        limit = self._chat.settings.open_conversations
+        if id not in self._cursors and len(self._cursors) >= limit:
+            return Error(code="too_many", message=f"{limit} conversations are open; leave one first", ref=id)
+        conversation = self._chat.conversation(id)
+        with conversation.held():
+            await conversation.open()
+            after = request.after if request.epoch in (None, conversation.epoch) else 0
+            if after > conversation.head:
+                message = f"there is no event {after}: the last one is {conversation.head}"
+                return Error(code="not_found", message=message, ref=id)
+            self._leave(id)
+            cursor = self._cursors[id] = Cursor(conversation, after, self._notify)
+            conversation.attach(cursor)
+            self._notify(cursor)
+            return Opened(conversation=id, epoch=conversation.epoch, head=conversation.head)
+
+    async def _post(self, request: Post) -> Reply:
+        id, text = request.id, request.text
+        limit = self._chat.settings.text_characters
+        if len(text) > limit:
+            return Error(code="too_long", message=f"{len(text)} characters are over the limit of {limit}", ref=id)
+        if not text.strip():
+            return Error(code="malformed", message="the text is empty", ref=id)
+        try:
+            seq = await self._chat.conversation(request.conversation).post(id, text, self._user)
+        except Ended:
+            return Error(code="closing", message="the server is shutting down; post again later", ref=id)
+        return Posted(id=id, conversation=request.conversation, seq=seq)
+
+    def _cancel(self, request: Cancel) -> Error | None:
+        if self._chat.cancel(request.conversation, request.run):
+            return None
+        message = f"no run {request.run} goes on in this conversation"
+        return Error(code="not_found", message=message, ref=request.conversation)
+
+    def _leave(self, conversation: str) -> None:
+        cursor = self._cursors.pop(conversation, None)
+        if cursor is not None:
+            cursor.conversation.detach(cursor)
+            self._behind.pop(cursor, None)
+
+    # The writer
+
+    async def _write(self) -> None:
+        """Send all that there is in one go, again and again; and a heartbeat where there is nothing for long."""
+        while True:
+            self._wake = Event()
+            payloads = await self._take()
+            if payloads:
+                await self._ws.send_text(_batches(payloads) if self._batch else payloads)
+                continue
+            if self._flushing:
+                self._flushed.set()
+            with move_on_after(self._chat.settings.heartbeat) as silence:
+                await self._wake.wait()
+            if silence.cancelled_caught:
+                self._put(Heartbeat())
+
+    async def _take(self) -> list[bytes]:
+        """Take all replies, and of the events that every cursor has before it its share of this turn.
+
+        How far to read is settled before the first checkpoint: nothing overtakes a reply that came before it.
+        """
+        payloads = list(self._outbox)
+        self._outbox.clear()
+        turn = [(cursor, cursor.conversation.head) for cursor in self._behind]
+        for cursor, head in turn:
+            limit = min(head - cursor.seq, max(1, EVENTS_PER_TURN // len(turn)))
+            if limit:
+                entries = await cursor.conversation.read(cursor.seq, limit)
+                cursor.seq = entries[-1].seq  # IndexError, not an endless loop, where the log has lost its end
+                payloads += [entry.json for entry in entries]
+            if cursor.seq == cursor.conversation.head:
+                self._behind.pop(cursor, None)
+        return payloads
+
+
+def decode(message: str | bytes) -> Request | Error:
+    """Decode one object that a client sent, or say what is wrong with it."""
+    if isinstance(message, bytes):
+        return Error(code="malformed", message="a binary message; objects are sent as text")
+    try:
+        request: Request = _decode_request(message)
+    except ValidationError as error:
+        return _explain(message, error)
+    except (DecodeError, RecursionError) as error:
+        return Error(code="malformed", message=str(error))
+    return request
+
+
+def _explain(message: str, error: ValidationError) -> Error:
+    try:
+        envelope = _decode_envelope(message)
+    except (DecodeError, RecursionError):
+        return Error(code="malformed", message=str(error))
+    ref = next((ref for ref in (envelope.id, envelope.conversation) if isinstance(ref, str)), None)
+    if isinstance(envelope.type, str) and envelope.type not in _KNOWN_TYPES:
+        return Error(code="unknown_type", message=f"no request has the type {envelope.type[:64]!r}", ref=ref)
+    return Error(code="malformed", message=str(error), ref=ref)
+
+
+def _batches(lines: list[bytes]) -> Iterator[bytes]:
+    """Join lines into messages of at most BATCH_BYTES, but for a line that is longer by itself."""
+    batch: list[bytes] = []
+    size = 0
+    for line in lines:
+        if batch and size + len(line) > BATCH_BYTES:
+            yield b"\n".join(batch)
+            batch, size = [], 0
+        batch.append(line)
+        size += len(line) + 1
+    yield b"\n".join(batch)

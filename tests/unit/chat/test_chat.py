@@ -1,0 +1,206 @@
+"""The chat as a whole: its nursery, and how it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from tricorn.chat import Chat, Run
+from tricorn.chat.log.memory import MemoryLog
+from tricorn.settings import Settings
+
+Connect = Callable[..., Awaitable[Any]]
+
+
+async def echo(run: Run) -> None:
+    await run.say(run.message)
+
+
+async def in_tool(run: Run) -> None:
+    async with run.tool("wait"):
+        await trio.sleep_forever()
+
+
+def types(objects: list[dict[str, Any]]) -> list[str]:
+    return [object["type"] for object in objects]
+
+
+async def logged(log: MemoryLog) -> str:
+    return b"\n".join(entry.json for entry in await log.read("c", 0, 1000)).decode()
+
+
+async def test_leaving_the_chat_interrupts_its_runs(connect: Connect) -> None:
+    log = MemoryLog()
+    async with Chat(in_tool, log=log) as chat:
+        client = await connect(chat)
+        client.say("post", id="p", conversation="c", text="x")
+        await client.hear_all()
+    text = await logged(log)
+    assert text.count('"interrupted"') == 2  # of the tool and of the run
+    assert text.splitlines()[-1].startswith('{"type":"agent_completed"')
+
+
+async def test_cancelling_the_chat_interrupts_its_runs(connect: Connect) -> None:
+    log = MemoryLog()
+    with trio.CancelScope() as scope:
+        async with Chat(in_tool, log=log) as chat:
+            client = await connect(chat)
+            client.say("post", id="p", conversation="c", text="x")
+            await client.hear_all()
+            scope.cancel()
+            await trio.sleep_forever()
+    assert scope.cancelled_caught
+    assert '"interrupted"' in (await logged(log)).splitlines()[-1]
+
+
+async def test_an_error_in_the_block_ends_the_chat_and_comes_out() -> None:
+    with pytest.raises(ExceptionGroup) as caught:
+        async with Chat(echo):
+            raise ValueError
+    assert caught.group_contains(ValueError)
+
+
+async def test_chats_share_nothing(connect: Connect) -> None:
+    async with Chat(echo) as one, Chat(echo) as two:
+        client, other = await connect(one), await connect(two)
+        client.say("post", id="p", conversation="c", text="x")
+        await client.hear_all()
+        other.say("open", conversation="c")
+        assert (await other.hear())["head"] == 0
+
+
+async def test_a_conversation_is_forgotten_when_it_has_lingered_out_but_not_its_log(
+    connect: Connect, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with Chat(echo, Settings(linger=5.0)) as chat:
+        client = await connect(chat)
+        client.say("open", conversation="c")
+        client.say("post", id="p", conversation="c", text="x")
+        opened, *_ = await client.hear_until("agent_completed")
+        client.say("leave", conversation="c")
+        await trio.sleep(4)
+        assert chat._conversations
+        await trio.sleep(2)
+        assert not chat._conversations
+        client.say("open", conversation="c")
+        client.say("post", id="p2", conversation="c", text="y")
+        again, *heard = await client.hear_all()
+    assert (again["epoch"], again["head"]) == (opened["epoch"], 4)
+    assert [each["seq"] for each in heard if "at" in each] == list(range(1, 9))
+
+
+async def test_a_conversation_whose_time_has_just_run_out_makes_room_for_a_new_one(
+    mock_clock: trio.testing.MockClock,
+) -> None:
+    async with Chat(echo, Settings(linger=5.0)) as chat:
+        first = chat.conversation("c")
+        with first.held():
+            await trio.testing.wait_all_tasks_blocked()
+        mock_clock.jump(6)
+        second = chat.conversation("c")  # the task of the first has not noticed yet
+        assert second is not first
+        with second.held():
+            await first.ended.wait()
+            await trio.testing.wait_all_tasks_blocked()
+            assert chat.conversation("c") is second
+            await second.post("p", "x", "local")
+
+
+# Drain
+
+
+async def test_drain_says_closing_interrupts_runs_and_sends_all_that_is_in_the_log(connect: Connect) -> None:
+    async with Chat(in_tool) as chat:
+        client, other = await connect(chat), await connect(chat)
+        client.say("open", conversation="c")
+        client.say("post", id="p", conversation="c", text="x")
+        await client.hear_until("tool_executing")
+        client.say("post", id="waiting", conversation="c", text="y")
+        await client.hear_until("user_message")
+        await chat.drain()
+        writes = client.writes
+        closing, completed, last, started, never = await client.hear_all()
+        assert client.writes == writes  # nothing came after the drain
+        assert types(await other.hear_all()) == ["closing"]
+    assert (closing["type"], closing["retry_after"]) == ("closing", 1.0)
+    assert closing["reason"]
+    assert (completed["type"], completed["error"]) == ("tool_completed", "interrupted")
+    assert (last["type"], last["outcome"]) == ("agent_completed", "interrupted")
+    assert (started["post"], never["outcome"]) == ("waiting", "interrupted")
+
+
+async def test_while_it_is_closing_a_chat_can_be_read_but_not_posted_to(connect: Connect) -> None:
+    async with Chat(in_tool) as chat:
+        client = await connect(chat)
+        client.say("post", id="p", conversation="c", text="x")
+        await client.hear_all()
+        await chat.drain()
+        assert types(await client.hear_all()) == ["closing"]
+        for conversation in ("c", "new"):
+            client.say("post", id="q", conversation=conversation, text="x")
+            (error,) = await client.hear_all()
+            assert (error["code"], error["ref"]) == ("closing", "q")
+        client.say("open", conversation="c")
+        assert types(await client.hear_all())[-1] == "agent_completed"
+        late = await connect(chat)
+        assert types(await late.hear_all()) == ["closing"]
+
+
+async def test_who_opens_while_runs_are_ending_hears_the_end(connect: Connect) -> None:
+    ending, end = trio.Event(), trio.Event()
+
+    async def stubborn(run: Run) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            ending.set()
+            with trio.CancelScope(shield=True):
+                await end.wait()
+
+    async with Chat(stubborn) as chat:
+        client = await connect(chat)
+        client.say("post", id="p", conversation="c", text="x")
+        await client.hear_all()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(chat.drain)
+            await ending.wait()
+            client.say("open", conversation="c")
+            assert types(await client.hear_all()) == ["closing", "opened", "user_message", "agent_started"]
+            end.set()
+        assert types(await client.hear_all()) == ["agent_completed"]
+
+
+async def test_a_peer_that_does_not_read_holds_a_drain_only_as_long_as_its_caller_waits(
+    connect: Connect, autojump_clock: trio.testing.MockClock
+) -> None:
+    log = MemoryLog()
+    async with Chat(in_tool, log=log) as chat:
+        client = await connect(chat)
+        client.say("post", id="p", conversation="c", text="x")
+        await client.hear_all()
+        client.stop_reading()
+        with trio.move_on_after(3) as scope:
+            await chat.drain()
+        assert scope.cancelled_caught
+        assert trio.current_time() == pytest.approx(3)
+        assert '"interrupted"' in await logged(log)
+
+
+async def test_a_peer_that_goes_ends_the_drains_waiting(connect: Connect) -> None:
+    async with Chat(echo) as chat:
+        client = await connect(chat)
+        client.stop_reading()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(chat.drain)
+            await trio.testing.wait_all_tasks_blocked()
+            await client.leave()
+
+
+async def test_draining_a_chat_without_anybody_is_a_checkpoint() -> None:
+    async with Chat(echo) as chat:
+        with trio.testing.assert_checkpoints():
+            await chat.drain()

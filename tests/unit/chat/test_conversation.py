@@ -1,0 +1,383 @@
+"""A conversation: its order, its life, and those who follow it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from tricorn.chat.conversation import TAIL, Conversation, Cursor, Ended
+from tricorn.chat.log.base import Entry
+from tricorn.chat.log.memory import MemoryLog
+from tricorn.chat.protocol import AnyEvent, UserMessage
+from tricorn.chat.run import Agent, Run
+from tricorn.settings import Settings
+
+
+class WatchedLog(MemoryLog):
+    """Counts what it is asked, and can be held up or fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = 0
+        self.error: Exception | None = None
+        self.gate = trio.Event()
+        self.gate.set()
+
+    async def open(self, conversation: str) -> tuple[str, int]:
+        if self.error is not None:
+            raise self.error
+        return await super().open(conversation)
+
+    async def append(self, conversation: str, event: AnyEvent, key: str | None = None) -> tuple[Entry, bool]:
+        await self.gate.wait()
+        if self.error is not None:
+            raise self.error
+        return await super().append(conversation, event, key)
+
+    async def read(self, conversation: str, after: int, limit: int) -> list[Entry]:
+        self.reads += 1
+        return await super().read(conversation, after, limit)
+
+
+@pytest.fixture
+def log() -> WatchedLog:
+    return WatchedLog()
+
+
+@pytest.fixture
+def begin(nursery: trio.Nursery, log: WatchedLog) -> Callable[..., Conversation]:
+    def begin(agent: Agent, **settings: Any) -> Conversation:
+        conversation = Conversation("c", agent, log, Settings(**settings))
+        nursery.start_soon(conversation.live)
+        return conversation
+
+    return begin
+
+
+Begin = Callable[..., Conversation]
+
+
+async def events(log: MemoryLog) -> list[dict[str, Any]]:
+    return [json.loads(entry.json) for entry in await log.read("c", 0, 10_000)]
+
+
+async def types(log: MemoryLog) -> list[str]:
+    return [event["type"] for event in await events(log)]
+
+
+async def echo(run: Run) -> None:
+    await run.say(run.message)
+
+
+async def sleeper(run: Run) -> None:
+    await trio.sleep_forever()
+
+
+def event(text: str = "x") -> UserMessage:
+    return UserMessage(conversation="c", seq=0, at=0.0, id="p", text=text)
+
+
+# Posts and runs
+
+
+async def test_posts_are_answered_in_order_one_at_a_time(
+    begin: Begin, log: WatchedLog, autojump_clock: trio.testing.MockClock
+) -> None:
+    async def slow(run: Run) -> None:
+        await trio.sleep(3 - len(run.message))
+        await run.say(run.message)
+
+    conversation = begin(slow)
+    for n in range(3):
+        await conversation.post(f"p{n}", "x" * n, "local")
+    await trio.sleep(10)
+    logged = await events(log)
+    assert [event["post"] for event in logged if event["type"] == "agent_started"] == ["p0", "p1", "p2"]
+    runs = [event["run"] for event in logged if "run" in event]
+    assert runs == sorted(runs, key=runs.index)  # no two runs are mixed
+    assert [event["seq"] for event in logged] == list(range(1, len(logged) + 1))
+
+
+async def test_a_repeated_post_gets_the_first_answer_and_no_second_run(begin: Begin, log: WatchedLog) -> None:
+    conversation = begin(echo)
+    seq = await conversation.post("p", "one", "local")
+    await trio.testing.wait_all_tasks_blocked()
+    assert await conversation.post("p", "two", "local") == seq
+    await trio.testing.wait_all_tasks_blocked()
+    assert await types(log) == ["user_message", "agent_started", "agent_message", "agent_completed"]
+
+
+async def test_a_run_that_fails_leaves_the_next_alone(begin: Begin, log: WatchedLog) -> None:
+    async def agent(run: Run) -> None:
+        if run.message == "fail":
+            raise ValueError
+        await run.say("fine")
+
+    conversation = begin(agent)
+    await conversation.post("p1", "fail", "local")
+    await conversation.post("p2", "go", "local")
+    await trio.testing.wait_all_tasks_blocked()
+    outcomes = [event["outcome"] for event in await events(log) if event["type"] == "agent_completed"]
+    assert outcomes == ["failed", "success"]
+
+
+async def test_a_run_that_breaks_by_itself_is_reported_and_leaves_the_next_alone(
+    begin: Begin, log: WatchedLog, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Agents:
+        """Its name cannot even be asked for."""
+
+        broken = True
+
+        @property
+        def __name__(self) -> str:
+            if self.broken:
+                raise ValueError("no name")
+            return "agents"
+
+        async def __call__(self, run: Run) -> None:
+            await run.say("fine")
+
+    agents = Agents()
+    conversation = begin(agents)
+    await conversation.post("p1", "one", "local")
+    await trio.testing.wait_all_tasks_blocked()
+    assert "no name" in capfd.readouterr().err
+    agents.broken = False
+    await conversation.post("p2", "two", "local")
+    await trio.testing.wait_all_tasks_blocked()
+    assert (await events(log))[-1]["outcome"] == "success"
+
+
+async def test_only_the_run_that_goes_on_can_be_cancelled(begin: Begin, log: WatchedLog) -> None:
+    conversation = begin(sleeper)
+    assert not conversation.cancel("r")
+    await conversation.post("p", "x", "local")
+    await trio.testing.wait_all_tasks_blocked()
+    run = (await events(log))[-1]["run"]
+    assert not conversation.cancel("other")
+    assert conversation.cancel(run)
+    await trio.testing.wait_all_tasks_blocked()
+    assert (await events(log))[-1]["outcome"] == "cancelled"
+    assert not conversation.cancel(run)
+
+
+async def test_a_run_has_run_timeout_seconds(
+    begin: Begin, log: WatchedLog, autojump_clock: trio.testing.MockClock
+) -> None:
+    conversation = begin(sleeper, run_timeout=5.0)
+    await conversation.post("p", "x", "local")
+    await trio.sleep(6)
+    assert (await events(log))[-1]["outcome"] == "timeout"
+
+
+# Its life
+
+
+async def test_it_lingers_and_ends(begin: Begin, log: WatchedLog, autojump_clock: trio.testing.MockClock) -> None:
+    conversation = begin(echo, linger=30.0)
+    await conversation.post("p", "x", "local")
+    await trio.sleep(29)
+    assert not conversation.over
+    await trio.sleep(2)
+    assert conversation.ended.is_set()
+    assert conversation.over
+
+
+async def test_it_lives_while_a_run_goes_on(
+    begin: Begin, log: WatchedLog, autojump_clock: trio.testing.MockClock
+) -> None:
+    async def long(run: Run) -> None:
+        await trio.sleep(100)
+
+    conversation = begin(long, linger=1.0)
+    await conversation.post("p", "x", "local")
+    await trio.sleep(100.5)
+    assert not conversation.over
+    await conversation.ended.wait()
+    assert trio.current_time() == pytest.approx(101)
+    assert (await events(log))[-1]["outcome"] == "success"
+
+
+async def test_it_lives_while_somebody_follows_it(begin: Begin, autojump_clock: trio.testing.MockClock) -> None:
+    conversation = begin(echo, linger=1.0)
+    cursors = [Cursor(conversation, 0, lambda cursor: None) for _ in range(2)]
+    for cursor in cursors:
+        conversation.attach(cursor)
+    await trio.sleep(100)
+    conversation.detach(cursors[0])
+    await trio.sleep(100)
+    assert not conversation.over
+    conversation.detach(cursors[1])
+    await conversation.ended.wait()
+    assert trio.current_time() == pytest.approx(201)
+
+
+async def test_a_post_on_its_way_into_the_log_keeps_it_alive(
+    begin: Begin, log: WatchedLog, nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
+) -> None:
+    conversation = begin(echo, linger=1.0)
+    await conversation.post("first", "x", "local")
+    await trio.testing.wait_all_tasks_blocked()
+    log.gate = trio.Event()
+    nursery.start_soon(conversation.post, "p", "x", "local")
+    await trio.sleep(100)
+    log.gate.set()
+    await trio.testing.wait_all_tasks_blocked()
+    assert (await types(log)).count("agent_completed") == 2
+    assert not conversation.over
+
+
+async def test_its_end_interrupts_the_run_and_those_that_wait(begin: Begin, log: WatchedLog) -> None:
+    conversation = begin(sleeper)
+    for n in range(3):
+        await conversation.post(f"p{n}", "x", "local")
+    await trio.testing.wait_all_tasks_blocked()
+    conversation.end()
+    await conversation.ended.wait()
+    logged = await events(log)
+    assert [event["post"] for event in logged if event["type"] == "agent_started"] == ["p0", "p1", "p2"]
+    assert [event["outcome"] for event in logged if event["type"] == "agent_completed"] == ["interrupted"] * 3
+    with pytest.raises(Ended):
+        await conversation.post("p3", "x", "local")
+
+
+async def test_its_cancellation_does_the_same(log: WatchedLog) -> None:
+    conversation = Conversation("c", sleeper, log, Settings())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(conversation.live)
+        for n in range(2):
+            await conversation.post(f"p{n}", "x", "local")
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    outcomes = [event["outcome"] for event in await events(log) if event["type"] == "agent_completed"]
+    assert outcomes == ["interrupted"] * 2
+    assert conversation.ended.is_set()
+    with pytest.raises(Ended):
+        await conversation.post("late", "x", "local")
+
+
+async def test_a_post_on_its_way_at_the_end_gets_its_run(begin: Begin, log: WatchedLog, nursery: trio.Nursery) -> None:
+    conversation = begin(sleeper)
+    log.gate = trio.Event()
+    nursery.start_soon(conversation.post, "p", "x", "local")
+    await trio.testing.wait_all_tasks_blocked()
+    conversation.end()
+    await trio.testing.wait_all_tasks_blocked()
+    log.gate.set()
+    await conversation.ended.wait()
+    assert await types(log) == ["user_message", "agent_started", "agent_completed"]
+
+
+async def test_a_log_that_stalls_holds_the_end_only_so_long(
+    begin: Begin, log: WatchedLog, nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
+) -> None:
+    conversation = begin(sleeper)
+    for n in range(5):
+        await conversation.post(f"p{n}", "x", "local")
+    await trio.testing.wait_all_tasks_blocked()
+    log.gate = trio.Event()
+    conversation.end()
+    await conversation.ended.wait()
+    assert trio.current_time() <= 6
+
+
+# Those who follow it
+
+
+async def test_every_append_notifies_who_is_attached(begin: Begin) -> None:
+    conversation = begin(echo)
+    notified: list[Cursor] = []
+    cursor = Cursor(conversation, 0, notified.append)
+    conversation.attach(cursor)
+    await conversation.append(event())
+    assert notified == [cursor]
+    await conversation.append(event(), "k")
+    await conversation.append(event(), "k")  # a repetition is no news
+    assert len(notified) == 2
+    conversation.detach(cursor)
+    await conversation.append(event())
+    assert len(notified) == 2
+
+
+async def test_the_log_is_asked_where_it_stands_once(begin: Begin, log: WatchedLog) -> None:
+    entry, _ = await log.append("c", event())
+    conversation = begin(echo)
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(conversation.open)
+    assert conversation.epoch
+    assert conversation.head == entry.seq
+    log.error = OSError()
+    await conversation.open()
+
+
+async def test_a_log_that_cannot_be_opened_is_asked_again(begin: Begin, log: WatchedLog) -> None:
+    conversation = begin(echo)
+    log.error = OSError()
+    with pytest.raises(OSError):  # noqa: PT011
+        await conversation.open()
+    log.error = None
+    await conversation.open()
+    assert conversation.epoch
+
+
+async def test_who_keeps_up_is_served_without_the_log(begin: Begin, log: WatchedLog) -> None:
+    conversation = begin(echo)
+    await conversation.open()
+    for n in range(TAIL + 10):
+        await conversation.append(event(str(n)))
+    recent = await conversation.read(10, 5)
+    assert [entry.seq for entry in recent] == [11, 12, 13, 14, 15]
+    assert await conversation.read(TAIL + 10, 5) == []
+    assert log.reads == 0
+    old = await conversation.read(9, 5)
+    assert [entry.seq for entry in old] == [10, 11, 12, 13, 14]
+    assert log.reads == 1
+    assert old[1:] == recent[:4]
+    assert old[1].json is recent[0].json  # encoded once
+
+
+async def test_it_goes_on_where_the_log_stands(begin: Begin, log: WatchedLog) -> None:
+    for n in range(3):
+        await log.append("c", event(str(n)))
+    conversation = begin(echo)
+    await conversation.open()
+    assert [entry.seq for entry in await conversation.read(1, 10)] == [2, 3]
+    await conversation.append(event())
+    assert [entry.seq for entry in await conversation.read(1, 10)] == [2, 3, 4]
+    assert [entry.seq for entry in await conversation.read(3, 10)] == [4]
+    assert log.reads == 2
+
+
+async def test_what_others_write_into_the_log_is_not_skipped(begin: Begin, log: WatchedLog) -> None:
+    conversation = begin(echo)
+    await conversation.open()
+    await conversation.append(event("1"))
+    await log.append("c", event("2"))
+    await conversation.append(event("3"))
+    assert conversation.head == 3
+    assert [json.loads(entry.json)["text"] for entry in await conversation.read(0, 10)] == ["1", "2", "3"]
+
+
+async def test_a_failed_append_disturbs_nobody(begin: Begin, log: WatchedLog) -> None:
+    conversation = begin(echo)
+    log.error = OSError("full")
+    with pytest.raises(OSError, match="full"):
+        await conversation.append(event())
+    log.error = None
+    await conversation.append(event())
+    assert conversation.head == 1
+
+
+async def test_appends_keep_their_order(begin: Begin, log: WatchedLog) -> None:
+    conversation = begin(echo)
+    async with trio.open_nursery() as nursery:
+        for n in range(20):
+            nursery.start_soon(conversation.append, event(str(n)))
+    assert [entry.seq for entry in await conversation.read(0, 100)] == list(range(1, 21))

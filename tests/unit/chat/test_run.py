@@ -1,0 +1,636 @@
+"""A run, from agent_started to agent_completed, whatever the agent does."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+import trio.testing
+
+from tricorn.chat.protocol import AnyEvent
+from tricorn.chat.run import LAST_WORDS, Agent, Run, ToolError, perform
+
+
+class Events(list[dict[str, Any]]):
+    """A log of one conversation that can be told to fail or to stall at one type of event."""
+
+    def __init__(self) -> None:
+        self.keys: set[str] = set()
+        self.asked = 0
+        self.fail: set[str] = set()
+        self.stall: set[str] = set()
+
+    async def append(self, event: AnyEvent, key: str | None) -> None:
+        await trio.lowlevel.checkpoint()
+        self.asked += 1
+        plain = msgspec.json.decode(msgspec.json.encode(event))
+        if plain["type"] in self.fail:
+            self.fail.remove(plain["type"])
+            raise OSError("the disk is gone")
+        if plain["type"] in self.stall:
+            await trio.sleep_forever()
+        if key is None or key not in self.keys:
+            self.append_plain(plain)
+        if key is not None:
+            self.keys.add(key)
+
+    def append_plain(self, event: dict[str, Any]) -> None:
+        super().append(event)
+
+    @property
+    def types(self) -> list[str]:
+        return [event["type"] for event in self]
+
+    def only(self, type: str) -> dict[str, Any]:
+        (found,) = [event for event in self if event["type"] == type]
+        return found
+
+
+@pytest.fixture
+def events() -> Events:
+    return Events()
+
+
+@pytest.fixture
+def new_run(events: Events) -> Callable[..., Run]:
+    def new(seconds: float = 300) -> Run:
+        return Run("c", "local", "hello", "post-1", seconds, events.append)
+
+    return new
+
+
+@pytest.fixture
+def play(events: Events, new_run: Callable[..., Run]) -> Callable[..., Awaitable[Run]]:
+    async def play(agent: Agent, seconds: float = 300) -> Run:
+        run = new_run(seconds)
+        await perform(run, agent)
+        return run
+
+    return play
+
+
+Play = Callable[..., Awaitable[Run]]
+NewRun = Callable[..., Run]
+
+
+async def sleeper(run: Run) -> None:
+    await trio.sleep_forever()
+
+
+async def in_tool(run: Run) -> None:
+    async with run.tool("wait", seconds=9):
+        await trio.sleep_forever()
+
+
+# What an agent shows
+
+
+async def test_a_run_shows_its_work_in_order(
+    play: Play, events: Events, autojump_clock: trio.testing.MockClock
+) -> None:
+    async def weather(run: Run) -> None:
+        assert (run.conversation, run.user, run.message) == ("c", "local", "hello")
+        await run.think("looking it up")
+        async with run.tool("forecast", name="Oslo", self=1) as tool:
+            await trio.sleep(2)
+            tool.result = {"rain": True}
+        await run.say("Ra")
+        await run.say("in.")
+
+    run = await play(weather)
+    assert events.types == [
+        "agent_started",
+        "agent_thinking",
+        "tool_executing",
+        "tool_completed",
+        "agent_message",
+        "agent_message",
+        "agent_completed",
+    ]
+    assert {event["run"] for event in events} == {run.id}
+    assert events[0]["agent"] == "weather"
+    assert events[0]["post"] == "post-1"
+    executing, completed = events[2:4]
+    assert executing["arguments"] == {"name": "Oslo", "self": 1}
+    assert executing["call"] == completed["call"]
+    assert (completed["tool"], completed["result"]) == ("forecast", {"rain": True})
+    assert completed["seconds"] == pytest.approx(2)
+    assert "error" not in completed
+    last = events[-1]
+    assert (last["outcome"], last["text"]) == ("success", "Rain.")
+    assert last["seconds"] == pytest.approx(2)
+    assert "error_id" not in last
+    assert events.asked == len(events)
+
+
+async def test_an_agent_that_says_nothing_has_no_text(play: Play, events: Events) -> None:
+    async def silent(run: Run) -> None:
+        await run.say("")
+        await run.think("")
+
+    await play(silent)
+    assert events.types == ["agent_started", "agent_completed"]
+    assert "text" not in events[-1]
+
+
+async def test_what_an_agent_calls_is_a_checkpoint(play: Play) -> None:
+    async def agent(run: Run) -> None:
+        for text in ("", "x"):
+            with trio.testing.assert_checkpoints():
+                await run.say(text)
+        tool = run.tool("t")
+        with trio.testing.assert_checkpoints():
+            await tool.__aenter__()
+        await tool.__aexit__(None, None, None)
+
+    await play(agent)
+
+
+async def test_an_agent_may_be_an_object_without_a_name(play: Play, events: Events) -> None:
+    class Quiet:
+        async def __call__(self, run: Run) -> None:
+            await trio.lowlevel.checkpoint()
+
+    await play(Quiet())
+    assert events[0]["agent"] == "Quiet"
+
+
+async def test_an_agent_may_open_nurseries(play: Play, events: Events, autojump_clock: trio.testing.MockClock) -> None:
+    async def work(run: Run, n: int) -> None:
+        async with run.tool("work", n=n) as tool:
+            await trio.sleep(3 - n)
+            tool.result = n
+
+    async def agent(run: Run) -> None:
+        async with trio.open_nursery() as nursery:
+            for n in range(3):
+                nursery.start_soon(work, run, n)
+
+    await play(agent)
+    assert events[-1]["outcome"] == "success"
+    executing = {event["call"]: event["arguments"]["n"] for event in events if event["type"] == "tool_executing"}
+    completed = [(executing[event["call"]], event["result"]) for event in events if event["type"] == "tool_completed"]
+    assert completed == [(2, 2), (1, 1), (0, 0)]
+
+
+# How a run ends
+
+
+class Odd(BaseException):
+    pass
+
+
+async def grouped(run: Run) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(sleeper, run)
+        raise ValueError("secret")
+
+
+async def plain(run: Run) -> None:
+    raise ValueError("secret")
+
+
+async def odd(run: Run) -> None:
+    raise Odd("secret")
+
+
+@pytest.mark.parametrize("agent", [plain, grouped, odd])
+async def test_an_agent_that_raises_has_failed(
+    agent: Agent, play: Play, events: Events, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = await play(agent)
+    assert events.types == ["agent_started", "agent_completed"]
+    last = events[-1]
+    assert last["outcome"] == "failed"
+    record = msgspec.json.decode(capfd.readouterr().err)
+    assert "secret" in record["stack_trace"]
+    assert "secret" not in str(last)
+    assert record["error_id"] == last["error_id"]
+    assert (record["conversation"], record["run"], record["user"]) == ("c", run.id, "local")
+
+
+async def test_an_agent_that_is_no_coroutine_function_has_failed(play: Play, events: Events) -> None:
+    await play(lambda run: None)  # type: ignore[arg-type, return-value]
+    assert events[-1]["outcome"] == "failed"
+
+
+async def test_what_was_said_before_a_failure_is_in_the_text(play: Play, events: Events) -> None:
+    async def agent(run: Run) -> None:
+        await run.say("half")
+        raise ValueError
+
+    await play(agent)
+    assert (events[-1]["outcome"], events[-1]["text"]) == ("failed", "half")
+
+
+async def test_cancel_ends_a_run(new_run: NewRun, events: Events, nursery: trio.Nursery) -> None:
+    run = new_run()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(perform, run, sleeper)
+        await trio.testing.wait_all_tasks_blocked()
+        run.cancel()
+        run.cancel("interrupted")  # the first cause is kept
+    assert events[-1]["outcome"] == "cancelled"
+    assert "error_id" not in events[-1]
+
+
+async def test_the_deadline_ends_a_run(play: Play, events: Events, autojump_clock: trio.testing.MockClock) -> None:
+    await play(sleeper, seconds=7)
+    assert events[-1]["outcome"] == "timeout"
+    assert events[-1]["seconds"] == pytest.approx(7)
+
+
+async def test_cancelling_after_the_deadline_changes_nothing(
+    new_run: NewRun, events: Events, autojump_clock: trio.testing.MockClock
+) -> None:
+    async def stubborn(run: Run) -> None:
+        with trio.CancelScope(shield=True):
+            await trio.sleep(10)
+        run.cancel()
+        await trio.sleep_forever()
+
+    await perform(new_run(seconds=5), stubborn)
+    assert events[-1]["outcome"] == "timeout"
+
+
+async def test_a_run_that_is_done_before_its_cancellation_arrives_is_a_success(play: Play, events: Events) -> None:
+    async def agent(run: Run) -> None:
+        await run.say("done")
+        run.cancel()
+
+    await play(agent)
+    assert events[-1]["outcome"] == "success"
+
+
+async def test_a_run_cancelled_before_it_began_has_a_beginning_and_an_end(new_run: NewRun, events: Events) -> None:
+    async def never(run: Run) -> None:
+        raise AssertionError
+
+    run = new_run()
+    run.cancel("interrupted")
+    await perform(run, never)
+    assert events.types == ["agent_started", "agent_completed"]
+    assert events[-1]["outcome"] == "interrupted"
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_cancellation_from_around_interrupts_and_goes_on(new_run: NewRun, events: Events, at_once: bool) -> None:
+    async with trio.open_nursery() as nursery:
+        with trio.CancelScope() as scope:
+            nursery.start_soon(lambda: cancel_when_blocked(scope))
+            if at_once:
+                scope.cancel()
+            await perform(new_run(), in_tool)
+        assert scope.cancelled_caught
+    assert events.types[0] == "agent_started"
+    assert events.types.count("agent_completed") == 1
+    assert events[-1]["outcome"] == "interrupted"
+
+
+async def cancel_when_blocked(scope: trio.CancelScope) -> None:
+    await trio.testing.wait_all_tasks_blocked()
+    scope.cancel()
+
+
+@pytest.mark.parametrize(("cause", "outcome"), [("cancel", "cancelled"), ("around", "interrupted")])
+async def test_an_agent_that_raises_while_it_is_ended_keeps_the_first_cause(
+    cause: str, outcome: str, new_run: NewRun, events: Events, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def messy(run: Run) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(sleeper, run)
+            try:
+                await trio.sleep_forever()
+            finally:
+                raise ValueError("in the cleanup")
+
+    run = new_run()
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(perform, run, messy)
+            await trio.testing.wait_all_tasks_blocked()
+            if cause == "cancel":
+                run.cancel()
+            else:
+                scope.cancel()
+    assert scope.cancelled_caught == (cause == "around")
+    assert events[-1]["outcome"] == outcome
+    assert events[-1]["error_id"] in capfd.readouterr().err  # and the error is not hidden
+
+
+async def test_a_cancelled_that_nobody_asked_for_is_a_failure(play: Play, events: Events) -> None:
+    async def agent(run: Run) -> None:
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            try:
+                await trio.lowlevel.checkpoint()
+            except trio.Cancelled as cancelled:
+                kept = cancelled
+        raise kept
+
+    async with trio.open_nursery() as nursery:  # where a Cancelled would end without a trace
+        nursery.start_soon(play, agent)
+    assert not nursery.cancel_scope.cancel_called
+    assert events[-1]["outcome"] == "failed"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+async def test_the_end_of_the_program_goes_on(error: type[BaseException], play: Play, events: Events) -> None:
+    async def agent(run: Run) -> None:
+        raise error
+
+    with pytest.raises(error):
+        await play(agent)
+    assert events[-1]["outcome"] == "interrupted"
+
+
+async def test_after_its_end_a_run_can_say_nothing(play: Play, events: Events) -> None:
+    run = await play(sleeper, seconds=0)
+    before = list(events)
+    with pytest.raises(RuntimeError, match="the run is over"):
+        await run.say("more")
+    with pytest.raises(RuntimeError, match="the run is over"):
+        await run.think("more")
+    with pytest.raises(RuntimeError, match="the run is over"):
+        async with run.tool("more"):
+            pass
+    assert events == before
+
+
+# Tools
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (ToolError("no such city"), "no such city"),
+        (ToolError(), "the tool failed"),
+        (ToolError("\ud800"), "?"),
+        (ExceptionGroup("", [ToolError("a"), ExceptionGroup("", [ToolError("b")])]), "a; b"),
+        (ExceptionGroup("", [ToolError("a"), ValueError("secret")]), "the tool failed"),
+        (ValueError("secret"), "the tool failed"),
+        (Odd("secret"), "the tool failed"),
+    ],
+)
+async def test_a_tool_that_raises_shows_an_error_and_the_exception_goes_on(
+    error: BaseException, shown: str, play: Play, events: Events
+) -> None:
+    async def agent(run: Run) -> None:
+        with pytest.raises(type(error)) as caught:
+            async with run.tool("forecast"):
+                raise error
+        assert caught.value is error
+        await run.say("sorry")
+
+    await play(agent)
+    completed = events.only("tool_completed")
+    assert completed["error"] == shown
+    assert "result" not in completed
+    assert events[-1]["outcome"] == "success"
+
+
+@pytest.mark.parametrize(
+    ("end", "shown", "outcome"),
+    [
+        (lambda run, scope: run.cancel(), "cancelled", "cancelled"),
+        (lambda run, scope: run.cancel("interrupted"), "interrupted", "interrupted"),
+        (lambda run, scope: scope.cancel(), "cancelled", "interrupted"),
+    ],
+)
+async def test_tools_in_progress_are_completed_before_the_run(
+    end: Callable[[Run, trio.CancelScope], None], shown: str, outcome: str, new_run: NewRun, events: Events
+) -> None:
+    async def two(run: Run) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(in_tool, run)
+            nursery.start_soon(in_tool, run)
+
+    run = new_run()
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(perform, run, two)
+            await trio.testing.wait_all_tasks_blocked()
+            end(run, scope)
+    assert events.types == [
+        "agent_started",
+        "tool_executing",
+        "tool_executing",
+        "tool_completed",
+        "tool_completed",
+        "agent_completed",
+    ]
+    assert [event["error"] for event in events if event["type"] == "tool_completed"] == [shown, shown]
+    assert {event["call"] for event in events[1:3]} == {event["call"] for event in events[3:5]}
+    assert events[-1]["outcome"] == outcome
+
+
+async def test_a_tool_that_runs_out_of_time(play: Play, events: Events, autojump_clock: trio.testing.MockClock) -> None:
+    await play(in_tool, seconds=4)
+    assert events.types == ["agent_started", "tool_executing", "tool_completed", "agent_completed"]
+    assert events[2]["error"] == "timed out"
+    assert events[2]["seconds"] == pytest.approx(4)
+
+
+async def test_a_timeout_of_the_agents_own_ends_only_the_tool(
+    play: Play, events: Events, autojump_clock: trio.testing.MockClock
+) -> None:
+    async def agent(run: Run) -> None:
+        with trio.move_on_after(1):
+            await in_tool(run)
+        assert events.types[-1] == "tool_completed"
+        await run.say("never mind")
+
+    await play(agent)
+    assert events.only("tool_completed")["error"] == "cancelled"
+    assert events[-1]["outcome"] == "success"
+
+
+async def test_a_tool_entered_under_a_cancelled_scope_is_never_seen(play: Play, events: Events) -> None:
+    async def agent(run: Run) -> None:
+        with trio.move_on_after(0):
+            await in_tool(run)
+
+    await play(agent)
+    assert events.types == ["agent_started", "agent_completed"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_tool_left_open_is_completed_before_the_run(fails: bool, play: Play, events: Events) -> None:
+    left = []
+
+    async def agent(run: Run) -> None:
+        left.append(await run.tool("a").__aenter__())
+        left.append(await run.tool("b").__aenter__())
+        if fails:
+            raise ValueError
+
+    await play(agent)
+    assert events.types[-3:] == ["tool_completed", "tool_completed", "agent_completed"]
+    assert [event["error"] for event in events[-3:-1]] == ["not finished"] * 2
+    asked = events.asked
+    for tool in left:
+        await tool.__aexit__(None, None, None)  # too late to say anything
+    assert events.asked == asked
+
+
+async def test_a_tool_in_a_task_outside_the_run_is_completed_once(
+    new_run: NewRun, events: Events, nursery: trio.Nursery
+) -> None:
+    async def agent(run: Run) -> None:
+        nursery.start_soon(in_tool, run)
+        await trio.testing.wait_all_tasks_blocked()
+
+    await perform(new_run(), agent)
+    nursery.cancel_scope.cancel()
+    with trio.CancelScope(shield=True):
+        await trio.testing.wait_all_tasks_blocked()
+    assert events.types == ["agent_started", "tool_executing", "tool_completed", "agent_completed"]
+
+
+async def test_arguments_that_are_not_json_are_refused_before_anybody_sees_the_tool(play: Play, events: Events) -> None:
+    async def agent(run: Run) -> None:
+        with pytest.raises(TypeError, match=r"an argument of the tool 'forecast' has no JSON form: .*object"):
+            async with run.tool("forecast", city=object()):
+                raise AssertionError
+        with pytest.raises(TypeError, match="name of a tool must be a str, not int"):
+            async with run.tool(5):  # type: ignore[arg-type]
+                raise AssertionError
+
+    await play(agent)
+    assert events.types == ["agent_started", "agent_completed"]
+
+
+@pytest.mark.parametrize("result", [object(), "\ud800", {None: 1}])
+async def test_a_result_that_is_not_json_is_an_error_of_the_tool(result: object, play: Play, events: Events) -> None:
+    async def agent(run: Run) -> None:
+        with pytest.raises(TypeError, match="the result of the tool 'forecast' has no JSON form"):
+            async with run.tool("forecast") as tool:
+                tool.result = result
+
+    await play(agent)
+    assert events.types == ["agent_started", "tool_executing", "tool_completed", "agent_completed"]
+    assert events[2]["error"] == "the tool failed"
+
+
+async def test_a_result_that_refers_to_itself_is_an_error_of_the_tool(play: Play, events: Events) -> None:
+    async def agent(run: Run) -> None:
+        loop: list[object] = []
+        loop.append(loop)
+        async with run.tool("forecast") as tool:
+            tool.result = loop
+
+    await play(agent)
+    assert events[-1]["outcome"] == "failed"
+    assert events.only("tool_completed")["error"] == "the tool failed"
+
+
+async def test_a_result_is_taken_as_it_was_when_the_tool_ended(new_run: NewRun, events: Events) -> None:
+    result: list[object] = [1]
+
+    async def agent(run: Run) -> None:
+        async with run.tool("count") as tool:
+            tool.result = result
+            run.cancel()
+        raise AssertionError
+
+    run = new_run()
+    try:
+        await perform(run, agent)
+    finally:
+        result.append(object())
+    assert events.only("tool_completed")["result"] == [1]
+    assert events[-1]["outcome"] == "cancelled"
+
+
+@pytest.mark.parametrize(("text", "error"), [(5, TypeError), (None, TypeError), ("\ud800", UnicodeEncodeError)])
+async def test_a_text_that_is_none_is_refused(text: Any, error: type[Exception], play: Play, events: Events) -> None:
+    async def agent(run: Run) -> None:
+        with pytest.raises(error):
+            await run.say(text)
+        with pytest.raises(error):
+            await run.think(text)
+
+    await play(agent)
+    assert events.types == ["agent_started", "agent_completed"]
+
+
+# A log that fails
+
+
+@pytest.mark.parametrize("type", ["agent_started", "agent_thinking", "tool_executing", "tool_completed"])
+async def test_an_append_that_fails_fails_the_run_and_leaves_the_stream_whole(
+    type: str, play: Play, events: Events
+) -> None:
+    async def agent(run: Run) -> None:
+        await run.think("hm")
+        async with run.tool("t") as tool:
+            tool.result = 1
+
+    events.fail.add(type)
+    await play(agent)
+    assert events[-1]["outcome"] == "failed"
+    assert events.types[0] == "agent_started"
+    assert events.types.count("tool_executing") == events.types.count("tool_completed")
+
+
+async def test_an_end_that_cannot_be_logged_is_reported(
+    play: Play, events: Events, capfd: pytest.CaptureFixture[str]
+) -> None:
+    events.fail.add("agent_completed")
+    await play(lambda run: run.say("x"))
+    assert "the disk is gone" in capfd.readouterr().err
+
+
+async def test_a_log_that_stalls_holds_the_end_only_so_long(
+    play: Play, events: Events, autojump_clock: trio.testing.MockClock, capfd: pytest.CaptureFixture[str]
+) -> None:
+    events.stall.add("agent_completed")
+    await play(lambda run: run.say("x"))
+    assert trio.current_time() == pytest.approx(LAST_WORDS)
+    assert "TooSlowError" in capfd.readouterr().err
+
+
+async def test_all_that_a_run_owes_at_its_end_shares_one_deadline(
+    new_run: NewRun, events: Events, autojump_clock: trio.testing.MockClock
+) -> None:
+    async def nested(run: Run) -> None:
+        async with run.tool("outer"), run.tool("inner"):
+            run.cancel()
+            await trio.sleep_forever()
+
+    events.stall |= {"tool_completed", "agent_completed"}
+    await perform(new_run(), nested)
+    assert trio.current_time() == pytest.approx(LAST_WORDS)
+
+
+async def test_an_error_in_a_tool_of_a_run_that_is_being_ended_is_not_hidden(
+    new_run: NewRun, events: Events, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def agent(run: Run) -> None:
+        async with run.tool("t"):
+            run.cancel()
+            raise ValueError("in the tool")
+
+    await perform(new_run(), agent)
+    assert events.only("tool_completed")["error"] == "the tool failed"
+    assert events[-1]["outcome"] == "cancelled"
+    assert "in the tool" in capfd.readouterr().err
+
+
+async def test_a_tool_whose_end_cannot_be_logged_in_time_is_made_up_for(
+    play: Play, events: Events, autojump_clock: trio.testing.MockClock
+) -> None:
+    async def agent(run: Run) -> None:
+        events.stall.add("tool_completed")
+        async with run.tool("t") as tool:
+            tool.result = 1
+        events.stall.clear()
+        await run.say("on")
+
+    await play(agent)
+    assert events.types[-3:] == ["agent_message", "tool_completed", "agent_completed"]
+    assert events[-2]["result"] == 1
+    assert events[-1]["outcome"] == "success"
