@@ -1,0 +1,126 @@
+"""How a conversation looks in a terminal."""
+
+from __future__ import annotations
+
+import sys
+from itertools import cycle
+from typing import Any
+
+import msgspec
+import trio
+from rich.console import Console
+from rich.control import Control
+from rich.segment import ControlType
+from rich.text import Text
+
+from tricorn.chat.protocol import (
+    AgentCompleted,
+    AgentMessage,
+    AgentThinking,
+    AnyEvent,
+    ToolCompleted,
+    ToolExecuting,
+    UserMessage,
+)
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Screen:
+    """Draws the events of a conversation on stdout. What others say is shown as text, whatever it contains."""
+
+    def __init__(self) -> None:
+        self._console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
+        self._line_is_open = False
+        self._tools: dict[str, str] = {}
+        self._spinning = trio.Event()
+
+    def write(self, text: str) -> None:
+        """Write a line as it is."""
+        try:
+            sys.stdout.buffer.write(text.encode() + b"\n")
+            sys.stdout.buffer.flush()
+        except BrokenPipeError:
+            self._console.on_broken_pipe()
+
+    def prompt(self) -> None:
+        self.end_line()
+        self._console.print(Text("› ", "bold"), end="")
+        self._line_is_open = True
+
+    def line_was_entered(self) -> None:
+        self._line_is_open = False
+
+    def end_line(self) -> None:
+        self._stop_spinning()
+        if self._line_is_open:
+            self._console.print()
+            self._line_is_open = False
+
+    def note(self, text: str) -> None:
+        self._line(one_line(text), "dim")
+
+    def draw(self, event: AnyEvent) -> None:
+        self._stop_spinning()
+        match event:
+            case UserMessage():
+                self._line(f"› {event.text}", "bold")
+            case AgentThinking():
+                self._line(event.text, "dim italic")
+            case ToolExecuting():
+                self._tools[event.call] = event.tool
+                arguments = (f"{name}={_json(value)}" for name, value in event.arguments.items())
+                self._line(f"▸ {event.tool} {' '.join(arguments)}", "cyan")
+            case ToolCompleted():
+                self._tools.pop(event.call, None)
+                if event.error is None:
+                    result = event.result if isinstance(event.result, str) else _json(event.result)
+                    self._line(f"  {event.tool} → {result} ({event.seconds:.1f} s)", "cyan")
+                else:
+                    self._line(f"  {event.tool}: {event.error}", "red")
+            case AgentMessage():
+                self._console.print(Text(_clean(event.text)), end="")
+                self._line_is_open = not event.text.endswith("\n")
+            case AgentCompleted():
+                self._tools.clear()
+                self.end_line()
+                if event.outcome != "success":
+                    error_id = f" (error {event.error_id})" if event.error_id else ""
+                    self._line(f"{event.outcome}{error_id}", "red")
+        if self._tools and not self._line_is_open and self._console.is_terminal:
+            self._spinning.set()
+
+    async def animate(self) -> None:
+        """Turn the spinner whenever there is one, until cancelled."""
+        for frame in cycle("⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"):
+            while not self._spinning.is_set():  # it may have stopped again before this task's turn came
+                await self._spinning.wait()
+            text = Text(f"{frame} {one_line(', '.join(self._tools.values()))}", "cyan")
+            self._console.print(text, end="\r", no_wrap=True, overflow="ellipsis", soft_wrap=False)
+            await trio.sleep(0.1)
+
+    def _stop_spinning(self) -> None:
+        if self._spinning.is_set():
+            self._spinning = trio.Event()
+            self._console.control(Control((ControlType.ERASE_IN_LINE, 2)))
+
+    def _line(self, text: str, style: str) -> None:
+        self.end_line()
+        self._console.print(Text(_clean(text), style))
+
+
+# C0 and C1 without tab and newline: an escape sequence from an agent or a tool must not reach the terminal.
+_CONTROL = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\t"), ord("\n")})
+
+
+def one_line(text: str) -> str:
+    """`text` without control characters and line breaks."""
+    return " ".join(_clean(text).split())
+
+
+def _clean(text: str) -> str:
+    return text.translate(_CONTROL)
+
+
+def _json(value: Any) -> str:
+    return _encode(value).decode()

@@ -1,0 +1,297 @@
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+
+TRICORN = [sys.executable, "-m", "tricorn"]
+TIMEOUT = 60  # seconds; for what takes one or two
+AGENTS = """
+async def works(run):
+    await run.say(run.message)
+
+async def fails(run):
+    await run.say("so far so good")
+    raise RuntimeError("not for the people")
+"""
+
+
+@dataclass
+class Server:
+    process: trio.Process
+    url: str
+    stderr: Path
+
+    async def stop(self, by: signal.Signals = signal.SIGTERM) -> int:
+        self.process.send_signal(by)
+        with trio.fail_after(TIMEOUT):
+            return await self.process.wait()
+
+
+@dataclass
+class Result:
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def events(self) -> list[dict]:
+        return [json.loads(line) for line in self.stdout.splitlines()]
+
+
+class Cli:
+    """Runs `tricorn` in a directory that has agents in it."""
+
+    def __init__(self, directory: Path, nursery: trio.Nursery) -> None:
+        self.directory = directory
+        self.nursery = nursery
+        (directory / "agents_of_mine.py").write_text(AGENTS)
+
+    async def run(self, *arguments: str, stdin: bytes = b"", **environ: str) -> Result:
+        with trio.fail_after(TIMEOUT):
+            done = await trio.run_process(
+                [*TRICORN, *arguments],
+                stdin=stdin,
+                capture_stdout=True,
+                capture_stderr=True,
+                check=False,
+                cwd=self.directory,
+                env=os.environ | environ,
+            )
+        return Result(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    async def serve(self, *arguments: str, **environ: str) -> Server:
+        stderr = self.directory / "stderr"
+        with stderr.open("wb") as file, trio.fail_after(TIMEOUT):
+            process = await self.nursery.start(
+                partial(
+                    trio.run_process,
+                    [*TRICORN, "serve", "--bind", "127.0.0.1:0", *arguments],
+                    stdout=subprocess.PIPE,
+                    stderr=file,
+                    check=False,
+                    cwd=self.directory,
+                    env=os.environ | environ,
+                )
+            )
+            line = await read_until(process.stdout, b"\n")
+        assert line.startswith(b"Tricorn is listening on http://127.0.0.1:"), line
+        return Server(process, line.split()[-1].decode(), stderr)
+
+
+async def read_until(stream: trio.abc.ReceiveStream, end: bytes) -> bytes:
+    received = b""
+    while end not in received:
+        chunk = await stream.receive_some()
+        assert chunk, received
+        received += chunk
+    return received
+
+
+@pytest.fixture
+async def cli(tmp_path: Path, nursery: trio.Nursery) -> AsyncIterator[Cli]:
+    yield Cli(tmp_path, nursery)
+    # What a test left running gets SIGTERM, and SIGKILL if that does not end it.
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_script_posts_and_reads_the_events_of_its_run(cli: Cli) -> None:
+    server = await cli.serve()
+    done = await cli.run("chat", server.url, "--json", "--message", "12*(7+5)^2")
+    assert (done.status, done.stderr) == (0, "")
+    types = [event["type"] for event in done.events]
+    assert types[:5] == ["user_message", "agent_started", "agent_thinking", "tool_executing", "tool_completed"]
+    assert set(types[5:-1]) == {"agent_message"}
+    assert types[-1] == "agent_completed"
+    assert [event["seq"] for event in done.events] == list(range(1, len(types) + 1))
+    assert done.events[1]["post"] == done.events[0]["id"]
+    assert done.events[4]["result"] == "1728"
+    assert done.events[-1]["text"] == "".join(event["text"] for event in done.events[5:-1])
+
+
+async def test_a_run_is_drawn(cli: Cli) -> None:
+    server = await cli.serve()
+    done = await cli.run("chat", server.url, "--message", "12*(7+5)^2")
+    assert (done.status, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0] == "› 12*(7+5)^2"
+    assert lines[2] == '▸ calculate expression="12*(7+5)^2"'
+    assert lines[3].startswith("  calculate → 1728 (")
+    assert lines[4:] == ["12*(7+5)^2 = 1728"]
+
+
+async def test_lines_of_a_pipe_are_posted_in_turn(cli: Cli) -> None:
+    server = await cli.serve("--agent", "agents_of_mine:works")
+    done = await cli.run("chat", server.url, stdin="one\n\nzwei \x1b[31mü".encode())
+    assert done == Result(0, "› one\none\n› zwei [31mü\nzwei [31mü\n", "")
+
+
+async def test_lines_of_a_file_are_posted_in_turn(cli: Cli) -> None:
+    server = await cli.serve("--agent", "agents_of_mine:works")
+    (cli.directory / "lines").write_text("one\ntwo\n")
+    with (cli.directory / "lines").open() as file, trio.fail_after(TIMEOUT):
+        done = await trio.run_process([*TRICORN, "chat", server.url], stdin=file, capture_stdout=True)
+    assert done.stdout.decode() == "› one\none\n› two\ntwo\n"
+
+
+async def test_a_conversation_that_goes_on(cli: Cli) -> None:
+    server = await cli.serve("--agent", "agents_of_mine:works")
+    first = await cli.run("chat", server.url, "--conversation", "ours", "--json", "--message", "one")
+    second = await cli.run("chat", server.url, "--conversation", "ours", "--json", "--message", "two")
+    everything = await cli.run("chat", server.url, "--conversation", "ours", "--json")
+    assert [event["text"] for event in second.events if event["type"] == "user_message"] == ["two"]
+    assert everything == Result(0, first.stdout + second.stdout, "")
+
+
+async def test_an_agent_that_fails_is_exit_status_1_and_nothing_else(cli: Cli) -> None:
+    server = await cli.serve("--agent", "agents_of_mine:fails")
+    failed = await cli.run("chat", server.url, "--json", "--message", "x")
+    assert (failed.status, failed.stderr) == (1, "")
+    assert "not for the people" not in failed.stdout
+    assert failed.events[-1]["outcome"] == "failed"
+    assert await server.stop() == 0
+    reports = [json.loads(line) for line in server.stderr.read_text().splitlines()]
+    assert [report["message"] for report in reports if report.get("error_id") == failed.events[-1]["error_id"]] == [
+        "RuntimeError: not for the people"
+    ]
+
+
+async def test_a_post_that_is_refused(cli: Cli) -> None:
+    server = await cli.serve(TRICORN_TEXT_CHARACTERS="3")
+    done = await cli.run("chat", server.url, "--message", "four")
+    assert (done.status, done.stdout) == (1, "")
+    assert done.stderr.startswith("tricorn: ws://")
+    assert done.stderr.count("\n") == 1
+
+
+async def test_a_run_that_the_end_of_the_server_interrupts(cli: Cli) -> None:
+    server = await cli.serve()
+    chat = [*TRICORN, "chat", server.url, "--json", "--message", "slow 60"]
+    process = await cli.nursery.start(partial(trio.run_process, chat, stdout=subprocess.PIPE, check=False))
+    with trio.fail_after(TIMEOUT):
+        await read_until(process.stdout, b'"tool_executing"')
+        assert await server.stop() == 0
+        rest = await read_until(process.stdout, b'"outcome":"interrupted"')
+        assert b'"tool_completed"' in rest
+        assert await process.wait() == 1
+
+
+async def test_a_server_that_falls_silent(cli: Cli) -> None:
+    server = await cli.serve(TRICORN_HEARTBEAT="1")
+    chat = [*TRICORN, "chat", server.url, "--json", "--message", "slow 60"]
+    pipe = subprocess.PIPE
+    process = await cli.nursery.start(partial(trio.run_process, chat, stdout=pipe, stderr=pipe, check=False))
+    with trio.fail_after(TIMEOUT):
+        await read_until(process.stdout, b'"tool_executing"')
+        server.process.send_signal(signal.SIGSTOP)
+        try:
+            assert (await read_until(process.stderr, b"\n")).endswith(
+                b": connection lost: nothing heard for 2 seconds\n"
+            )
+            assert await process.wait() == 1
+        finally:
+            server.process.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_ends_the_server_with_exit_status_0(cli: Cli, by: signal.Signals) -> None:
+    server = await cli.serve()
+    assert await server.stop(by) == 0
+    assert await server.process.stdout.receive_some() == b""
+    assert server.stderr.read_text() == ""
+
+
+async def test_a_port_in_use(cli: Cli) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        bind = f"127.0.0.1:{taken.getsockname()[1]}"
+        done = await cli.run("serve", "--bind", bind)
+    assert done == Result(2, "", f"tricorn: --bind {bind}: address already in use\n")
+
+
+async def test_a_host_that_there_is_not(cli: Cli) -> None:
+    done = await cli.run("serve", "--bind", "no-such-host.invalid:0")
+    assert (done.status, done.stdout) == (2, "")
+    assert done.stderr.startswith("tricorn: --bind no-such-host.invalid:0: ")
+    assert done.stderr.count("\n") == 1
+
+
+async def test_a_bad_setting(cli: Cli) -> None:
+    done = await cli.run("serve", TRICORN_LINGER="long")
+    assert done == Result(2, "", "tricorn: TRICORN_LINGER=long: must be a number of seconds, 0 or more\n")
+
+
+async def test_a_bad_agent(cli: Cli) -> None:
+    done = await cli.run("serve", "--agent", "agents_of_mine:other")
+    assert done == Result(2, "", "tricorn: --agent agents_of_mine:other: there is no other in agents_of_mine\n")
+
+
+async def test_nobody_there(cli: Cli) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        url = f"ws://127.0.0.1:{closed.getsockname()[1]}/ws"
+    assert await cli.run("chat", url) == Result(1, "", f"tricorn: {url}: connection refused\n")
+
+
+async def test_something_else_there(cli: Cli) -> None:
+    server = await cli.serve()
+    url = server.url.replace("http:", "ws:") + "/healthz"
+    done = await cli.run("chat", url)
+    assert (done.status, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"tricorn: {url}: the server answered ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("how", [[], ["--json"]])
+async def test_stdout_that_nobody_reads(cli: Cli, how: list[str]) -> None:
+    server = await cli.serve()
+    reader, writer = os.pipe()
+    os.close(reader)
+    with trio.fail_after(TIMEOUT):
+        done = await trio.run_process(
+            [*TRICORN, "chat", server.url, "--message", "hello", *how], stdout=writer, capture_stderr=True, check=False
+        )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+async def test_a_person_at_a_terminal(cli: Cli) -> None:
+    server = await cli.serve()
+    ours, theirs = pty.openpty()
+    async with trio.lowlevel.FdStream(ours) as terminal:
+        # setsid makes the pseudo-terminal the one whose Ctrl-C the client gets.
+        process = await cli.nursery.start(
+            partial(
+                trio.run_process,
+                ["setsid", "--ctty", "--wait", *TRICORN, "chat", server.url],
+                stdin=theirs,
+                stdout=theirs,
+                stderr=theirs,
+                check=False,
+            )
+        )
+        os.close(theirs)
+        prompt = "› ".encode()
+        with trio.fail_after(TIMEOUT):
+            await read_until(terminal, prompt)
+            await terminal.send_all(b"12*(7+5)^2\n")
+            answer = (await read_until(terminal, prompt)).decode()
+            assert "calculate → 1728" in answer
+            assert "12*(7+5)^2 = 1728" in answer
+
+            await terminal.send_all(b"slow 60\n")
+            await read_until(terminal, "▸ slow".encode())
+            await terminal.send_all(b"\x03")
+            assert "cancelled" in (await read_until(terminal, prompt)).decode()
+
+            await terminal.send_all(b"\x04")
+            assert await process.wait() == 0

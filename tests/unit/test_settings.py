@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+from math import inf, nan
+
+import msgspec
+import pytest
+
+from tricorn.settings import SettingError, Settings, parse_bind
+
+
+def test_nothing_has_to_be_set() -> None:
+    assert Settings.from_environ({"PATH": "/bin", "HOME": "/"}) == Settings()
+
+
+@pytest.mark.parametrize("field", msgspec.structs.fields(Settings), ids=lambda field: field.name)
+def test_every_field_is_a_variable_or_has_another_way_in(field: msgspec.structs.FieldInfo) -> None:
+    ways = {
+        "host": {"TRICORN_BIND": "example.org:3"},
+        "port": {"TRICORN_BIND": "127.0.0.1:3"},
+        "service": {"K_SERVICE": "3"},
+        "revision": {"K_REVISION": "3"},
+    }
+    environ = ways.get(field.name, {f"TRICORN_{field.name.upper()}": "3"})
+    value = getattr(Settings.from_environ(environ), field.name)
+    assert value == {"host": "example.org", "agent": "3", "service": "3", "revision": "3"}.get(field.name, 3)
+    assert value != field.default
+
+
+def test_seconds_are_decimal_and_may_be_never() -> None:
+    settings = Settings.from_environ({"TRICORN_RUN_TIMEOUT": "inf", "TRICORN_LINGER": "0", "TRICORN_HEARTBEAT": "0.5"})
+    assert (settings.run_timeout, settings.linger, settings.heartbeat) == (inf, 0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("environ", "host", "port"),
+    [
+        ({"PORT": "9000"}, "127.0.0.1", 9000),
+        ({"K_SERVICE": "chat", "PORT": "9000"}, "0.0.0.0", 9000),
+        ({"K_SERVICE": "chat", "PORT": "9000", "TRICORN_BIND": "127.0.0.1:1"}, "127.0.0.1", 1),
+        ({"TRICORN_BIND": "[::1]:0", "PORT": "9000"}, "::1", 0),
+    ],
+)
+def test_where_to_listen(environ: dict[str, str], host: str, port: int) -> None:
+    settings = Settings.from_environ(environ)
+    assert (settings.host, settings.port) == (host, port)
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "error"),
+    [
+        ("TRICORN_LINGER", "-1", "TRICORN_LINGER=-1: must be a number of seconds, 0 or more"),
+        ("TRICORN_RUN_TIMEOUT", "0", "TRICORN_RUN_TIMEOUT=0: must be a number of seconds above 0"),
+        ("TRICORN_RUN_TIMEOUT", "", "TRICORN_RUN_TIMEOUT=: must be a number of seconds above 0"),
+        ("TRICORN_RUN_TIMEOUT", "nan", "TRICORN_RUN_TIMEOUT=nan: must be a number of seconds above 0"),
+        ("TRICORN_RUN_TIMEOUT", "5\n6", r"TRICORN_RUN_TIMEOUT='5\n6': must be a number of seconds above 0"),
+        ("TRICORN_HEARTBEAT", "inf", "TRICORN_HEARTBEAT=inf: must be a number of seconds above 0, at most 3600"),
+        ("TRICORN_OUTBOX", "1.5", "TRICORN_OUTBOX=1.5: must be a whole number above 0"),
+        ("TRICORN_OUTBOX", "0", "TRICORN_OUTBOX=0: must be a whole number above 0"),
+        ("TRICORN_AGENT", "", "TRICORN_AGENT=: must be module:function"),
+        ("TRICORN_BIND", "8080", "TRICORN_BIND=8080: must be HOST:PORT, for example 127.0.0.1:8080"),
+        ("PORT", "65536", "PORT=65536: must be a whole number from 0 to 65535"),
+        ("PORT", "http", "PORT=http: must be a whole number from 0 to 65535"),
+        ("TRICORN_RUN_TIMEOUTS", "1", "TRICORN_RUN_TIMEOUTS: no such setting; did you mean TRICORN_RUN_TIMEOUT?"),
+        ("TRICORN_DRAIN_TIMEOUT", "2", "close_timeout=2.0: must be less than drain_timeout, which is 2.0"),
+    ],
+)
+def test_a_bad_setting_says_in_one_line_what_would_be_right(variable: str, text: str, error: str) -> None:
+    with pytest.raises(SettingError) as raised:
+        Settings.from_environ({variable: text})
+    assert str(raised.value) == error
+
+
+@pytest.mark.parametrize("name", ["HOST", "PORT"])
+def test_a_variable_like_no_other_gets_the_list(name: str) -> None:
+    with pytest.raises(
+        SettingError, match=rf"^TRICORN_{name}: no such setting; there are TRICORN_BIND, TRICORN_AGENT, "
+    ):
+        Settings.from_environ({f"TRICORN_{name}": "1"})
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ({"port": -1}, "port=-1: must be a whole number from 0 to 65535"),
+        ({"host": ""}, "host=: must be an address or a host name"),
+        ({"ping_timeout": nan}, "ping_timeout=nan: must be a number of seconds above 0"),
+        ({"outbox": "256"}, "outbox=256: must be a whole number above 0"),
+        ({"service": 1}, "service=1: must be text or nothing"),
+        ({"drain_timeout": 1.5}, "close_timeout=2.0: must be less than drain_timeout, which is 1.5"),
+    ],
+)
+def test_settings_made_in_a_program_are_checked_too(values: dict[str, object], error: str) -> None:
+    with pytest.raises(SettingError) as raised:
+        Settings(**values)  # type: ignore[arg-type]
+    assert str(raised.value) == error
+    with pytest.raises(SettingError):
+        msgspec.structs.replace(Settings(), **values)
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port"),
+    [
+        ("127.0.0.1:8080", "127.0.0.1", 8080),
+        ("localhost:0", "localhost", 0),
+        ("[::1]:65535", "::1", 65535),
+        ("[fe80::1%eth0]:80", "fe80::1%eth0", 80),
+    ],
+)
+def test_bind(text: str, host: str, port: int) -> None:
+    assert parse_bind(text) == (host, port)
+
+
+HOST_AND_PORT = "must be HOST:PORT, for example 127.0.0.1:8080"
+BRACKETS = "an IPv6 address, and only that, has brackets: [::1]:8080"
+PORT = "the port must be a whole number from 0 to 65535"
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("", HOST_AND_PORT),
+        ("localhost", HOST_AND_PORT),
+        (":8080", HOST_AND_PORT),
+        ("[]:8080", HOST_AND_PORT),
+        ("my host:8080", HOST_AND_PORT),
+        ("::1:8080", BRACKETS),
+        ("[::1:8080", BRACKETS),
+        ("[localhost]:8080", BRACKETS),
+        ("http://localhost:8080", HOST_AND_PORT),
+        ("localhost:", PORT),
+        ("localhost:http", PORT),
+        ("localhost:-1", PORT),
+        ("localhost:65536", PORT),
+        ("localhost:8080 ", PORT),
+        ("localhost:" + "9" * 5000, PORT),
+    ],
+)
+def test_bad_bind(text: str, error: str) -> None:
+    with pytest.raises(SettingError) as raised:
+        parse_bind(text, "--bind ")
+    assert str(raised.value) == f"--bind {text}: {error}"
