@@ -12,7 +12,7 @@ import msgspec
 
 SUBPROTOCOL = "tricorn.v1"
 BATCH_SUBPROTOCOL = "tricorn.v1.batch"
-SUBPROTOCOLS = (BATCH_SUBPROTOCOL, SUBPROTOCOL)  # who offers both can read both, and the batch is cheaper
+SUBPROTOCOLS = (SUBPROTOCOL, BATCH_SUBPROTOCOL)  # of these, what a client offers first is agreed on
 
 Outcome = Literal["success", "failed", "cancelled", "timeout", "interrupted"]
 

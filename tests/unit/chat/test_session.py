@@ -76,7 +76,7 @@ async def test_welcome_comes_first(connect: Connect, nursery: trio.Nursery) -> N
 
 
 def test_who_offers_both_subprotocols_gets_the_batch() -> None:
-    assert SUBPROTOCOLS == ("tricorn.v1.batch", "tricorn.v1")
+    assert SUBPROTOCOLS == ("tricorn.v1", "tricorn.v1.batch")
 
 
 # Requests that are none

@@ -97,14 +97,14 @@ async def describe(run: Run, text: str) -> None:
 
 async def slow(run: Run, seconds: str) -> None:
     duration = float(seconds)
-    await run.think(f"This will take {seconds} seconds. Cancel it if that is too long.")
+    await run.think(f"This will take {seconds} s. Cancel it if that is too long.")
     async with run.tool("slow", seconds=duration) as tool:
         if duration > MAX_SECONDS:
-            raise ToolError(f"I stay at one thing for {MAX_SECONDS} seconds at most.")
+            raise ToolError(f"I stay at one thing for {MAX_SECONDS} s at most.")
         started = trio.current_time()
         await trio.sleep(duration)
         tool.result = round(trio.current_time() - started, 1)
-    await answer(run, f"Done. It took {tool.result} seconds.")
+    await answer(run, f"Done. It took {tool.result} s.")
 
 
 # Time zones

@@ -1,0 +1,204 @@
+"""The whole chat on a free port, and a client on a WebSocket library that is not ours."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import pytest
+import trio
+from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
+
+from tricorn import WebSocket, serve
+from tricorn.chat import SUBPROTOCOLS, Agent, Chat, Run, ToolError
+from tricorn.chat.log.memory import MemoryLog
+from tricorn.chat.protocol import BATCH_SUBPROTOCOL, SUBPROTOCOL
+from tricorn.settings import Settings
+from tricorn.web.pages import app
+
+PATIENCE = 30  # seconds, for a whole test
+
+
+async def worker(run: Run) -> None:
+    """An agent that does what its message says."""
+    match run.message.split():
+        case ["fail"]:
+            raise RuntimeError("a secret of the agent's")
+        case ["say", pieces, size]:
+            for number in range(int(pieces)):
+                await run.say(f"{number} ".ljust(int(size), "."))
+        case ["refuse"]:
+            async with run.tool("door"):
+                raise ToolError("The door is shut.")
+        case ["wait"]:
+            await run.say("Waiting. ")
+            await wait(run, "wait")
+        case ["wait", "twice"]:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(wait, run, "first")
+                nursery.start_soon(wait, run, "second")
+        case _:
+            await run.think("about it")
+            async with run.tool("length", text=run.message) as tool:
+                tool.result = len(run.message)
+            await run.say("It is ")
+            await run.say(f"{tool.result} long.")
+
+
+async def wait(run: Run, name: str) -> None:
+    async with run.tool(name):
+        await trio.sleep_forever()
+
+
+class Objects(list[dict[str, Any]]):
+    """What came, in order."""
+
+    def events(self, conversation: str = "c") -> Objects:
+        return Objects(each for each in self if "at" in each and each["conversation"] == conversation)
+
+    @property
+    def types(self) -> list[str]:
+        return [each["type"] for each in self]
+
+    @property
+    def seqs(self) -> list[int]:
+        return [each["seq"] for each in self if "at" in each]
+
+    def check_end(self, outcome: str, tool_error: str, tools: int) -> None:
+        """Each tool was completed with this error, and only then, and once, came the end of the run."""
+        executing = [each["call"] for each in self if each["type"] == "tool_executing"]
+        completed = [each for each in self if each["type"] == "tool_completed"]
+        assert len(executing) == tools
+        assert sorted(each["call"] for each in completed) == sorted(executing)
+        assert all(tool_error in each["error"] for each in completed)
+        assert all("result" not in each for each in completed)
+        assert self[-1]["type"] == "agent_completed"
+        assert self[-1]["outcome"] == outcome
+        assert Counter(self.types)["agent_completed"] == 1
+
+
+@dataclass
+class Client:
+    """Reads only when it is told to: what it has not asked for stays in the socket."""
+
+    ws: WebSocketConnection
+    stream: trio.SocketStream
+    received: Objects = field(default_factory=Objects)
+    pending: deque[str] = field(default_factory=deque)
+    ids: Iterator[int] = field(default_factory=count)
+
+    async def send(self, type_: str, **fields: Any) -> None:
+        await self.ws.send_message(json.dumps({"type": type_, **fields}))
+
+    async def post(self, text: str, conversation: str = "c", id_: str | None = None) -> str:
+        """Say something and return the post's id."""
+        id_ = id_ or f"{self.stream.socket.getsockname()[1]}-{next(self.ids)}"
+        await self.send("post", id=id_, conversation=conversation, text=text)
+        return id_
+
+    async def receive(self) -> dict[str, Any]:
+        while not self.pending:
+            message = await self.ws.get_message()
+            assert isinstance(message, str)
+            self.pending.extend(message.split("\n") if self.ws.subprotocol == BATCH_SUBPROTOCOL else [message])
+        received = json.loads(self.pending.popleft())
+        self.received.append(received)
+        return received
+
+    async def until(self, type_: str, **fields: Any) -> Objects:
+        """Everything up to the first object of this type with these fields, which is the last of the list."""
+        seen = Objects()
+        while not (seen and seen[-1].items() >= {"type": type_, **fields}.items()):
+            seen.append(await self.receive())
+        return seen
+
+    async def answer(self, type_: str, **fields: Any) -> dict[str, Any]:
+        """The first object of this type with these fields."""
+        return (await self.until(type_, **fields))[-1]
+
+    async def until_closed(self) -> tuple[Objects, int]:
+        """Everything that still comes, and the close code."""
+        seen = Objects()
+        while True:
+            try:
+                seen.append(await self.receive())
+            except ConnectionClosed as closed:
+                return seen, closed.reason.code
+
+    async def break_off(self) -> None:
+        """Be gone without a word."""
+        await self.stream.aclose()
+
+
+@dataclass
+class Server:
+    port: int
+    log: MemoryLog
+    scope: trio.CancelScope
+    """Cancel it to close the server."""
+    session_ended: trio.Event
+    """Set when the first session has."""
+
+    async def recorded(self, conversation: str = "c") -> Objects:
+        """The log's own account of a conversation."""
+        return Objects(json.loads(entry.json) for entry in await self.log.read(conversation, 0, 100_000))
+
+    @asynccontextmanager
+    async def connect(
+        self, subprotocol: str | None = SUBPROTOCOL, receive_buffer: int | None = None
+    ) -> AsyncGenerator[Client]:
+        """A client that has been welcomed. `receive_buffer` bounds what it takes without reading, in bytes."""
+        socket = trio.socket.socket()
+        if receive_buffer:
+            socket.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_RCVBUF, receive_buffer)
+        await socket.connect(("127.0.0.1", self.port))
+        stream = trio.SocketStream(socket)
+        async with stream, trio.open_nursery() as nursery:
+            offered = [subprotocol] if subprotocol else []
+            ws = await wrap_client_stream(nursery, stream, f"127.0.0.1:{self.port}", "/ws", subprotocols=offered)
+            client = Client(ws, stream)
+            assert (await client.receive())["type"] == "welcome"
+            yield client
+            await ws.aclose()
+            nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def chat_server(agent: Agent = worker, **settings: Any) -> AsyncGenerator[Server]:
+    log, scope, ended = MemoryLog(), trio.CancelScope(), trio.Event()
+
+    async def session(ws: WebSocket) -> None:
+        try:
+            await chat.session(ws)
+        finally:
+            ended.set()
+
+    async def serving(task_status: trio.TaskStatus[list[tuple[str, int]]]) -> None:
+        with scope:
+            await serve(
+                session,
+                0,
+                settings=chat.settings,
+                subprotocols=SUBPROTOCOLS,
+                path="/ws",
+                app=app,
+                drain=chat.drain,
+                task_status=task_status,
+            )
+
+    with trio.fail_after(PATIENCE):
+        async with Chat(agent, Settings(**settings), log) as chat, trio.open_nursery() as nursery:
+            [(_, port)] = await nursery.start(serving)
+            yield Server(port, log, scope, ended)
+            scope.cancel()
+
+
+@pytest.fixture
+def chatting() -> Callable[..., AbstractAsyncContextManager[Server]]:
+    """`async with chatting(agent, **settings) as server, server.connect() as client`; ends with the block."""
+    return chat_server
