@@ -187,6 +187,8 @@ class Receiver:
         finished = self._fin and not self._left
         if self._message == Opcode.TEXT:
             self._utf8.decode(payload, finished)
+            if b"\xed\xa0" <= self._utf8.getstate()[0] < b"\xee":  # which the decoder lets pass until its third byte
+                raise _Violation(INVALID_DATA, "not UTF-8: a surrogate")
         self._parts += payload
         if finished:
             messages.append(self._parts.decode() if self._message == Opcode.TEXT else bytes(self._parts))
