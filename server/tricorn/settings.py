@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from msgspec import Meta, Struct, ValidationError, convert
 from msgspec.structs import fields
@@ -16,6 +16,7 @@ Heartbeat = Annotated[float, Meta(gt=0, le=3600, description="a number of second
 Count = Annotated[int, Meta(ge=1, description="a whole number above 0")]
 Port = Annotated[int, Meta(ge=0, le=65535, description="a whole number from 0 to 65535")]
 Host = Annotated[str, Meta(min_length=1, description="an address or a host name")]
+ImportGuard = Annotated[Literal["off", "count", "report", "deny"], Meta(description="off, count, report or deny")]
 AgentName = Annotated[str, Meta(min_length=1, description="module:function")]
 
 
@@ -63,6 +64,9 @@ class Settings(Struct, frozen=True, kw_only=True):
     open_conversations: Count = 100
     # Replies that may wait for one client to read.
     outbox: Count = 256
+
+    # What `tricorn serve` does about an import after start-up: see `tricorn.imports.guarded`.
+    import_guard: ImportGuard = "report"
 
     # Cloud Run: the names of the service and of its revision.
     service: str | None = None

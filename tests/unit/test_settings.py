@@ -19,10 +19,12 @@ def test_every_field_is_a_variable_or_has_another_way_in(field: msgspec.structs.
         "port": {"TRICORN_BIND": "127.0.0.1:3"},
         "service": {"K_SERVICE": "3"},
         "revision": {"K_REVISION": "3"},
+        "import_guard": {"TRICORN_IMPORT_GUARD": "deny"},
     }
     environ = ways.get(field.name, {f"TRICORN_{field.name.upper()}": "3"})
     value = getattr(Settings.from_environ(environ), field.name)
-    assert value == {"host": "example.org", "agent": "3", "service": "3", "revision": "3"}.get(field.name, 3)
+    texts = {"host": "example.org", "agent": "3", "service": "3", "revision": "3", "import_guard": "deny"}
+    assert value == texts.get(field.name, 3)
     assert value != field.default
 
 
@@ -56,6 +58,7 @@ def test_where_to_listen(environ: dict[str, str], host: str, port: int) -> None:
         ("TRICORN_HEARTBEAT", "inf", "TRICORN_HEARTBEAT=inf: must be a number of seconds above 0, at most 3600"),
         ("TRICORN_OUTBOX", "1.5", "TRICORN_OUTBOX=1.5: must be a whole number above 0"),
         ("TRICORN_OUTBOX", "0", "TRICORN_OUTBOX=0: must be a whole number above 0"),
+        ("TRICORN_IMPORT_GUARD", "on", "TRICORN_IMPORT_GUARD=on: must be off, count, report or deny"),
         ("TRICORN_AGENT", "", "TRICORN_AGENT=: must be module:function"),
         ("TRICORN_BIND", "8080", "TRICORN_BIND=8080: must be HOST:PORT, for example 127.0.0.1:8080"),
         ("PORT", "65536", "PORT=65536: must be a whole number from 0 to 65535"),
