@@ -1,4 +1,4 @@
-"""The command line: `tricorn serve` and `tricorn chat`.
+"""The command line: `tricorn serve`, `tricorn chat` and `tricorn drill`.
 
 Exit status 2 is for what was asked wrongly, 1 for what then went wrong. Both come with one line on stderr.
 """
@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from inspect import iscoroutinefunction, signature
 from os.path import basename
 from secrets import token_hex
+from time import perf_counter, process_time
 from traceback import extract_tb
 from types import ModuleType
 from typing import Any, cast
@@ -24,6 +26,9 @@ import trio
 from tricorn.chat import Agent, Chat
 from tricorn.chat.protocol import SUBPROTOCOLS, Id
 from tricorn.chat.terminal import INTERRUPTED, chat, websocket_url, what_failed
+from tricorn.drill import drill
+from tricorn.host.listener import listen
+from tricorn.imports import guarded
 from tricorn.server import serve_until_signal
 from tricorn.settings import SettingError, Settings, parse_bind
 from tricorn.web.pages import app
@@ -31,6 +36,8 @@ from tricorn.web.pages import app
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` (default: the process's own) asks for, and return the exit status."""
+    if sys.__stderr__ is None:
+        _open_stderr()
     arguments = _parser().parse_args(argv)
     command: Callable[[Namespace], int] = arguments.command
     try:
@@ -43,9 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
+def _open_stderr() -> None:
+    """Have descriptor 2 be /dev/null: closed, it would become that of the next socket, which then got our reports."""
+    while os.open(os.devnull, os.O_WRONLY) < 2:
+        pass
+
+
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="tricorn", description="Chat with agents over WebSockets.")
-    commands = parser.add_subparsers(required=True, metavar="serve | chat")
+    commands = parser.add_subparsers(required=True, metavar="serve | chat | drill")
 
     serve = commands.add_parser("serve", help="serve the chat", description="Serve the chat until SIGTERM or Ctrl-C.")
     serve.set_defaults(command=_serve_command)
@@ -60,6 +73,14 @@ def _parser() -> ArgumentParser:
     client.add_argument("--json", action="store_true", help="write the events as they come, one a line")
     client.add_argument("--message", metavar="TEXT", help="post this, wait for the run; exit 0 if it was a success")
     client.add_argument("--conversation", metavar="ID", default=token_hex(8), help="join this one (a new one)")
+
+    drill = commands.add_parser(
+        "drill",
+        help="rehearse what serving needs",
+        description="Start up as serve does, serve nobody, say what that loads and how long it takes (imports: CPU).",
+    )
+    drill.set_defaults(command=_drill_command)
+    drill.add_argument("--agent", metavar="MODULE:FUNCTION", help="the agent to load (the demo agent)")
     return parser
 
 
@@ -73,39 +94,65 @@ def _chat_command(arguments: Namespace) -> int:
 
 
 def _serve_command(arguments: Namespace) -> int:
-    settings = Settings.from_environ(os.environ)
+    settings = _settings(arguments)
     if arguments.bind is not None:
         host, port = parse_bind(arguments.bind, "--bind ")
         settings = msgspec.structs.replace(settings, host=host, port=port)
-    if arguments.agent is not None:
-        settings = msgspec.structs.replace(settings, agent=arguments.agent)
-    sys.path.insert(0, os.getcwd())
     return trio.run(_serve, load_agent(settings.agent), settings)
 
 
+def _settings(arguments: Namespace) -> Settings:
+    """What the environment and `--agent` say. The agent is looked for in the current directory too."""
+    sys.path.insert(0, os.getcwd())
+    settings = Settings.from_environ(os.environ)
+    return settings if arguments.agent is None else msgspec.structs.replace(settings, agent=arguments.agent)
+
+
 async def _serve(agent: Agent, settings: Settings) -> int:
-    async with Chat(agent, settings=settings) as chats, trio.open_nursery() as nursery:
-        serve = partial(
-            serve_until_signal,
-            chats.session,
-            settings.port,
-            settings.host,
-            settings=settings,
-            subprotocols=SUBPROTOCOLS,
-            path="/ws",
-            app=app,
-            drain=chats.drain,
-        )
-        failure = None
-        try:
+    try:
+        listeners = await listen(settings.port, settings.host)
+    except OSError as error:
+        raise SettingError(f"--bind {_address(settings.host, settings.port)}: {what_failed(error)}") from None
+    await drill()
+    with guarded(settings.import_guard):
+        async with Chat(agent, settings=settings) as chats, trio.open_nursery() as nursery:
+            serve = partial(
+                serve_until_signal,
+                chats.session,
+                listeners,
+                settings=settings,
+                subprotocols=SUBPROTOCOLS,
+                path="/ws",
+                app=app,
+                drain=chats.drain,
+            )
             addresses = await nursery.start(serve)
-        except* OSError as errors:
-            failure = f"--bind {_address(settings.host, settings.port)}: {what_failed(errors)}"
-        else:
             print(f"Tricorn is listening on http://{_address(*addresses[0])}", flush=True)
-    if failure:
-        raise SettingError(failure)  # only here: from inside it would come out in an exception group
     return 0
+
+
+def _drill_command(arguments: Namespace) -> int:
+    settings = _settings(arguments)
+    _print_step("imports", process_time(), sys.modules)  # in CPU time: who began to import had no clock yet
+    with _timed_step("agent"):
+        load_agent(settings.agent)
+    with _timed_step("drill"):
+        trio.run(drill)
+    return 0
+
+
+@contextmanager
+def _timed_step(name: str) -> Iterator[None]:
+    began, known = perf_counter(), set(sys.modules)
+    yield
+    seconds, loaded = perf_counter() - began, sorted(set(sys.modules) - known)
+    _print_step(name, seconds, loaded)
+    for module in loaded:
+        print(f"  {module}")
+
+
+def _print_step(name: str, seconds: float, modules: Collection[str]) -> None:
+    print(f"{name:7} {seconds:6.3f} s {len(modules):4} module{'' if len(modules) == 1 else 's'}")
 
 
 def load_agent(name: str) -> Agent:

@@ -165,15 +165,13 @@ async def serve(
 
 async def serve_until_signal(
     handler: Handler,
-    port: int,
-    host: str = "127.0.0.1",
+    listeners: list[Socket],
     *,
     task_status: trio.TaskStatus[list[Address]] = trio.TASK_STATUS_IGNORED,
     **options: Unpack[Options],
 ) -> None:
-    """Like `serve`, until SIGTERM or SIGINT, which close it; a second signal aborts every socket at once."""
+    """Like `serve`, on listening sockets, until SIGTERM or SIGINT; a second signal aborts every socket at once."""
     server = Server(handler, **options)
-    listeners = await listen(port, host)  # outside of the nursery, so that an OSError comes out as it is
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
             with trio.CancelScope() as serving:
@@ -188,10 +186,18 @@ def run(handler: Handler, port: int, host: str = "127.0.0.1", **options: Unpack[
     Returns once everything is closed, within `settings.drain_timeout` seconds of the signal; a second signal closes
     every socket at once.
 
+    Neither this nor `serve` minds what a program imports, and when: the drill and the import guard are those of
+    `tricorn serve`. A program that wants them awaits `tricorn.drill.drill` first and has this in a block of
+    `tricorn.imports.guarded`.
+
     Raises:
         OSError: an address cannot be found or bound.
     """
-    trio.run(partial(serve_until_signal, handler, port, host, **options))
+    trio.run(partial(_run, handler, port, host, **options))
+
+
+async def _run(handler: Handler, port: int, host: str, **options: Unpack[Options]) -> None:
+    await serve_until_signal(handler, await listen(port, host), **options)
 
 
 async def _obey(signals: AsyncIterator[int], serving: trio.CancelScope, server: Server) -> None:

@@ -212,6 +212,16 @@ async def test_a_signal_ends_the_server_with_exit_status_0(cli: Cli, by: signal.
     assert server.stderr.read_text() == ""
 
 
+async def test_stderr_that_is_closed_does_not_become_a_socket(cli: Cli) -> None:
+    closed = 'exec "$@" 2>&-'
+    command = ["sh", "-c", closed, "sh", *TRICORN, "serve", "--bind", "127.0.0.1:0"]
+    process = await cli.nursery.start(partial(trio.run_process, command, stdout=subprocess.PIPE))
+    with trio.fail_after(TIMEOUT):
+        url = (await read_until(process.stdout, b"\n")).split()[-1].decode()
+        assert os.readlink(f"/proc/{process.pid}/fd/2") == os.devnull
+        assert (await cli.run("chat", url, "--message", "hello")).status == 0
+
+
 async def test_a_port_in_use(cli: Cli) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         bind = f"127.0.0.1:{taken.getsockname()[1]}"

@@ -31,9 +31,12 @@ async def serve(*command: str | Path, cwd: Path | None = None) -> AsyncGenerator
 
 
 async def port_of(process: trio.Process) -> int:
-    """The port that a process listens on. `tricorn.run` does not say when it starts to: look until it does or ends."""
+    """The port that a process listens on. `tricorn.run` does not say when it starts to: look until it does or ends.
+
+    While there are two, `tricorn serve` has bound its own and is in the drill.
+    """
     with trio.fail_after(30):
-        while not (ports := listening(process.pid)):
+        while len(ports := listening(process.pid)) != 1:
             with trio.move_on_after(0.02):
                 await process.wait()
     return ports[0]
