@@ -88,7 +88,7 @@ async def drill() -> None:
         RuntimeError: something was not answered as it must be. As all that the server raises, in an ExceptionGroup.
         trio.TooSlowError: it did not end within `PATIENCE` seconds.
     """
-    with _silence(), trio.fail_after(PATIENCE):
+    with _silence(STDERR), trio.fail_after(PATIENCE):
         _call_what_loads()
         async with Chat(_failing_agent, log=MemoryLog()) as chat, trio.open_nursery() as nursery:
 
@@ -145,14 +145,14 @@ def _failure() -> Exception:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """Send what is written to stderr, by whatever way, nowhere."""
+def _silence(descriptor: int) -> Iterator[None]:
+    """Send what is written to a descriptor, by whatever way, nowhere."""
     nowhere = open(devnull, O_WRONLY)
-    stderr = dup(STDERR)
-    dup2(nowhere, STDERR)
+    kept = dup(descriptor)
+    dup2(nowhere, descriptor)
     try:
         yield
     finally:
-        dup2(stderr, STDERR)
-        close(stderr)
+        dup2(kept, descriptor)
+        close(kept)
         close(nowhere)
