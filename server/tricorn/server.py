@@ -60,20 +60,21 @@ class Server:
             http=self._http,
         )
         self._draining = trio.CancelScope(shield=True)
-        self._shield = trio.CancelScope(shield=True)
+        self._holding = trio.CancelScope()
 
     async def serve(self, listeners: list[Socket], task_status: trio.TaskStatus[list[Address]]) -> None:
         """Serve on listening sockets until cancelled, and close them; the started value is their addresses."""
         try:
             async with trio.open_nursery() as nursery:
-                connections: trio.Nursery = await nursery.start(self._hold_connections)
+                with trio.CancelScope(shield=True):  # cancelled, this start would leave its shielded task behind
+                    connections: trio.Nursery = await nursery.start(self._hold_connections)
                 try:
                     async with trio.open_nursery() as accepting:
                         for listener in listeners:
                             accepting.start_soon(accept_forever, listener, connections, self._router.serve)
                         task_status.started([listener.getsockname()[:2] for listener in listeners])
                 finally:
-                    self._shield.deadline = trio.current_time() + self._settings.drain_timeout
+                    self._holding.deadline = trio.current_time() + self._settings.drain_timeout
                     _close(listeners)
                     await self._run_drain()
                     connections.cancel_scope.cancel()
@@ -83,19 +84,20 @@ class Server:
     def abort(self) -> None:
         """Close every socket at once. For the second signal."""
         self._draining.cancel()
-        self._shield.cancel()
+        self._holding.cancel()
         for transport in list(self._transports):
             transport.abort()
 
     async def _hold_connections(self, task_status: trio.TaskStatus[trio.Nursery]) -> None:
         """The connections' nursery inside that of what they need until the last of them has ended."""
-        with self._shield:
+        with trio.CancelScope(shield=True):  # ends with the connections, and those have a deadline
             async with trio.open_nursery() as support:
                 await support.start(self._readiness.run)
                 support.start_soon(self._keep_alive)
-                async with trio.open_nursery() as connections:
-                    task_status.started(connections)
-                    await trio.sleep_forever()
+                with self._holding:
+                    async with trio.open_nursery() as connections:
+                        task_status.started(connections)
+                        await trio.sleep_forever()
                 support.cancel_scope.cancel()
 
     async def _keep_alive(self) -> None:

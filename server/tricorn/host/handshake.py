@@ -43,6 +43,7 @@ class Head:
 
     def __init__(self, max_bytes: int) -> None:
         self.data = b""  # all that came, the head included
+        self._max_bytes = max_bytes
         self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=max_bytes)
 
     @property
@@ -71,6 +72,9 @@ class Head:
             raise Refused(HTTPStatus(error.error_status_hint), f"bad request head: {error}") from None
         if not isinstance(event, h11.Request):
             return None
+        if len(self.data) - len(self.rest) > self._max_bytes:  # h11 looks only at heads that are incomplete
+            text = f"a request head may have at most {self._max_bytes} bytes"
+            raise Refused(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, text)
         headers: dict[str, str] = {}
         for raw_name, raw_value in event.headers:
             name, value = raw_name.decode("ascii"), raw_value.decode("latin-1")
@@ -112,7 +116,7 @@ def check(request: Request, path: str | None) -> None:
         raise Refused(HTTPStatus.BAD_REQUEST, "the Sec-WebSocket-Key must be 16 bytes in base64")
 
 
-UPGRADE = {"Upgrade": "websocket", "Connection": "Upgrade"}  # RFC 9110 §15.5.22: 426 says to what
+UPGRADE = {"Upgrade": "websocket", "Connection": "Upgrade, close"}  # RFC 9110 §15.5.22: 426 says to what
 
 
 def choose_subprotocol(request: Request, known: Sequence[str]) -> str | None:

@@ -35,7 +35,7 @@ class Hypercorn:
     """Serves HTTP/1.1 and HTTP/2 connections whose first bytes have been read already, to an ASGI app."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self._app = ASGIWrapper(_without_websockets(app))
+        self._app = ASGIWrapper(_guarded(app))
         self._stall_timeout = settings.stall_timeout
         self._config = Config()
         self._config.include_server_header = False
@@ -112,13 +112,18 @@ class _Guarded(trio.abc.HalfCloseableStream):
             self.abort()
 
 
-def _without_websockets(app: ASGIApp) -> ASGIApp:
-    """Deny the WebSockets inside what is handed over: those of HTTP/2, and upgrades behind another request."""
+def _guarded(app: ASGIApp) -> ASGIApp:
+    """Report what the app raises, for which Hypercorn answers with 500, and deny the WebSockets inside what is handed
+    over: those of HTTP/2, and upgrades behind another request."""
 
     async def guarded(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1000, "reason": None})
-        else:
+            return
+        try:
             await app(scope, receive, send)
+        except Exception as error:
+            report_error(error, path=scope["path"])
+            raise
 
     return guarded

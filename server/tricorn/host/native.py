@@ -92,8 +92,8 @@ class NativeTransport:
             self._put_off_bytes += len(data)
         if self._connection.inbox and self._put_off_bytes < PUT_OFF:
             self._readiness.flush_soon(self)
-            return
-        self.flush()
+        else:
+            self.flush()
         if self._room and not self._unsent:
             self._room.unpark()
 
@@ -113,7 +113,7 @@ class NativeTransport:
     def abort(self) -> None:
         if self._aborted:
             return
-        self._aborted = True
+        self._aborted = self.at_eof = True
         self._readiness.unregister(self)
         if self._unsent:  # the stream ends in half a frame: the kernel need not keep the rest for it
             self._socket.setsockopt(SOL_SOCKET, SO_LINGER, RESET)
@@ -173,11 +173,14 @@ class NativeTransport:
 
     def keep_alive(self, now: float) -> None:
         """Ping a silent peer, and give up one that does not answer or that takes nothing of what is sent to it."""
+        if self._closing:
+            return
         settings = self._settings
         if self._progress:
             self._progress = False
             self._progress_at = now
         elif self._unsent and now - self._progress_at >= settings.stall_timeout:
+            self.at_eof = True  # and read no more of it
             self._break()
             self._connection.end(Close(STALLED, "the peer stopped reading"))
         if self._heard or not self.wants_read:  # while reading is paused its answer may be among what is unread
@@ -189,6 +192,8 @@ class NativeTransport:
                 self._pinged_at = now
                 self._put_off.append(frame(Opcode.PING, b""))
                 self.flush()
+        elif self._unsent:  # the ping has to wait behind it, and so does its answer
+            self._pinged_at = now
         elif now - self._pinged_at >= settings.ping_timeout:
             self._connection.end(Close(NO_PONG, "no pong"))
 
@@ -210,7 +215,7 @@ class NativeTransport:
             connection.end(over)
         elif connection.inbox:
             self._unread += len(data)
-            if self._unread > READ_AHEAD:
+            if self._unread > READ_AHEAD and not self._broken:
                 self.wants_read = False
                 self._readiness.change(self)
 
@@ -238,6 +243,7 @@ class NativeTransport:
             sent = 0
         except OSError:
             self._break()
+            self.idle()  # it is gone: what it left is bounded, so read that and find the end
             return
         self._progress = True
         self._unsent = memoryview(data)[sent:] if sent < len(data) else b""

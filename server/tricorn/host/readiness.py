@@ -103,19 +103,17 @@ class Epoll(_Flusher):
 
     def __init__(self) -> None:
         super().__init__()
-        self._epoll = epoll()
+        self._epoll: epoll
         self._watched: dict[int, Watched] = {}
 
     async def run(self, task_status: trio.TaskStatus[None]) -> None:
-        try:
+        with epoll() as self._epoll:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._flush)
                 task_status.started()
                 while True:
                     await wait_readable(self._epoll.fileno())
                     self._dispatch()
-        finally:
-            self._epoll.close()
 
     def register(self, watched: Watched) -> None:
         self._watched[watched.fileno()] = watched
