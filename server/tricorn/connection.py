@@ -6,8 +6,9 @@ from collections import deque
 from secrets import token_hex
 from typing import TYPE_CHECKING, Protocol, Self
 
-import outcome
 import trio
+from outcome import Error
+from trio import current_time, move_on_after
 from trio.lowlevel import (
     Abort,
     checkpoint,
@@ -222,7 +223,7 @@ class WebSocket:
         if not self._end(cause):
             return
         if self._receiver is not None:  # first, so that it gets to know why
-            reschedule(self._receiver, outcome.Error(Disconnected(*cause)))
+            reschedule(self._receiver, Error(Disconnected(*cause)))
             self._receiver = None
         self._hurry()
 
@@ -244,7 +245,7 @@ class WebSocket:
         """Cancel the handler: now if it received everything, else as soon as it did, but within `close_timeout`."""
         if self.inbox or self._cause is None:
             scope = self.nursery.cancel_scope
-            scope.deadline = min(scope.deadline, trio.current_time() + self._close_timeout)
+            scope.deadline = min(scope.deadline, current_time() + self._close_timeout)
         else:
             self._stop()
 
@@ -265,11 +266,11 @@ class WebSocket:
         self._over = True
         self._phase = move(self._phase, Phase.CLOSING)
         self.inbox.clear()
-        with trio.move_on_after(self._close_timeout, shield=True):
+        with move_on_after(self._close_timeout, shield=True):
             await self._transport.close(cause)
         self._transport.abort()
         if self._receiver is not None:  # a task that is not the connection's own
-            reschedule(self._receiver, outcome.Error(Disconnected(*cause)))
+            reschedule(self._receiver, Error(Disconnected(*cause)))
             self._receiver = None
         self._phase = move(self._phase, Phase.CLOSED)
         self._closed.set()

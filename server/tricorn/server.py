@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import trio
+from trio import current_time
 
 from .host.hypercorn import Hypercorn
 from .host.listener import Router, accept_forever, listen
@@ -74,7 +75,7 @@ class Server:
                             accepting.start_soon(accept_forever, listener, connections, self._router.serve)
                         task_status.started([listener.getsockname()[:2] for listener in listeners])
                 finally:
-                    self._holding.deadline = trio.current_time() + self._settings.drain_timeout
+                    self._holding.deadline = current_time() + self._settings.drain_timeout
                     _close(listeners)
                     await self._run_drain()
                     connections.cancel_scope.cancel()
@@ -105,7 +106,7 @@ class Server:
         period = min(settings.ping_interval, settings.ping_timeout, settings.stall_timeout) / LOOKS_PER_TIMEOUT
         while True:
             await trio.sleep(period)
-            now = trio.current_time()
+            now = current_time()
             for transport in list(self._transports):
                 try:
                     transport.keep_alive(now)
@@ -115,7 +116,7 @@ class Server:
     async def _run_drain(self) -> None:
         """Let HTTP and the program's own `drain` end what they have going, leaving `close_timeout` for the rest."""
         with self._draining:
-            self._draining.deadline = trio.current_time() + self._settings.drain_timeout - self._settings.close_timeout
+            self._draining.deadline = current_time() + self._settings.drain_timeout - self._settings.close_timeout
             try:
                 if self._http is not None:
                     await self._http.drain()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
+from os import environ
 from typing import Annotated, Any, Literal, Self
 
 from msgspec import Meta, Struct, ValidationError, convert
@@ -81,7 +82,7 @@ class Settings(Struct, frozen=True, kw_only=True):
             )
 
     @classmethod
-    def from_environ(cls, environ: Mapping[str, str]) -> Self:
+    def from_environ(cls, environ: Mapping[str, str] = environ) -> Self:
         """Read `TRICORN_BIND` (HOST:PORT), `TRICORN_<FIELD>` for every other field, and what Cloud Run says.
 
         `K_SERVICE` and `K_REVISION` name the service and its revision, and a service listens on every interface. `PORT`

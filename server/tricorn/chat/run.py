@@ -218,7 +218,7 @@ async def perform(run: Run, agent: Agent) -> None:
             await agent(run)
         if run._scope.cancelled_caught:
             outcome = run._ending() or outcome
-    except BaseException as error:
+    except BaseException as error:  # noqa: ASYNC103 - what is not the run's own is raised again below
         interrupted = current_effective_deadline() == -inf
         ending = run._ending() or ("interrupted" if interrupted else None)
         # A Cancelled that nobody asked for is the agent's: let go on, it would end everything around it in silence.
@@ -227,7 +227,7 @@ async def perform(run: Run, agent: Agent) -> None:
         if failure is not None:
             error_id = report_error(failure, conversation=run.conversation, run=run.id, user=run.user)
         if passing is not None:
-            raise passing from None
+            raise passing from None  # noqa: ASYNC104
     finally:
         await _seal(run, outcome, current_time() - began, error_id)
 

@@ -45,6 +45,7 @@ CONNECT_TIMEOUT = 10.0  # seconds; for the handshake, and for the first message 
 DISCONNECT_TIMEOUT = 2.0  # seconds
 MAX_MESSAGE_BYTES = 2**26  # an event with a whole answer in it can be long
 STDIN = 0
+SCHEMES = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
 INTERRUPTED = 130  # the exit status that shells use for Ctrl-C
 
 _encode = msgspec.json.Encoder().encode
@@ -56,15 +57,16 @@ def websocket_url(text: str) -> str:
 
     Raises `SettingError`.
     """
+    problem = SettingError(f"URL {one_line(text)}: must be a URL like ws://127.0.0.1:8080/ws")
     try:
         parts = urlsplit(text)
-        scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
-        valid = scheme in {"ws", "wss"} and parts.hostname and parts.port != 0 and parts.username is None
+        valid = parts.scheme in SCHEMES and parts.hostname and parts.port != 0 and parts.username is None
     except ValueError:
-        valid = False
+        raise problem from None
     if not valid or not text.isascii() or not text.isprintable() or " " in text:
-        raise SettingError(f"URL {one_line(text)}: must be a URL like ws://127.0.0.1:8080/ws")
-    return urlunsplit((scheme, parts.netloc, "/ws" if parts.path in {"", "/"} else parts.path, parts.query, ""))
+        raise problem
+    path = "/ws" if parts.path in {"", "/"} else parts.path
+    return urlunsplit((SCHEMES[parts.scheme], parts.netloc, path, parts.query, ""))
 
 
 async def chat(url: str, *, conversation: str, message: str | None, raw: bool) -> int:
@@ -126,6 +128,7 @@ class Client:
         self._screen.end_line()
 
     async def _connect(self) -> None:
+        problem = None
         with trio.move_on_after(CONNECT_TIMEOUT) as connecting:
             try:
                 async with await self._open_stream() as stream, trio.open_nursery() as nursery:
@@ -144,9 +147,11 @@ class Client:
                         await self._ws.aclose()
                     nursery.cancel_scope.cancel()
             except* (HandshakeError, OSError, trio.BrokenResourceError) as errors:
-                self._leave(1, what_failed(errors))
+                problem = what_failed(errors)
         if connecting.cancelled_caught:
-            self._leave(1, f"no answer within {CONNECT_TIMEOUT:g} seconds")
+            problem = f"no answer within {CONNECT_TIMEOUT:g} seconds"
+        if problem is not None:
+            self._leave(1, problem)
 
     async def _open_stream(self) -> trio.SocketStream | trio.SSLStream[trio.SocketStream]:
         host, port = self._url.hostname or "", self._url.port

@@ -5,9 +5,11 @@ from __future__ import annotations
 import socket
 from errno import EMFILE, ENFILE, ENOBUFS, ENOMEM
 from http import HTTPStatus
+from socket import SHUT_WR
 from typing import TYPE_CHECKING
 
 import trio
+from trio import move_on_after, sleep
 from trio.lowlevel import wait_readable
 
 from ..connection import WebSocket
@@ -83,7 +85,7 @@ async def accept_forever(
                     if not short:
                         report("WARNING", f"cannot accept connections for now: {error}")
                     short = True
-                    await trio.sleep(PAUSE)
+                    await sleep(PAUSE)
                     break
                 continue  # this peer is gone already
             short = False
@@ -139,7 +141,7 @@ class Router:
 
     async def _read_head(self, sock: socket.socket, head: Head) -> Request | None:
         """Return None where there will be no head that we can read: the stream ended, or it is HTTP/2."""
-        with trio.move_on_after(self._settings.handshake_timeout):
+        with move_on_after(self._settings.handshake_timeout):
             while True:
                 await wait_readable(sock)
                 data = sock.recv(READ_SIZE)
@@ -174,9 +176,9 @@ class Router:
 
     async def _refuse(self, sock: socket.socket, response: bytes) -> None:
         """Send a response and wait for the peer's end: closed with something unread, the socket would take it back."""
-        with trio.move_on_after(self._settings.close_timeout):
+        with move_on_after(self._settings.close_timeout):
             sock.send(response)
-            sock.shutdown(socket.SHUT_WR)
+            sock.shutdown(SHUT_WR)
             while True:
                 await wait_readable(sock)
                 if not sock.recv(READ_SIZE):
