@@ -1,4 +1,4 @@
-"""The command line: `tricorn serve`, `tricorn chat` and `tricorn drill`.
+"""The command line: `tricorn serve`, `tricorn chat`, `tricorn audit` and `tricorn drill`.
 
 Exit status 2 is for what was asked wrongly, 1 for what then went wrong. Both come with one line on stderr.
 """
@@ -14,6 +14,7 @@ from functools import partial
 from importlib import import_module
 from inspect import iscoroutinefunction, signature
 from os.path import basename
+from pathlib import Path
 from secrets import token_hex
 from time import perf_counter, process_time
 from traceback import extract_tb
@@ -23,6 +24,7 @@ from typing import Any, cast
 import msgspec
 import trio
 
+from tricorn.audit import Finding, audit, locate, python_files
 from tricorn.chat import Agent, Chat
 from tricorn.chat.protocol import SUBPROTOCOLS, Id
 from tricorn.chat.terminal import INTERRUPTED, chat, websocket_url, what_failed
@@ -58,12 +60,18 @@ def _open_stderr() -> None:
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="tricorn", description="Chat with agents over WebSockets.")
-    commands = parser.add_subparsers(required=True, metavar="serve | chat | drill")
+    commands = parser.add_subparsers(required=True, metavar="serve | chat | audit | drill")
 
     serve = commands.add_parser("serve", help="serve the chat", description="Serve the chat until SIGTERM or Ctrl-C.")
     serve.set_defaults(command=_serve_command)
     serve.add_argument("--bind", metavar="HOST:PORT", help="where to listen; port 0 picks one (127.0.0.1:8080)")
     serve.add_argument("--agent", metavar="MODULE:FUNCTION", help="the agent that answers (the demo agent)")
+    serve.add_argument(
+        "--audit",
+        choices=["strict", "warn", "off"],
+        default="warn",
+        help="what to do where the agent breaks a rule of the error path; strict does not serve it (%(default)s)",
+    )
 
     client = commands.add_parser("chat", help="chat in this terminal", description="Chat in this terminal.")
     client.set_defaults(command=_chat_command)
@@ -73,6 +81,20 @@ def _parser() -> ArgumentParser:
     client.add_argument("--json", action="store_true", help="write the events as they come, one a line")
     client.add_argument("--message", metavar="TEXT", help="post this, wait for the run; exit 0 if it was a success")
     client.add_argument("--conversation", metavar="ID", default=token_hex(8), help="join this one (a new one)")
+
+    auditor = commands.add_parser(
+        "audit",
+        help="audit the error path of an agent",
+        description="Prove the rules of the error path on source, and exit with 1 where one is broken.",
+    )
+    auditor.set_defaults(command=_audit_command)
+    auditor.add_argument(
+        "targets",
+        metavar="MODULE:FUNCTION | PATH",
+        nargs="*",
+        help="an agent, a file or a directory (the agent that would be served)",
+    )
+    auditor.add_argument("--json", action="store_true", help="write the findings as JSON, one a line")
 
     drill = commands.add_parser(
         "drill",
@@ -98,13 +120,65 @@ def _serve_command(arguments: Namespace) -> int:
     if arguments.bind is not None:
         host, port = parse_bind(arguments.bind, "--bind ")
         settings = msgspec.structs.replace(settings, host=host, port=port)
-    return trio.run(_serve, load_agent(settings.agent), settings)
+    agent = load_agent(settings.agent)
+    if arguments.audit != "off":
+        _audit_agent(settings.agent, strict=arguments.audit == "strict")
+    return trio.run(_serve, agent, settings)
+
+
+def _audit_agent(name: str, strict: bool) -> None:
+    problem = f"--agent {name}: breaks rules of the error path, and --audit is strict"
+    try:
+        lines = [str(finding) for finding in _audit([name])]
+    except SettingError as error:
+        problem = str(error)
+        lines = [] if strict else [problem]
+    else:
+        strict = strict and bool(lines)
+    for line in lines:
+        print(f"tricorn: {line}", file=sys.stderr)
+    if strict:
+        raise SettingError(problem)
+
+
+def _audit_command(arguments: Namespace) -> int:
+    sys.path.insert(0, os.getcwd())
+    findings = _audit(arguments.targets or [Settings.from_environ().agent])
+    for finding in findings:
+        print(msgspec.json.encode(finding._asdict()).decode() if arguments.json else finding)
+    return 1 if findings else 0
+
+
+def _audit(targets: Sequence[str]) -> list[Finding]:
+    files = [file for target in targets for file in _sources(target)]
+    try:
+        return audit(files)
+    except (SyntaxError, ValueError, OSError) as error:
+        raise SettingError(f"cannot audit: {' '.join(str(error).split())}") from None
+
+
+def _sources(target: str) -> list[Path]:
+    """The files that a target of the audit names."""
+    path = Path(target)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        if files := python_files(path):
+            return files
+        raise SettingError(f"audit {target}: there is no Python file in this directory")
+    if ":" not in target:
+        raise SettingError(f"audit {target}: there is no such file or directory")
+    module_name, _ = _agent_name(target)
+    file = locate(module_name)
+    if file is None:
+        raise _agent_error(target, f"there is no source of {module_name} in this directory or installed")
+    return [file]
 
 
 def _settings(arguments: Namespace) -> Settings:
     """What the environment and `--agent` say. The agent is looked for in the current directory too."""
     sys.path.insert(0, os.getcwd())
-    settings = Settings.from_environ(os.environ)
+    settings = Settings.from_environ()
     return settings if arguments.agent is None else msgspec.structs.replace(settings, agent=arguments.agent)
 
 
@@ -160,9 +234,7 @@ def load_agent(name: str) -> Agent:
 
     An agent is anything async that can be called with one argument: a function, a partial one, an object.
     """
-    module_name, _, path = name.partition(":")
-    if not all(part.isidentifier() for part in [*module_name.split("."), *path.split(".")]):
-        raise _agent_error(name, "must be module:function, for example tricorn.chat.agents.demo:demo")
+    module_name, path = _agent_name(name)
     agent: Any = _import(name, module_name)
     for part in path.split("."):
         agent = getattr(agent, part, None)
@@ -178,6 +250,13 @@ def load_agent(name: str) -> Agent:
     except TypeError:
         raise _agent_error(name, f"takes {signature(agent)}; {takes}") from None
     return cast(Agent, agent)
+
+
+def _agent_name(name: str) -> tuple[str, str]:
+    module_name, _, path = name.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), *path.split(".")]):
+        raise _agent_error(name, "must be module:function, for example tricorn.chat.agents.demo:demo")
+    return module_name, path
 
 
 def _import(name: str, module_name: str) -> ModuleType:
