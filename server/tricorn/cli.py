@@ -24,7 +24,7 @@ from typing import Any, cast
 import msgspec
 import trio
 
-from tricorn.audit import Finding, audit, locate, python_files
+from tricorn.audit import Finding, audit, defines, locate, python_files
 from tricorn.chat import Agent, Chat
 from tricorn.chat.protocol import SUBPROTOCOLS, Id
 from tricorn.chat.terminal import INTERRUPTED, chat, websocket_url, what_failed
@@ -150,10 +150,11 @@ def _audit_command(arguments: Namespace) -> int:
 
 
 def _audit(targets: Sequence[str]) -> list[Finding]:
-    files = [file for target in targets for file in _sources(target)]
     try:
-        return audit(files)
-    except (SyntaxError, ValueError, OSError) as error:
+        return audit([file for target in targets for file in _sources(target)])
+    except SettingError:
+        raise
+    except (SyntaxError, ValueError, OSError, RecursionError) as error:
         raise SettingError(f"cannot audit: {' '.join(str(error).split())}") from None
 
 
@@ -168,10 +169,12 @@ def _sources(target: str) -> list[Path]:
         raise SettingError(f"audit {target}: there is no Python file in this directory")
     if ":" not in target:
         raise SettingError(f"audit {target}: there is no such file or directory")
-    module_name, _ = _agent_name(target)
+    module_name, function = _agent_name(target)
     file = locate(module_name)
     if file is None:
         raise _agent_error(target, f"there is no source of {module_name} in this directory or installed")
+    if not defines(file, function.partition(".")[0]):
+        raise _agent_error(target, f"there is no {function} in {module_name}")
     return [file]
 
 

@@ -224,6 +224,12 @@ def locate(name: str) -> Path | None:
     return next((path for directory in sys.path if (path := _file(Path(directory or "."), name))), None)
 
 
+def defines(path: Path, name: str) -> bool:
+    """Whether the module in this file binds a name, as far as its source tells."""
+    names = read(path.resolve()).scope.names
+    return name in names or "*" in names
+
+
 def python_files(directory: Path) -> list[Path]:
     """The Python files in a directory, but for those in hidden directories and virtual environments."""
     found: list[Path] = []
