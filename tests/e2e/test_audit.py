@@ -35,7 +35,8 @@ async def look_up(text):
     return json.loads(text)
 """
 FINDINGS = [
-    "broken.py:10 E2: time.time is looked up on a module, on the error path; bind it at module level: from time import time",
+    "broken.py:10 E2: time.time is looked up on a module, on the error path; "
+    "bind it at module level: from time import time",
     "tools.py:3 E1: `import json` stands in look_up(); import it always, at the top of the module",
 ]
 

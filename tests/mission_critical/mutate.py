@@ -1,0 +1,291 @@
+"""Plant one fault of the error path at a time in a copy of the package, and see that each is caught, by what should.
+
+    python tests/mission_critical/mutate.py
+
+prints a table. Exit status 1: a fault survived, or what should catch it objects to the package as it is.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from shutil import copytree
+from tempfile import TemporaryDirectory
+
+from tricorn.audit import audit, python_files
+
+REPOSITORY = Path(__file__).parents[2]
+PACKAGE = Path("server/tricorn")
+
+FAILED_AGENT = "tests/unit/chat/test_run.py::test_an_agent_that_raises_has_failed"
+FAILED_HANDLER = (
+    "tests/integration/server/test_semantics.py::test_a_handler_that_raises_closes_with_1011_and_disturbs_nobody"
+)
+
+Plant = Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    file: str
+    catcher: str  # a rule of the audit, a program, or a test
+    plants: Sequence[Plant]
+
+
+# How to plant
+
+
+def at_top(line: str) -> Plant:
+    """Put a line behind the imports from __future__."""
+
+    def plant(source: str) -> str:
+        future = "from __future__ import annotations\n"
+        assert future in source
+        return source.replace(future, f"{future}{line}\n", 1)
+
+    return plant
+
+
+def at_end(code: str) -> Plant:
+    return lambda source: f"{source}\n{code}\n"
+
+
+def first_in(function: str, line: str) -> Plant:
+    """Put a line where the body of a function begins, behind its docstring."""
+    return partial(_before, line, lambda tree: _body(_function(tree, function)))
+
+
+def handling_in(function: str, line: str) -> Plant:
+    """Put a line where the first except body in a function begins."""
+    return partial(_before, line, lambda tree: _try(_function(tree, function)).handlers[0].body)
+
+
+def finally_in(function: str, line: str) -> Plant:
+    return partial(_before, line, lambda tree: _try(_function(tree, function), lambda node: node.finalbody).finalbody)
+
+
+def catching_in(function: str, kind: str) -> Plant:
+    """Have the first except clause in a function catch something else, and do nothing about it."""
+
+    def plant(source: str) -> str:
+        handler = _try(_function(ast.parse(source), function)).handlers[0]
+        lines = source.splitlines(keepends=True)
+        indent = " " * handler.col_offset
+        lines[handler.lineno - 1 : handler.end_lineno] = [f"{indent}except {kind}:\n{indent}    pass\n"]
+        return "".join(lines)
+
+    return plant
+
+
+def _before(line: str, find: Callable[[ast.Module], list[ast.stmt]], source: str) -> str:
+    statement = find(ast.parse(source))[0]
+    lines = source.splitlines(keepends=True)
+    lines.insert(statement.lineno - 1, f"{' ' * statement.col_offset}{line}\n")
+    return "".join(lines)
+
+
+def _function(tree: ast.Module, name: str) -> ast.FunctionDef | ast.AsyncFunctionDef:
+    """The function of this name: `function`, or `Class.method`."""
+    *cls, name = name.split(".")
+    inside = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls[0]) if cls else tree
+    return next(
+        node
+        for node in ast.walk(inside)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name
+    )
+
+
+def _body(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.stmt]:
+    return function.body[1:] if ast.get_docstring(function) else function.body
+
+
+def _try(
+    function: ast.FunctionDef | ast.AsyncFunctionDef,
+    has: Callable[[ast.Try | ast.TryStar], object] = lambda node: node.handlers,
+) -> ast.Try | ast.TryStar:
+    return next(node for node in ast.walk(function) if isinstance(node, ast.Try | ast.TryStar) and has(node))
+
+
+# What to plant: first of all what the incident was made of
+
+
+def reporter(body: str) -> Plant:
+    """Put another `report_error` in place of the real one, which is then called `real`."""
+    return at_end(
+        f"real = report_error\n\n\ndef report_error(error: BaseException, **context: object) -> str:\n    {body}"
+    )
+
+
+TIME = at_top("import time")
+ON_ENVIRONMENT = "from os import environ\nif 'K_SERVICE' in environ:\n    import json"
+ON_FAILURE = "try:\n    import ujson as json\nexcept ImportError:\n    import json"
+SWALLOWED = "from contextlib import suppress\nwith suppress(ImportError):\n    import time"
+FOR_TYPES = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from time import time"
+ONE_SIDE = "if __debug__ and print:\n    detected = print"
+LOG = "from logging import getLogger\nlog = getLogger()"
+LOCK = "from threading import Lock\nlock = Lock()"
+LOCKED = "with lock:\n        return real(error, **context)"
+LATER = "return real(OSError('later'), **context)"
+SHOWN = "report_error = lambda error, **context: repr(error)"
+
+FAULTS = [
+    Fault(name, file, catcher, plants)
+    for name, file, catcher, *plants in [
+        ("a lazy import in a handler", "host/listener.py", "E1", handling_in("Router.serve", "import json")),
+        ("a lazy import where a handler gets to", "connection.py", "E1", first_in("WebSocket._failed", "import json")),
+        ("an import that depends on the environment", "connection.py", "E1", at_top(ON_ENVIRONMENT)),
+        ("an import that depends on a failure", "host/native.py", "E1", at_top(ON_FAILURE)),
+        ("an import whose failure is swallowed", "chat/run.py", "E1", at_top(SWALLOWED)),
+        ("a cycle of imports", "close.py", "lint-imports", at_top("from .connection import Disconnected")),
+        ("time.time() in a handler", "server.py", "E2", handling_in("Server._run_drain", "time.time()"), TIME),
+        ("time.time() in a finally", "chat/chat.py", "E2", finally_in("Chat.session", "time.time()"), TIME),
+        (
+            "time.time() where a finally gets to",
+            "connection.py",
+            "E2",
+            first_in("WebSocket._tear_down", "time.time()"),
+            TIME,
+        ),
+        (
+            "time.time() behind an interface",
+            "host/native.py",
+            "E2",
+            first_in("NativeTransport.abort", "time.time()"),
+            TIME,
+        ),
+        ("time.time() where a tool is left", "chat/run.py", "E2", first_in("Tool.__aexit__", "time.time()"), TIME),
+        ("time.time() in the reporter", "report.py", "E2", reporter("return real(error, at=time.time())"), TIME),
+        ("a name that nobody imported", "host/listener.py", "E2", handling_in("Router.serve", "print(time())")),
+        ("a name that was unbound again", "connection.py", "E2", at_end("del report_error")),
+        (
+            "a name for type checkers only",
+            "host/native.py",
+            "E2",
+            first_in("NativeTransport.abort", "time()"),
+            at_top(FOR_TYPES),
+        ),
+        (
+            "a name bound on one side of an if",
+            "chat/session.py",
+            "E2",
+            handling_in("Session._serve", "detected()"),
+            at_top(ONE_SIDE),
+        ),
+        ("a local not bound yet", "chat/session.py", "E2", handling_in("Session._serve", "print(seq); seq = 0")),
+        (
+            "import_module in a handler",
+            "server.py",
+            "E2",
+            handling_in("Server._run_drain", "import_module('json')"),
+            at_top("from importlib import import_module"),
+        ),
+        (
+            "logging in a handler",
+            "host/hypercorn.py",
+            "E2",
+            handling_in("Hypercorn.serve", "log.error('failed')"),
+            at_top(LOG),
+        ),
+        ("a lock in the reporter", "report.py", "E2", reporter(LOCKED), at_top(LOCK)),
+        (
+            "the environment read at run time",
+            "chat/chat.py",
+            "E7",
+            first_in("Chat.session", "os.environ.get('X')"),
+            at_top("import os"),
+        ),
+        (
+            "except BaseException: pass",
+            "host/listener.py",
+            "flake8-async",
+            catching_in("Router.serve", "BaseException"),
+        ),
+        ("an error that is swallowed", "connection.py", FAILED_HANDLER, catching_in("WebSocket.run", "Exception")),
+        ("a clean-up that raises", "connection.py", FAILED_HANDLER, first_in("WebSocket._tear_down", "raise OSError")),
+        ("a reporter that raises", "report.py", FAILED_AGENT, reporter("raise OSError('no sink')")),
+        ("a reporter that says nothing", "report.py", FAILED_AGENT, reporter("return '00000000'")),
+        ("a reporter that masks the error", "report.py", FAILED_AGENT, reporter(LATER)),
+        ("a reporter that tells another id", "report.py", FAILED_AGENT, reporter("return real(error, **context)[1:]")),
+        ("a client that is shown the error", "chat/run.py", FAILED_AGENT, first_in("perform", SHOWN)),
+    ]
+]
+
+
+# What catches it
+
+
+class Copy:
+    """A copy of the package, in which one file at a time can be another."""
+
+    def __init__(self, directory: Path) -> None:
+        self.root = directory
+        self.package = directory / PACKAGE
+        copytree(REPOSITORY / PACKAGE, self.package)
+
+    def catches(self, catcher: str, file: str) -> str | None:
+        """What the catcher says about the copy, if it objects to it; of the audit only what it says about the file."""
+        if catcher in {"E1", "E2", "E7"}:
+            shown = str(self.package / file)
+            for found in audit(python_files(self.package)):
+                if (found.file, found.rule) == (shown, catcher):
+                    return f"audit {catcher}, line {found.line}"
+            return None
+        if catcher == "flake8-async":
+            return self._objects(["flake8_async", "--enable=ASYNC103,ASYNC104", str(self.package / file)], catcher)
+        if catcher == "lint-imports":
+            command = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(cache_dir=None))"
+            return self._objects(["-c", command], catcher)
+        return self._objects(["pytest", "-q", "-x", "-p", "no:cacheprovider", catcher], catcher)
+
+    def _objects(self, command: list[str], shown: str) -> str | None:
+        arguments = command if command[0] == "-c" else ["-m", *command]
+        # Without coverage, which would look for the copy when it is gone.
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
+        environ["PYTHONPATH"] = str(self.package.parent)
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=REPOSITORY,
+            env=environ,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        if done.returncode not in (0, 1):
+            raise RuntimeError(f"{shown} did not run: {done.stdout}{done.stderr}")
+        return shown if done.returncode else None
+
+
+def main() -> int:
+    survived = 0
+    with TemporaryDirectory() as directory:
+        copy = Copy(Path(directory).resolve())
+        for catcher, file in {fault.catcher: fault.file for fault in FAULTS}.items():
+            if said := copy.catches(catcher, file):
+                print(f"{said} objects to {file} as it is")
+                return 1
+        width = max(len(fault.name) for fault in FAULTS)
+        for fault in FAULTS:
+            path = copy.package / fault.file
+            source = path.read_text()
+            planted = source
+            for plant in fault.plants:
+                planted = plant(planted)
+            path.write_text(planted)
+            said = copy.catches(fault.catcher, fault.file)
+            path.write_text(source)
+            survived += said is None
+            print(f"{fault.name:{width}}  {fault.file:16}  {said or f'SURVIVED {fault.catcher}'}", flush=True)
+    print(f"\n{len(FAULTS) - survived} of {len(FAULTS)} faults were caught")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
