@@ -225,7 +225,6 @@ class Copy:
     """A copy of the package, in which one file at a time can be another."""
 
     def __init__(self, directory: Path) -> None:
-        self.root = directory
         self.package = directory / PACKAGE
         copytree(REPOSITORY / PACKAGE, self.package)
 
@@ -267,7 +266,7 @@ def main() -> int:
     survived = 0
     with TemporaryDirectory() as directory:
         copy = Copy(Path(directory).resolve())
-        for catcher, file in {fault.catcher: fault.file for fault in FAULTS}.items():
+        for catcher, file in sorted({(fault.catcher, fault.file) for fault in FAULTS}):
             if said := copy.catches(catcher, file):
                 print(f"{said} objects to {file} as it is")
                 return 1

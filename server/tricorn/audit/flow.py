@@ -12,7 +12,8 @@ from .source import stored
 Bound = frozenset[str]
 Reached = Bound | None  # None: nothing gets here
 
-PLATFORM = {"platform", "version_info", "implementation", "maxsize", "name"}  # of sys and of os
+FACTS = {"TYPE_CHECKING", "__name__", "__debug__", "platform", "version_info", "os.name", "platform.system"}
+FACTS |= {f"sys.{name}" for name in ("platform", "version_info", "implementation", "maxsize")}
 
 
 class See(Protocol):
@@ -139,14 +140,12 @@ def _constant(test: ast.expr) -> bool | None:
 
 def is_fact(test: ast.expr) -> bool:
     """Whether a condition is the same for as long as the program runs, whatever happens: it is about the platform."""
-    if _constant(test) is not None:
-        return True
-    names = {node.attr if isinstance(node, ast.Attribute) else node.id for node in _names(test)}
-    return bool(names) and names <= {*PLATFORM, "__name__", "sys", "os"}
-
-
-def _names(test: ast.expr) -> list[ast.Name | ast.Attribute]:
-    return [node for node in ast.walk(test) if isinstance(node, ast.Name | ast.Attribute)]
+    match test:
+        case ast.Name(id=name):
+            return name in FACTS
+        case ast.Attribute(value=value, attr=name):
+            return name == "TYPE_CHECKING" or ast.unparse(test) in FACTS or is_fact(value)
+    return all(is_fact(part) for part in ast.iter_child_nodes(test) if isinstance(part, ast.expr))
 
 
 def suppresses(item: ast.withitem) -> bool:
