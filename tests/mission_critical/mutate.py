@@ -24,9 +24,7 @@ REPOSITORY = Path(__file__).parents[2]
 PACKAGE = Path("server/tricorn")
 
 FAILED_AGENT = "tests/unit/chat/test_run.py::test_an_agent_that_raises_has_failed"
-FAILED_HANDLER = (
-    "tests/integration/server/test_semantics.py::test_a_handler_that_raises_closes_with_1011_and_disturbs_nobody"
-)
+FAILED_HANDLER = "tests/mission_critical/test_first_error.py::test_a_handler_that_raises"
 
 Plant = Callable[[str], str]
 
