@@ -434,6 +434,10 @@ def test_a_file_that_is_no_python(content: bytes, error: type[Exception], tmp_pa
         audit([tmp_path / "agent.py"])
 
 
+def test_what_the_compiler_warns_of_is_not_the_audits() -> None:
+    assert found("x = '\\d'") == []
+
+
 def test_the_python_files_of_a_directory() -> None:
     for name in ("a.py", "b.txt", "deep/c.py", ".hidden/d.py", "env/pyvenv.cfg", "env/e.py"):
         Path(name).parent.mkdir(exist_ok=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+from warnings import catch_warnings, simplefilter
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef
 COMPREHENSIONS = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
@@ -74,7 +75,10 @@ def read(path: Path) -> Module:
     while (root / "__init__.py").is_file():
         parts.insert(0, root.name)
         root = root.parent
-    module = Module(path, ".".join(parts), root, ast.parse(path.read_bytes(), str(path)))
+    with catch_warnings():
+        simplefilter("ignore")  # it is not here that a file's author wants to hear of a backslash
+        tree = ast.parse(path.read_bytes(), str(path))
+    module = Module(path, ".".join(parts), root, tree)
     module.scope = Scope(module, None)
     _fill(module.scope, module.tree.body)
     return module
