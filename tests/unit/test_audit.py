@@ -220,6 +220,7 @@ def test_all_of_the_reporter_is_part_of_the_error_path() -> None:
         ("for report in (): pass", "report(error)", SOMETIMES),
         ("try: report = g()\nexcept OSError: pass", "report(error)", SOMETIMES),
         ("def f():\n    global report\n    report = print", "report(error)", NOWHERE),
+        ("class C:\n    report = print", "report(error)", NOWHERE),
         ("", "print(late); late = 1", "`late` may not be bound yet, on the error path; bind it before the try"),
     ],
 )  # fmt: skip
@@ -259,6 +260,10 @@ def test_a_name_that_is_bound_on_every_way(before: str) -> None:
         ("if a: x = 1\ntry: g()\nexcept OSError: print(x)", [5]),
         ("if a: return\nelse: x = 1\ntry: g()\nexcept OSError: print(x)", []),
         ("while a: x = 1\ntry: g()\nexcept OSError: print(x)", [5]),
+        ("try: return g()\nexcept OSError as x: pass\ntry: g()\nexcept OSError: print(x)", [6]),
+        ("while True:\n if a: break\n x = 1\ntry: g()\nexcept OSError: print(x)", [7]),
+        ("with suppress(OSError): x = g()\ntry: g()\nexcept OSError: print(x)", [5]),
+        ("with a: x = g()\ntry: g()\nexcept OSError: print(x)", []),
         ("while True:\n x = 1\n if x: break\ntry: g()\nexcept OSError: print(x)", []),
         ("for x in a:\n try: g()\n except OSError: print(x)", []),
         ("for x in a:\n continue\nelse:\n y = 1\ntry: g()\nexcept OSError: print(y)", []),
@@ -299,7 +304,10 @@ def reached(source: str, **others: str) -> list[str]:
         f"class B:\n  {SLOW}\nclass C(B):\n  def slow(self):\n    FAILED super().slow()",
         f"class B:\n  def f(self):\n    FAILED self.slow()\n  def slow(self): ...\nclass C(B):\n  {SLOW}",
         "class C:\n  @classmethod\n  def f(cls):\n    FAILED cls.slow()\n  @classmethod\n  def slow(cls): time.time()",
+        f"class C:\n  {SLOW}\n  @classmethod\n  def f(cls):\n    FAILED cls().slow()",
         f"class C:\n  {SLOW}\ndef f(c: C):\n  FAILED c.slow()",
+        f"class C:\n  {SLOW}\ndef f(c=None):\n  c = c or C()\n  FAILED c.slow()",
+        f"class C:\n  {SLOW}\ndef f(a):\n  c = C() if a else None\n  FAILED c.slow()",
         f"class C:\n  {SLOW}\ndef f(c: 'C | None'):\n  FAILED c.slow()",
         f"class C:\n  {SLOW}\ndef f(a: 'no type', c: 'C'):\n  FAILED a.x(c.slow())",
         f"class C:\n  {SLOW}\ndef f():\n  c = C()\n  FAILED c.slow()",
@@ -338,13 +346,14 @@ def test_across_a_package_with_relative_imports() -> None:
         "def f():\n  try: f()\n  except OSError:\n    on()\n    slow()",
         "b": "import time\ndef on(): time.time()",
         "deep/__init__": "",
-        "deep/c": "from ..b import on\nimport time\ndef slow():\n  on(time.time())",
+        "deep/c": "from ..d import on\nimport time\ndef slow():\n  on(time.time())",
+        "d": "import time\ndef on(text): time.time()",
     }.items():  # fmt: skip
         path = Path("package", f"{name}.py")
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
     files = [(finding.file, finding.line) for finding in audit([Path("package/a.py")])]
-    assert files == [("package/b.py", 2), ("package/deep/c.py", 4)]
+    assert files == [("package/b.py", 2), ("package/d.py", 2), ("package/deep/c.py", 4)]
 
 
 def test_imports_that_go_in_a_circle() -> None:
