@@ -27,6 +27,9 @@ NO_PONG = 4000
 STALLED = 4001
 OUTBOX_OVERFLOW = 4004
 
+# Ends that somebody is to blame for: a peer that broke the protocol, or a bug here. A loss is nobody's fault.
+FAULTS = frozenset({PROTOCOL_ERROR, INVALID_DATA, TOO_BIG, INTERNAL_ERROR})
+
 
 def may_be_sent(code: int) -> bool:
     """Whether a close code may stand in a close frame."""

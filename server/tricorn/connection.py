@@ -18,9 +18,9 @@ from trio.lowlevel import (
     wait_task_rescheduled,
 )
 
-from .close import ABNORMAL, INTERNAL_ERROR, NORMAL, SERVICE_RESTART, Close, may_be_sent
-from .phase import Phase, move
-from .report import report, report_error
+from .close import ABNORMAL, FAULTS, INTERNAL_ERROR, NORMAL, SERVICE_RESTART, Close, may_be_sent
+from .phase import IllegalMove, Phase, move
+from .report import report, report_error, trace_id
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     Handler = Callable[["WebSocket"], Awaitable[None]]
 
 Message = str | bytes  # text or binary, RFC 6455 §5.6
+
+LATER_CAUSES = 10  # that are kept; the first cause always is
 
 
 class Disconnected(Exception):
@@ -45,7 +47,23 @@ class Disconnected(Exception):
 
 
 class Transport(Protocol):
-    """What a connection needs of its host. The host calls `deliver`, `end` and `hang_up` of the connection."""
+    """What a connection needs of its host. The host calls `deliver`, `end`, `fail` and `hang_up` of the connection.
+
+    Attributes:
+        bytes_received: of what the peer sent since the handshake.
+        bytes_sent: of what went out to it.
+        close_received: the code of the peer's close frame, None while none came.
+        close_sent: the code of ours, None while it has not gone out whole.
+    """
+
+    @property
+    def bytes_received(self) -> int: ...
+    @property
+    def bytes_sent(self) -> int: ...
+    @property
+    def close_received(self) -> int | None: ...
+    @property
+    def close_sent(self) -> int | None: ...
 
     def start(self, connection: WebSocket) -> None:
         """Deliver from now on what the peer sends."""
@@ -81,6 +99,7 @@ class WebSocket:
         path: the request's path, decoded; `query`: what stood behind its `?`, as it came.
         headers: the request's headers, names in lower case.
         subprotocol: the one agreed on, or None.
+        context: what every record about the connection says of it; more may be put in, for example who the user is.
     """
 
     nursery: trio.Nursery
@@ -102,6 +121,12 @@ class WebSocket:
         self.query = query
         self.headers = headers
         self.subprotocol = subprotocol
+        self.context: dict[str, object] = {
+            "connection": self.id,
+            "peer": peer,
+            "path": path,
+            "trace": trace_id(headers),
+        }
         self.inbox: deque[Message] = deque()  # what was delivered and not received yet; hosts look whether it is empty
         self._transport = transport
         self._close_timeout = close_timeout
@@ -112,7 +137,11 @@ class WebSocket:
         self._over = False  # nothing more to receive, nothing more may be sent
         self._hung_up = False
         self._closed = trio.Event()
+        # For the record of its end.
+        self._began = current_time()
         self._received = self._sent = 0
+        self._later_causes: list[str] = []
+        self._error_id: str | None = None
 
     def __repr__(self) -> str:
         return f"<WebSocket {self.id} {self.path} of {self.peer[0]}:{self.peer[1]}, {self._phase.value}>"
@@ -203,7 +232,8 @@ class WebSocket:
                 self._phase = move(self._phase, Phase.OPEN)
                 self._transport.start(self)
                 await handler(self)
-                self._end(Close(NORMAL))
+                if self._cause is None:
+                    self._cause = Close(NORMAL)
                 self._stop()
         except* Exception as errors:
             self._failed(errors)
@@ -227,6 +257,10 @@ class WebSocket:
             self._receiver = None
         self._hurry()
 
+    def fail(self, error: Exception) -> None:
+        """A bug, or no memory: it is reported, and ends this connection and nothing else."""
+        self.end(self._report(error))
+
     def hang_up(self) -> None:
         """The peer is gone, but something that it sent before may not have been read yet."""
         self._hung_up = True
@@ -235,8 +269,11 @@ class WebSocket:
     # How it ends
 
     def _end(self, cause: Close) -> bool:
-        """Keep the first cause; say whether this is it."""
+        """Keep the first cause, and the others as notes on it; say whether this is the first."""
         if self._cause is not None:
+            # In the closing handshake nothing new comes: what the peer does then shows in the codes.
+            if self._phase is Phase.OPEN and len(self._later_causes) < LATER_CAUSES:
+                self._later_causes.append(f"{cause.code} {cause.reason}".rstrip())
             return False
         self._cause = cause
         return True
@@ -256,34 +293,63 @@ class WebSocket:
     def _failed(self, errors: BaseExceptionGroup[BaseException]) -> None:
         rest = errors.split(Disconnected)[1] if self._cause is not None else errors
         if rest is not None:
-            error_id = report_error(rest, connection=self.id, peer=self.peer, path=self.path, phase=self._phase.value)
-            self._end(Close(INTERNAL_ERROR, error_id))
+            self._end(self._report(rest))
+
+    def _report(self, error: BaseException) -> Close:
+        code = None if self._cause is None else self._cause.code
+        error_id = report_error(error, **self.context, phase=self._phase.value, code=code)
+        if self._error_id is None:
+            self._error_id = error_id
+        return Close(INTERNAL_ERROR, error_id)
+
+    def _move(self, to: Phase) -> None:
+        """Go on to `to`. Where that is refused it is a bug of ours, but no reason to stop tearing down."""
+        try:
+            self._phase = move(self._phase, to)
+        except IllegalMove as error:
+            self._report(error)
+            self._phase = to
 
     async def _tear_down(self) -> None:
         cause = self._cause
         if cause is None:
             cause = self._cause = Close(ABNORMAL if self._hung_up else SERVICE_RESTART)
         self._over = True
-        self._phase = move(self._phase, Phase.CLOSING)
+        reached = self._phase
+        self._move(Phase.CLOSING)
         self.inbox.clear()
-        with move_on_after(self._close_timeout, shield=True):
-            await self._transport.close(cause)
-        self._transport.abort()
-        if self._receiver is not None:  # a task that is not the connection's own
-            reschedule(self._receiver, Error(Disconnected(*cause)))
-            self._receiver = None
-        self._phase = move(self._phase, Phase.CLOSED)
-        self._closed.set()
+        try:
+            with move_on_after(self._close_timeout, shield=True):
+                await self._transport.close(cause)
+        except Exception as error:
+            self._report(error)
+        finally:
+            self._transport.abort()
+            if self._receiver is not None:  # a task that is not the connection's own
+                reschedule(self._receiver, Error(Disconnected(*cause)))
+                self._receiver = None
+            self._move(Phase.CLOSED)
+            self._closed.set()
+            self._record_end(cause, reached)
+
+    def _record_end(self, cause: Close, reached: Phase) -> None:
+        transport = self._transport
         report(
-            "INFO",
+            "WARNING" if cause.code in FAULTS else "INFO",
             "connection closed",
-            connection=self.id,
-            peer=self.peer,
-            path=self.path,
+            **self.context,
+            phase=reached.value,
             code=cause.code,
             reason=cause.reason,
+            notes="; ".join(self._later_causes) or None,
+            close_sent=transport.close_sent,
+            close_received=transport.close_received,
+            seconds=round(current_time() - self._began, 3),
             messages_received=self._received,
             messages_sent=self._sent,
+            bytes_received=transport.bytes_received,
+            bytes_sent=transport.bytes_sent,
+            error_id=self._error_id,
         )
 
     # Inside

@@ -66,7 +66,7 @@ class Session:
     def __init__(self, chat: Chat, ws: WebSocket, user: str) -> None:
         self._chat = chat
         self._ws = ws
-        self._user = user
+        self._user = ws.context["user"] = user
         self._batch = ws.subprotocol == BATCH_SUBPROTOCOL
         self._cursors: dict[str, Cursor] = {}
         self._behind: dict[Cursor, None] = {}  # those of the cursors that have something to read
@@ -141,7 +141,7 @@ class Session:
                 case Authenticate():
                     return self._welcome()
         except Exception as error:
-            error_id = report_error(error, connection=self._ws.id, user=self._user, request=request.__class__.__name__)
+            error_id = report_error(error, **self._ws.context, request=request.__class__.__name__)
             return Error(code="internal", message="this did not work", ref=ref, error_id=error_id)
 
     def _welcome(self) -> Welcome:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from trio import BrokenResourceError, Event
 from trio.lowlevel import ParkingLot
 
-from ..close import ABNORMAL, INTERNAL_ERROR, NO_PONG, STALLED, Close
-from ..report import report_error
+from ..close import ABNORMAL, NO_PONG, STALLED, Close
 from .websocket import Opcode, Receiver, close_frame, frame
 
 if TYPE_CHECKING:
@@ -41,6 +40,8 @@ class NativeTransport:
         self.wants_read = True
         self.wants_write = False
         self.at_eof = False
+        self.bytes_received = 0
+        self.bytes_sent = 0
         self._socket = sock
         self._rest = rest
         self._readiness = readiness
@@ -55,6 +56,7 @@ class NativeTransport:
         self._room = ParkingLot()  # tasks that wait until nothing is unsent
         self._broken = False  # nothing can be sent any more
         self._closing = False  # the close frame was the last thing sent
+        self._close_code: int | None = None  # the one in it
         self._finished = Event()  # the closing handshake is done, or cannot be done
         self._aborted = False
         # For keepalive: what happened since it last looked, and when something last had.
@@ -65,6 +67,14 @@ class NativeTransport:
         self._progress_at = 0.0
 
     # For the connection
+
+    @property
+    def close_received(self) -> int | None:
+        return None if self._codec.closed is None else self._codec.closed.code
+
+    @property
+    def close_sent(self) -> int | None:
+        return None if self._unsent else self._close_code
 
     def start(self, connection: WebSocket) -> None:
         self._connection = connection
@@ -103,6 +113,7 @@ class NativeTransport:
         if self._broken or close.code == ABNORMAL:
             return
         self._put_off.append(close_frame(close))
+        self._close_code = close.code
         self.flush()
         if not self.at_eof:
             self.wants_read = True
@@ -164,10 +175,9 @@ class NativeTransport:
 
     def failed(self, error: Exception) -> None:
         """A bug, or no memory: it ends this connection and nothing else."""
-        error_id = report_error(error, connection=self._connection.id)
+        self._connection.fail(error)
         self.at_eof = True
         self._readiness.change(self)
-        self._connection.end(Close(INTERNAL_ERROR, error_id))
 
     # For the server
 
@@ -200,6 +210,7 @@ class NativeTransport:
     # Inside
 
     def _take(self, data: bytes) -> None:
+        self.bytes_received += len(data)
         codec = self._codec
         messages = codec.receive_data(data)
         connection = self._connection
@@ -246,6 +257,7 @@ class NativeTransport:
             self.idle()  # it is gone: what it left is bounded, so read that and find the end
             return
         self._progress = True
+        self.bytes_sent += sent
         self._unsent = memoryview(data)[sent:] if sent < len(data) else b""
         if self.wants_write != bool(self._unsent):
             self.wants_write = not self.wants_write

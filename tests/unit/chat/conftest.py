@@ -20,6 +20,7 @@ class Client:
     def __init__(self, subprotocol: str | None) -> None:
         self.subprotocol = subprotocol
         self.id = "connection-1"
+        self.context: dict[str, object] = {"connection": self.id}
         self.closed: tuple[int, str] | None = None
         self.ended = trio.Event()
         self.messages: list[str] = []  # as they were sent
