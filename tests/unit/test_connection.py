@@ -1,0 +1,251 @@
+"""How a connection ends, on a transport that does nothing: phases, causes, the record. The rest is on real sockets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from tricorn import Disconnected, WebSocket
+from tricorn.close import Close
+from tricorn.phase import Phase
+
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+
+Records = Callable[[], list[dict[str, Any]]]
+
+
+class Transport:
+    """Takes everything at once."""
+
+    bytes_received = 0
+    bytes_sent = 0
+    close_received: int | None = None
+    close_sent: int | None = None
+
+    def __init__(self) -> None:
+        self.steps: list[object] = []
+
+    def start(self, connection: WebSocket) -> None:
+        self.steps.append("start")
+
+    def idle(self) -> None:
+        pass
+
+    async def send(self, payloads: Any, *, text: bool) -> None:
+        self.bytes_sent += sum(map(len, payloads))
+
+    async def close(self, close: Close) -> None:
+        self.steps.append(close)
+        self.close_sent = close.code
+
+    def abort(self) -> None:
+        self.steps.append("abort")
+
+
+@pytest.fixture
+def records(capfd: pytest.CaptureFixture[str]) -> Records:
+    """Returns what was reported since the last call."""
+    return lambda: [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+
+
+def connection(transport: Any, headers: dict[str, str] | None = None) -> WebSocket:
+    return WebSocket(
+        transport,
+        peer=("::1", 5),
+        path="/x",
+        query="",
+        headers=headers or {},
+        subprotocol=None,
+        close_timeout=2,
+    )
+
+
+async def test_the_record_of_an_end(records: Records, autojump_clock: MockClock) -> None:
+    async def handler(ws: WebSocket) -> None:
+        ws.context["user"] = "ann"
+        await ws.send("four")
+        ws.deliver(["one", "two"])
+        await ws.receive()
+        await trio.sleep(1.5)
+
+    transport = Transport()
+    transport.bytes_received = 14
+    transport.close_received = 1000
+    ws = connection(transport, {"traceparent": f"00-{TRACE}-b7ad6b7169203331-01"})
+    await ws.run(handler)
+    assert transport.steps == ["start", Close(1000), "abort"]
+    assert records() == [
+        {
+            "severity": "INFO",
+            "message": "connection closed",
+            "connection": ws.id,
+            "peer": ["::1", 5],
+            "path": "/x",
+            "logging.googleapis.com/trace": TRACE,
+            "user": "ann",
+            "phase": "open",
+            "code": 1000,
+            "reason": "",
+            "close_sent": 1000,
+            "close_received": 1000,
+            "seconds": 1.5,
+            "messages_received": 2,
+            "messages_sent": 1,
+            "bytes_received": 14,
+            "bytes_sent": 4,
+        }
+    ]
+
+
+async def test_an_error_has_the_context_of_its_connection(records: Records) -> None:
+    async def handler(ws: WebSocket) -> None:
+        raise ValueError("x")
+
+    transport = Transport()
+    ws = connection(transport, {"x-cloud-trace-context": f"{TRACE}/1"})
+    await ws.run(handler)
+    error, end = records()
+    assert (error["message"], error["connection"], error["peer"]) == ("ValueError: x", ws.id, ["::1", 5])
+    assert (error["phase"], error["logging.googleapis.com/trace"]) == ("open", TRACE)
+    assert (end["severity"], end["code"], end["reason"]) == ("WARNING", 1011, error["error_id"])
+    assert end["error_id"] == error["error_id"]
+    assert transport.steps[1] == Close(1011, error["error_id"])
+
+
+@pytest.mark.parametrize(
+    ("code", "severity"),
+    [
+        *[(code, "INFO") for code in (1000, 1001, 1005, 1006, 1012, 4000, 4001, 4321)],
+        *[(code, "WARNING") for code in (1002, 1007, 1009, 1011)],
+    ],
+)
+async def test_the_severity_of_an_end(records: Records, code: int, severity: str) -> None:
+    async def handler(ws: WebSocket) -> None:
+        ws.end(Close(code, "why"))
+        await trio.sleep_forever()
+
+    await connection(Transport()).run(handler)
+    [record] = records()
+    assert (record["severity"], record["code"], record["reason"]) == (severity, code, "why")
+
+
+async def test_the_first_cause_counts_and_later_ones_are_notes(records: Records) -> None:
+    async def handler(ws: WebSocket) -> None:
+        ws.end(Close(4321, "first"))
+        ws.end(Close(1001))
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise ValueError("third")
+
+    transport = Transport()
+    await connection(transport).run(handler)
+    error, end = records()
+    assert error["code"] == 4321
+    assert (end["code"], end["reason"]) == (4321, "first")
+    assert end["notes"] == f"1001; 1011 {error['error_id']}"
+    assert end["error_id"] == error["error_id"]
+    assert transport.steps[1] == Close(4321, "first")
+
+
+async def test_notes_are_bounded(records: Records) -> None:
+    async def handler(ws: WebSocket) -> None:
+        for code in range(4000, 5000):
+            ws.end(Close(code))
+        await trio.sleep_forever()
+
+    await connection(Transport()).run(handler)
+    [end] = records()
+    assert end["notes"].split("; ") == [str(code) for code in range(4001, 4011)]
+
+
+async def test_a_handler_that_returns_after_its_peer_went_is_no_cause(records: Records) -> None:
+    async def handler(ws: WebSocket) -> None:
+        ws.end(Close(1001, "bye"))
+        with pytest.raises(Disconnected), trio.CancelScope(shield=True):
+            await ws.receive()
+
+    await connection(Transport()).run(handler)
+    [end] = records()
+    assert (end["code"], "notes" in end) == (1001, False)
+
+
+async def test_what_fails_in_the_host_ends_the_connection(records: Records) -> None:
+    async def handler(ws: WebSocket) -> None:
+        ws.fail(MemoryError())
+        await trio.sleep_forever()
+
+    await connection(Transport()).run(handler)
+    error, end = records()
+    assert error["message"] == "MemoryError"
+    assert (end["code"], end["reason"], end["error_id"]) == (1011, error["error_id"], error["error_id"])
+    assert "notes" not in end
+
+
+async def test_a_transport_that_fails_in_closing_is_aborted_all_the_same(records: Records) -> None:
+    class Broken(Transport):
+        async def close(self, close: Close) -> None:
+            raise RuntimeError("a bug")
+
+    async def handler(ws: WebSocket) -> None:
+        raise ValueError("first")
+
+    transport = Broken()
+    await connection(transport).run(handler)
+    first, second, end = records()
+    assert (first["message"], second["message"]) == ("ValueError: first", "RuntimeError: a bug")
+    assert second["phase"] == "closing"
+    assert (end["code"], end["error_id"]) == (1011, first["error_id"])
+    assert transport.steps == ["start", "abort"]
+
+
+async def test_a_refused_transition_is_reported_and_hides_nothing(records: Records) -> None:
+    """With a bug of ours that has the connection in the wrong phase, the first error comes first, and all ends."""
+
+    async def handler(ws: WebSocket) -> None:
+        ws._phase = Phase.CLOSED
+        raise ValueError("first")
+
+    transport = Transport()
+    ws = connection(transport)
+    await ws.run(handler)
+    first, refused, end = records()
+    assert first["message"] == "ValueError: first"
+    assert refused["message"] == "IllegalMove: a connection cannot go from closed to closing"
+    assert (end["message"], end["code"], end["error_id"]) == ("connection closed", 1011, first["error_id"])
+    assert transport.steps == ["start", Close(1011, first["error_id"]), "abort"]
+
+
+async def test_a_refused_transition_says_what_led_to_it(records: Records) -> None:
+    """What is no Exception passes through, and what is wrong with the phase is found on the way."""
+
+    async def handler(ws: WebSocket) -> None:
+        ws._phase = Phase.CLOSED
+        raise SystemExit(3)
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await connection(Transport()).run(handler)
+    assert caught.group_contains(SystemExit)
+    refused, _ = records()
+    assert "cannot go from closed to closing" in refused["message"]
+    assert "SystemExit: 3" in refused["stack_trace"]
+
+
+async def test_a_connection_that_has_ended_does_not_begin_again(records: Records) -> None:
+    ran: list[WebSocket] = []
+
+    async def handler(ws: WebSocket) -> None:
+        ran.append(ws)
+
+    ws = connection(Transport())
+    await ws.run(handler)
+    records()
+    await ws.run(handler)
+    assert len(ran) == 1
+    messages = [record["message"] for record in records()]
+    assert messages[0] == "IllegalMove: a connection cannot go from closed to open"
