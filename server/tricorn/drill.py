@@ -21,6 +21,7 @@ import trio
 
 from tricorn.chat import SUBPROTOCOLS, Chat
 from tricorn.chat.log.memory import MemoryLog
+from tricorn.report import SINK, STDERR
 from tricorn.server import serve
 from tricorn.web.pages import app
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from tricorn.connection import WebSocket
 
 PATIENCE = 10.0  # seconds; it takes a small fraction of one
-STDERR = 2
 READ_SIZE = 65536
 
 # How files of source text may be encoded, which a traceback shows lines of.
@@ -84,14 +84,14 @@ REHEARSED = (
 async def drill() -> None:
     """Serve on a free port of this machine, use it in every way, have it fail, and end it. Leaves nothing behind.
 
-    What it reports goes nowhere: as long as it lasts, stderr is /dev/null. If cancelled, its server closes as any
+    What it reports goes nowhere: as long as it lasts, stderr and where reports go are /dev/null. If cancelled, its server closes as any
     other does.
 
     Raises:
         RuntimeError: something was not answered as it must be. As all that the server raises, in an ExceptionGroup.
         trio.TooSlowError: it did not end within `PATIENCE` seconds.
     """
-    with _silence(STDERR), trio.fail_after(PATIENCE):
+    with _silence(STDERR), _silence(SINK), trio.fail_after(PATIENCE):
         _call_what_loads()
         async with Chat(_failing_agent, log=MemoryLog()) as chat, trio.open_nursery() as nursery:
 

@@ -72,7 +72,7 @@ def _socket_number(descriptor: int) -> int:
 
 
 _TO_TERMINAL = isatty(STDERR)
-_SINK = _open_sink()
+SINK = _open_sink()
 _SINK_SOCKET = _socket_number(STDERR)
 
 _dropped = 0  # records that stderr did not take, and that no record has told of
@@ -195,11 +195,11 @@ def _send(line: bytes) -> bool:
     try:
         if _torn:
             line = b"\n" + line
-        if _socket_number(_SINK) in (0, _SINK_SOCKET):
+        if _socket_number(SINK) in (0, _SINK_SOCKET):
             ready = poll()
-            ready.register(_SINK, POLLOUT)
+            ready.register(SINK, POLLOUT)
             while sent < len(line) and _takes_more(ready):
-                sent += write(_SINK, line[sent : sent + PIPE_BUF])
+                sent += write(SINK, line[sent : sent + PIPE_BUF])
     except Exception:
         pass
     if sent:

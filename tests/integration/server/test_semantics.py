@@ -314,6 +314,7 @@ async def test_close_from_outside_returns_when_the_connection_is_closed(served: 
         assert await client.receive() == "hello"
         async with trio.open_nursery() as nursery:
             nursery.start_soon(sockets[0].close, 3000, "from outside")
+            await wait_all_tasks_blocked()  # Trio starts tasks in any order
             nursery.start_soon(sockets[0].close, 3001, "later")
             assert await client.closed() == (3000, "from outside")
         await sockets[0].close(3002)  # over is over
