@@ -84,8 +84,8 @@ REHEARSED = (
 async def drill() -> None:
     """Serve on a free port of this machine, use it in every way, have it fail, and end it. Leaves nothing behind.
 
-    What it reports goes nowhere: as long as it lasts, stderr and where reports go are /dev/null. If cancelled, its server closes as any
-    other does.
+    What it reports goes nowhere: as long as it lasts, stderr, and where else reports go, is /dev/null. If cancelled,
+    its server closes as any other does.
 
     Raises:
         RuntimeError: something was not answered as it must be. As all that the server raises, in an ExceptionGroup.
