@@ -174,7 +174,8 @@ def _as_text(record: Record) -> bytes:
     headline = f"{rest.pop('severity')}: {rest.pop('message')}"
     trace = rest.pop("stack_trace", "")
     known = " ".join([f"{key}={value}" for key, value in rest.items()])
-    text = f"{headline} [{known}]\n{trace}".rstrip("\n")
+    text = f"{headline} [{known}]" if known else headline
+    text = f"{text}\n{trace}".rstrip("\n")
     return text.replace("\n", "\n    ").encode() + b"\n"
 
 

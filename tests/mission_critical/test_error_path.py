@@ -86,19 +86,17 @@ SERVE = """
 import sys
 import trio
 import crashing, sabotage
-import tricorn.server
 from tricorn.chat import Chat
 from tricorn.chat.protocol import SUBPROTOCOLS
+from tricorn.host.listener import listen
+from tricorn.server import serve_until_signal
 
-async def main(task_status=trio.TASK_STATUS_IGNORED):
-    async with Chat(crashing.agent) as chat, trio.open_nursery() as nursery:
+async def main():
+    listeners = await listen(0, "127.0.0.1")
+    print(listeners[0].getsockname()[1], flush=True)
+    async with Chat(crashing.agent) as chat:
         handler, drain = (chat.session, chat.drain) if sys.argv[2] == "chat" else (crashing.handler, None)
-        [(host, port)] = await nursery.start(
-            lambda task_status: tricorn.server.serve_until_signal(
-                handler, 0, subprotocols=SUBPROTOCOLS, drain=drain, task_status=task_status
-            )
-        )
-        print(port, flush=True)
+        await serve_until_signal(handler, listeners, subprotocols=SUBPROTOCOLS, drain=drain)
 
 crashing.sabotage = vars(sabotage)[sys.argv[1]]
 trio.run(main)
