@@ -184,7 +184,7 @@ class PerSocket(_Flusher):
         try:
             while watched.wants_read and not watched.at_eof:
                 await wait_readable(watched.fileno())
-                if watched.wants_read:
+                if watched.wants_read and not watched.at_eof:
                     watched.readable()
         except trio.ClosedResourceError:
             pass  # unregistered

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any
 
 import pytest
@@ -76,10 +76,9 @@ async def test_a_frame_that_cannot_be_finished_is_the_last_thing_on_the_stream(
         server.scope.cancel()
         await server.over.wait()
         stream = b""
-        with pytest.raises(trio.BrokenResourceError):
+        with suppress(trio.BrokenResourceError):
             while data := await client.stream.receive_some():
                 stream += data
-            raise trio.BrokenResourceError
         frame = Frame(Opcode.BINARY, BIG).serialize(mask=False)
         assert 0 < len(stream) < len(frame)
         assert frame.startswith(stream)
@@ -108,6 +107,24 @@ async def test_who_reads_nothing_is_given_up_after_the_stall_timeout(
     assert ends == [4001]
     [record] = records.read("INFO")
     assert (record["code"], record["reason"]) == (4001, "the peer stopped reading")
+
+
+async def test_who_was_given_up_is_not_read_any_more(served: Served, patient_clock: MockClock) -> None:
+    sockets: list[WebSocket] = []
+
+    async def handler(ws: WebSocket) -> None:
+        sockets.append(ws)
+        await ws.send(BIG)
+        await trio.sleep_forever()
+
+    async with served(handler, settings=SETTINGS) as server, server.connect() as client:
+        await client.send("unread")
+        await wait_all_tasks_blocked()
+        await sockets[0].send("waits outside")  # until it is given up; no error yet, for there is something to receive
+        assert trio.current_time() >= 8
+        await client.send("late")
+        await wait_all_tasks_blocked()
+        assert list(sockets[0].inbox) == ["unread"]
 
 
 async def test_who_reads_slowly_is_not_given_up(served: Served, patient_clock: MockClock) -> None:

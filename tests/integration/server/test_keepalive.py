@@ -150,5 +150,9 @@ async def test_nothing_comes_behind_the_close_frame(served: Served, patient_cloc
     async with served(handler, settings=often) as server, server.connect() as client:
         if ending == "peer":
             await client.close(4321)
-        assert await client.closed(answer=False) == ((4321 if ending == "peer" else 1000), "")
+        frame = await client.frame(answer=False)
+        assert frame.data == (4321 if ending == "peer" else 1000).to_bytes(2, "big")
+        if ending == "returns":
+            await client.stream.send_all(Frame(Opcode.PING, b"").serialize(mask=True))
+        assert await client.stream.receive_some() == b""
         await wait_all_tasks_blocked()
