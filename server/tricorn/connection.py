@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from secrets import token_hex
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 import trio
 from outcome import Error
@@ -46,24 +46,17 @@ class Disconnected(Exception):
         self.reason = reason
 
 
+class Traffic(NamedTuple):
+    """What went over the wire since the handshake: bytes, and the codes of the close frames, None where none went."""
+
+    bytes_received: int
+    bytes_sent: int
+    close_received: int | None
+    close_sent: int | None
+
+
 class Transport(Protocol):
-    """What a connection needs of its host. The host calls `deliver`, `end`, `fail` and `hang_up` of the connection.
-
-    Attributes:
-        bytes_received: of what the peer sent since the handshake.
-        bytes_sent: of what went out to it.
-        close_received: the code of the peer's close frame, None while none came.
-        close_sent: the code of ours, None while it has not gone out whole.
-    """
-
-    @property
-    def bytes_received(self) -> int: ...
-    @property
-    def bytes_sent(self) -> int: ...
-    @property
-    def close_received(self) -> int | None: ...
-    @property
-    def close_sent(self) -> int | None: ...
+    """What a connection needs of its host. The host calls `deliver`, `end`, `fail` and `hang_up` of the connection."""
 
     def start(self, connection: WebSocket) -> None:
         """Deliver from now on what the peer sends."""
@@ -83,6 +76,9 @@ class Transport(Protocol):
 
     def abort(self) -> None:
         """Close the socket at once. Never blocks, and may be called again."""
+
+    def traffic(self) -> Traffic:
+        """What went over the wire up to now."""
 
 
 class WebSocket:
@@ -333,7 +329,6 @@ class WebSocket:
             self._record_end(cause, reached)
 
     def _record_end(self, cause: Close, reached: Phase) -> None:
-        transport = self._transport
         report(
             "WARNING" if cause.code in FAULTS else "INFO",
             "connection closed",
@@ -342,13 +337,10 @@ class WebSocket:
             code=cause.code,
             reason=cause.reason,
             notes="; ".join(self._later_causes) or None,
-            close_sent=transport.close_sent,
-            close_received=transport.close_received,
             seconds=round(current_time() - self._began, 3),
             messages_received=self._received,
             messages_sent=self._sent,
-            bytes_received=transport.bytes_received,
-            bytes_sent=transport.bytes_sent,
+            **self._transport.traffic()._asdict(),
             error_id=self._error_id,
         )
 

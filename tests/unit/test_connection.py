@@ -12,6 +12,7 @@ from trio.testing import MockClock
 
 from tricorn import Disconnected, WebSocket
 from tricorn.close import Close
+from tricorn.connection import Traffic
 from tricorn.phase import Phase
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -22,12 +23,8 @@ Records = Callable[[], list[dict[str, Any]]]
 class Transport:
     """Takes everything at once."""
 
-    bytes_received = 0
-    bytes_sent = 0
-    close_received: int | None = None
-    close_sent: int | None = None
-
-    def __init__(self) -> None:
+    def __init__(self, bytes_received: int = 0, close_received: int | None = None) -> None:
+        self.seen = Traffic(bytes_received, 0, close_received, None)
         self.steps: list[object] = []
 
     def start(self, connection: WebSocket) -> None:
@@ -37,14 +34,17 @@ class Transport:
         pass
 
     async def send(self, payloads: Any, *, text: bool) -> None:
-        self.bytes_sent += sum(map(len, payloads))
+        self.seen = self.seen._replace(bytes_sent=self.seen.bytes_sent + sum(map(len, payloads)))
 
     async def close(self, close: Close) -> None:
         self.steps.append(close)
-        self.close_sent = close.code
+        self.seen = self.seen._replace(close_sent=close.code)
 
     def abort(self) -> None:
         self.steps.append("abort")
+
+    def traffic(self) -> Traffic:
+        return self.seen
 
 
 @pytest.fixture
@@ -73,9 +73,7 @@ async def test_the_record_of_an_end(records: Records, autojump_clock: MockClock)
         await ws.receive()
         await trio.sleep(1.5)
 
-    transport = Transport()
-    transport.bytes_received = 14
-    transport.close_received = 1000
+    transport = Transport(bytes_received=14, close_received=1000)
     ws = connection(transport, {"traceparent": f"00-{TRACE}-b7ad6b7169203331-01"})
     await ws.run(handler)
     assert transport.steps == ["start", Close(1000), "abort"]

@@ -10,6 +10,7 @@ from trio import BrokenResourceError, Event
 from trio.lowlevel import ParkingLot
 
 from ..close import ABNORMAL, NO_PONG, STALLED, Close
+from ..connection import Traffic
 from .websocket import Opcode, Receiver, close_frame, frame
 
 if TYPE_CHECKING:
@@ -40,8 +41,6 @@ class NativeTransport:
         self.wants_read = True
         self.wants_write = False
         self.at_eof = False
-        self.bytes_received = 0
-        self.bytes_sent = 0
         self._socket = sock
         self._rest = rest
         self._readiness = readiness
@@ -57,6 +56,7 @@ class NativeTransport:
         self._broken = False  # nothing can be sent any more
         self._closing = False  # the close frame was the last thing sent
         self._close_code: int | None = None  # the one in it
+        self._bytes_received = self._bytes_sent = 0
         self._finished = Event()  # the closing handshake is done, or cannot be done
         self._aborted = False
         # For keepalive: what happened since it last looked, and when something last had.
@@ -67,14 +67,6 @@ class NativeTransport:
         self._progress_at = 0.0
 
     # For the connection
-
-    @property
-    def close_received(self) -> int | None:
-        return None if self._codec.closed is None else self._codec.closed.code
-
-    @property
-    def close_sent(self) -> int | None:
-        return None if self._unsent else self._close_code
 
     def start(self, connection: WebSocket) -> None:
         self._connection = connection
@@ -131,6 +123,11 @@ class NativeTransport:
         self._socket.close()
         self._break()
         self._connection.end(Close(ABNORMAL, "aborted"))
+
+    def traffic(self) -> Traffic:
+        close_received = None if self._codec.closed is None else self._codec.closed.code
+        close_sent = None if self._unsent else self._close_code
+        return Traffic(self._bytes_received, self._bytes_sent, close_received, close_sent)
 
     # For the readiness
 
@@ -210,7 +207,7 @@ class NativeTransport:
     # Inside
 
     def _take(self, data: bytes) -> None:
-        self.bytes_received += len(data)
+        self._bytes_received += len(data)
         codec = self._codec
         messages = codec.receive_data(data)
         connection = self._connection
@@ -257,7 +254,7 @@ class NativeTransport:
             self.idle()  # it is gone: what it left is bounded, so read that and find the end
             return
         self._progress = True
-        self.bytes_sent += sent
+        self._bytes_sent += sent
         self._unsent = memoryview(data)[sent:] if sent < len(data) else b""
         if self.wants_write != bool(self._unsent):
             self.wants_write = not self.wants_write
