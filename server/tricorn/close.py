@@ -25,7 +25,10 @@ INTERNAL_ERROR = 1011
 SERVICE_RESTART = 1012
 NO_PONG = 4000
 STALLED = 4001
+TOKEN_EXPIRED = 4002
 OUTBOX_OVERFLOW = 4004
+UNAUTHENTICATED = 4500
+FORBIDDEN = 4501
 
 # Ends that somebody is to blame for: a peer that broke the protocol, or a bug here. A loss is nobody's fault.
 FAULTS = frozenset({PROTOCOL_ERROR, INVALID_DATA, TOO_BIG, INTERNAL_ERROR})

@@ -130,6 +130,7 @@ class WebSocket:
         self._receiver: trio.lowlevel.Task | None = None
         self._paid = False  # the task may send once without yielding: it yielded, or received, since the last time
         self._cause: Close | None = None
+        self._due: Close | None = None  # the cause, if the deadline of the nursery's scope passes
         self._over = False  # nothing more to receive, nothing more may be sent
         self._hung_up = False
         self._closed = trio.Event()
@@ -198,13 +199,19 @@ class WebSocket:
         Raises:
             ValueError: the code may not be sent (RFC 6455 §7.4), or the reason has more than 123 bytes.
         """
-        if not may_be_sent(code):
-            raise ValueError(f"close code {code} may not be sent; 1000 and 3000 to 4999 are for applications")
-        if len(reason.encode()) > 123:
-            raise ValueError("a close reason may have at most 123 bytes in UTF-8")
-        self._end(Close(code, reason))
+        self._end(_close(code, reason))
         self._stop()
         await self._closed.wait()
+
+    def close_at(self, deadline: float, code: int, reason: str = "") -> None:
+        """Close the connection at `deadline`, in Trio's time; what this was told before is forgotten, `inf` is never.
+
+        Not a checkpoint. Does nothing where the connection is ending already. Raises ValueError like `close`.
+        """
+        due = _close(code, reason)
+        if self._cause is None and not self._hung_up:
+            self._due = due
+            self.nursery.cancel_scope.deadline = deadline
 
     def __aiter__(self) -> Self:
         return self
@@ -277,6 +284,7 @@ class WebSocket:
     def _hurry(self) -> None:
         """Cancel the handler: now if it received everything, else as soon as it did, but within `close_timeout`."""
         if self.inbox or self._cause is None:
+            self._due = None
             scope = self.nursery.cancel_scope
             scope.deadline = min(scope.deadline, current_time() + self._close_timeout)
         else:
@@ -286,7 +294,12 @@ class WebSocket:
         self._over = True
         self.nursery.cancel_scope.cancel()
 
+    def _look_at_deadline(self) -> None:
+        if self._due is not None and self.nursery.cancel_scope.deadline <= trio.current_time():
+            self._end(self._due)
+
     def _failed(self, errors: BaseExceptionGroup[BaseException]) -> None:
+        self._look_at_deadline()
         rest = errors.split(Disconnected)[1] if self._cause is not None else errors
         if rest is not None:
             self._end(self._report(rest))
@@ -307,6 +320,7 @@ class WebSocket:
             self._phase = to
 
     async def _tear_down(self) -> None:
+        self._look_at_deadline()
         cause = self._cause
         if cause is None:
             cause = self._cause = Close(ABNORMAL if self._hung_up else SERVICE_RESTART)
@@ -364,3 +378,11 @@ class WebSocket:
     def _stop_waiting(self, _: object) -> Abort:
         self._receiver = None
         return Abort.SUCCEEDED
+
+
+def _close(code: int, reason: str) -> Close:
+    if not may_be_sent(code):
+        raise ValueError(f"close code {code} may not be sent; 1000 and 3000 to 4999 are for applications")
+    if len(reason.encode()) > 123:
+        raise ValueError("a close reason may have at most 123 bytes in UTF-8")
+    return Close(code, reason)

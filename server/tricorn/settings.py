@@ -19,6 +19,30 @@ Port = Annotated[int, Meta(ge=0, le=65535, description="a whole number from 0 to
 Host = Annotated[str, Meta(min_length=1, description="an address or a host name")]
 ImportGuard = Annotated[Literal["off", "count", "report", "deny"], Meta(description="off, count, report or deny")]
 AgentName = Annotated[str, Meta(min_length=1, description="module:function")]
+Auth = Annotated[Literal["none"] | None, Meta(description="none, which lets everybody in, or not set")]
+# As RFC 6454 §6.2 serialises them; `*` is any.
+Origin = Annotated[str, Meta(pattern=r"\A(https?://[^\s/?#@,A-Z]+|\*)\Z")]
+Origins = Annotated[tuple[Origin, ...], Meta(description="origins like https://example.org, or *")]
+
+
+class Secret:
+    """A text that is shown nowhere: not by `repr`, in no error, and it has no JSON form."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return "Secret(…)"
+
+    def __bool__(self) -> bool:
+        return bool(self._text)
+
+    def reveal(self) -> str:
+        """The text."""
+        return self._text
+
+
+Hidden = Annotated[Secret | None, Meta(description="a text that is not empty")]
 
 
 class SettingError(ValueError):
@@ -36,6 +60,24 @@ class Settings(Struct, frozen=True, kw_only=True):
     port: Port = 8080
     # The agent of the chat, as module:function.
     agent: AgentName = "tricorn.chat.agents.demo:demo"
+
+    # Who may come in. The key that tokens are checked with: a secret, a PEM key, or a https: or file: URL where one of
+    # these or a JWKS is, which is read again every `jwks_refresh` seconds.
+    jwt_key: Hidden = None
+    jwks_refresh: Seconds = 300.0
+    # Who a token must be made for (`aud`) and by (`iss`).
+    jwt_audience: str | None = None
+    jwt_issuer: str | None = None
+    # How far the clocks of issuer and server may be apart.
+    jwt_leeway: Linger = 10.0
+    # "none" lets everybody in, from anywhere, without a token.
+    auth: Auth = None
+    # How long a client may take to show its token.
+    auth_timeout: Seconds = 10.0
+    # Pages of which other origins may connect.
+    origins: Origins = ()
+    # What `tricorn chat` shows to the server.
+    token: Hidden = None
 
     # A connection: from accepting it to the end of its handshake.
     handshake_timeout: Seconds = 10.0
@@ -76,6 +118,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         for field in fields(Settings):
             _checked(field.name, getattr(self, field.name), field.type, strict=True)
+        if self.jwt_key is not None and self.auth is not None:
+            raise SettingError("auth=none: there is a jwt_key as well; only one of them can be meant")
         if self.close_timeout >= self.drain_timeout:
             raise SettingError(
                 f"close_timeout={self.close_timeout}: must be less than drain_timeout, which is {self.drain_timeout}"
@@ -102,7 +146,12 @@ class Settings(Struct, frozen=True, kw_only=True):
             if name == "BIND":
                 values["host"], values["port"] = parse_bind(text, f"{variable}=")
             elif field := settable.get(name):
-                values[field.name] = _checked(variable, text, field.type, strict=False)
+                value: object = text
+                if field.type is Origins:
+                    value = text.replace(",", " ").split()
+                elif field.type is Hidden:
+                    value = Secret(text)
+                values[field.name] = _checked(variable, value, field.type, strict=False)
             else:
                 raise SettingError(f"{variable}: no such setting; {_nearest(name, ['BIND', *settable])}")
         return cls(**values)
@@ -133,9 +182,16 @@ _NOT_VARIABLES = {"host", "port", "service", "revision"}
 def _checked(name: str, value: object, kind: Any, *, strict: bool) -> Any:
     """Return `value` as `kind`, made from text unless `strict`."""
     try:
-        return convert(value, kind, strict=strict)
+        return convert(value, kind, strict=strict, dec_hook=_secret)
     except ValidationError:
-        raise SettingError(f"{name}={_shown(value)}: must be {_description(kind)}") from None
+        label = name if kind is Hidden else f"{name}={_shown(value)}"
+        raise SettingError(f"{label}: must be {_description(kind)}") from None
+
+
+def _secret(_: type, value: object) -> Secret:
+    if not isinstance(value, Secret) or not value:
+        raise ValueError("no secret")
+    return value
 
 
 def _description(kind: Any) -> str:

@@ -5,7 +5,7 @@ from math import inf, nan
 import msgspec
 import pytest
 
-from tricorn.settings import SettingError, Settings, parse_bind
+from tricorn.settings import Secret, SettingError, Settings, parse_bind
 
 
 def test_nothing_has_to_be_set() -> None:
@@ -20,11 +20,16 @@ def test_every_field_is_a_variable_or_has_another_way_in(field: msgspec.structs.
         "service": {"K_SERVICE": "3"},
         "revision": {"K_REVISION": "3"},
         "import_guard": {"TRICORN_IMPORT_GUARD": "deny"},
+        "auth": {"TRICORN_AUTH": "none"},
+        "origins": {"TRICORN_ORIGINS": "https://3.example"},
     }
+    values = {"host": "example.org", "auth": "none", "import_guard": "deny", "origins": ("https://3.example",)}
     environ = ways.get(field.name, {f"TRICORN_{field.name.upper()}": "3"})
     value = getattr(Settings.from_environ(environ), field.name)
-    texts = {"host": "example.org", "agent": "3", "service": "3", "revision": "3", "import_guard": "deny"}
-    assert value == texts.get(field.name, 3)
+    if isinstance(value, Secret):
+        assert value.reveal() == "3"
+    else:
+        assert value in (values.get(field.name), "3", 3)
     assert value != field.default
 
 
@@ -60,6 +65,12 @@ def test_where_to_listen(environ: dict[str, str], host: str, port: int) -> None:
         ("TRICORN_OUTBOX", "0", "TRICORN_OUTBOX=0: must be a whole number above 0"),
         ("TRICORN_IMPORT_GUARD", "on", "TRICORN_IMPORT_GUARD=on: must be off, count, report or deny"),
         ("TRICORN_AGENT", "", "TRICORN_AGENT=: must be module:function"),
+        ("TRICORN_AUTH", "off", "TRICORN_AUTH=off: must be none, which lets everybody in, or not set"),
+        ("TRICORN_JWT_KEY", "", "TRICORN_JWT_KEY: must be a text that is not empty"),
+        *(
+            ("TRICORN_ORIGINS", text, f"TRICORN_ORIGINS={[text]}: must be origins like https://example.org, or *")
+            for text in ("example.org", "https://", "https://a.example/", "https://A.example", "null", "ws://a.example")
+        ),
         ("TRICORN_BIND", "8080", "TRICORN_BIND=8080: must be HOST:PORT, for example 127.0.0.1:8080"),
         ("PORT", "65536", "PORT=65536: must be a whole number from 0 to 65535"),
         ("PORT", "http", "PORT=http: must be a whole number from 0 to 65535"),
@@ -71,6 +82,30 @@ def test_a_bad_setting_says_in_one_line_what_would_be_right(variable: str, text:
     with pytest.raises(SettingError) as raised:
         Settings.from_environ({variable: text})
     assert str(raised.value) == error
+
+
+KEY = "correct-horse-battery-staple-correct-horse"
+
+
+def test_a_secret_is_shown_nowhere() -> None:
+    settings = Settings.from_environ({"TRICORN_JWT_KEY": KEY, "TRICORN_TOKEN": KEY})
+    assert settings.jwt_key is not None
+    assert settings.jwt_key.reveal() == KEY
+    shown = [f"{settings!r} {settings} {settings.jwt_key} {settings.jwt_key!r} {settings.jwt_key:}"]
+    for values in ({"jwt_key": KEY}, {"jwt_key": Secret("")}, {"jwt_key": settings.jwt_key, "auth": "none"}):
+        with pytest.raises(SettingError) as raised:
+            Settings(**values)  # type: ignore[arg-type]
+        shown.append(str(raised.value))
+    for encode in (msgspec.json.encode, msgspec.to_builtins):
+        with pytest.raises(TypeError) as unsupported:
+            encode(settings)  # type: ignore[operator]
+        shown.append(str(unsupported.value))
+    assert not any(KEY in text for text in shown)
+
+
+def test_origins_are_a_list() -> None:
+    settings = Settings.from_environ({"TRICORN_ORIGINS": "https://a.example, http://b.example:81\thttp://[::1]:3"})
+    assert settings.origins == ("https://a.example", "http://b.example:81", "http://[::1]:3")
 
 
 @pytest.mark.parametrize("name", ["HOST", "PORT"])

@@ -88,8 +88,10 @@ def wants_websocket(request: Request) -> bool:
     return "websocket" in _tokens(request.headers.get("upgrade", ""))
 
 
-def check(request: Request, path: str | None) -> None:
+def check(request: Request, path: str | None, origins: Sequence[str] = ()) -> None:
     """Check an upgrade request against RFC 6455 §4.2.1; `path` is the one that is upgraded, None for any.
+
+    Pages may connect to the server that they came from, and those of `origins` anyway.
 
     Raises:
         Refused: it asks for something else, or does not ask properly.
@@ -114,7 +116,25 @@ def check(request: Request, path: str | None) -> None:
         size = 0
     if size != 16:
         raise Refused(HTTPStatus.BAD_REQUEST, "the Sec-WebSocket-Key must be 16 bytes in base64")
+    if not _origin_is_allowed(headers, origins):
+        raise Refused(HTTPStatus.FORBIDDEN, "pages of this origin may not connect")
 
+
+def _origin_is_allowed(headers: Mapping[str, str], origins: Sequence[str]) -> bool:
+    """RFC 6455 §10.2. Browsers always send an Origin; who sends none is none, and no page can make it act.
+
+    The scheme is not compared with the server's own: behind a proxy that ends TLS the server does not know it, and a
+    header that claims it is the client's word.
+    """
+    origin = headers.get("origin")
+    if origin is None or origin in origins or "*" in origins:
+        return True
+    scheme, _, authority = origin.partition("://")
+    port = DEFAULT_PORTS.get(scheme)
+    return port is not None and authority != "" and authority == headers.get("host", "").lower().removesuffix(port)
+
+
+DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 
 UPGRADE = {"Upgrade": "websocket", "Connection": "Upgrade, close"}  # RFC 9110 §15.5.22: 426 says to what
 

@@ -122,7 +122,7 @@ class Router:
             try:
                 request = await self._read_head(sock, head)
                 if request is not None and wants_websocket(request):
-                    check(request, self._path)
+                    check(request, self._path, self._settings.origins)
                     await self._upgrade(sock, peer, request, head.rest)
                 elif request is None and not head.is_http2:
                     pass  # the peer went before it had said what it wants
