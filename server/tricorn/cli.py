@@ -1,4 +1,4 @@
-"""The command line: `tricorn serve`, `tricorn chat`, `tricorn audit` and `tricorn drill`.
+"""The command line: `tricorn serve`, `chat`, `token`, `audit` and `drill`.
 
 Exit status 2 is for what was asked wrongly, 1 for what then went wrong. Both come with one line on stderr.
 """
@@ -16,7 +16,7 @@ from inspect import iscoroutinefunction, signature
 from os.path import basename
 from pathlib import Path
 from secrets import token_hex
-from time import perf_counter, process_time
+from time import perf_counter, process_time, time
 from traceback import extract_tb
 from types import ModuleType
 from typing import Any, cast
@@ -25,12 +25,14 @@ import msgspec
 import trio
 
 from tricorn.audit import Finding, audit, defines, locate, python_files
+from tricorn.auth import Everybody, Gate, ThisMachine, Tokens, check_exposure, make_token
 from tricorn.chat import Agent, Chat
 from tricorn.chat.protocol import SUBPROTOCOLS, Id
 from tricorn.chat.terminal import INTERRUPTED, chat, websocket_url, what_failed
 from tricorn.drill import drill
 from tricorn.host.listener import listen
 from tricorn.imports import guarded
+from tricorn.keys import Keys, load, parse_for_signing
 from tricorn.server import serve_until_signal
 from tricorn.settings import SettingError, Settings, parse_bind
 from tricorn.web.pages import app
@@ -60,7 +62,7 @@ def _open_stderr() -> None:
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="tricorn", description="Chat with agents over WebSockets.")
-    commands = parser.add_subparsers(required=True, metavar="serve | chat | audit | drill")
+    commands = parser.add_subparsers(required=True, metavar="serve | chat | token | audit | drill")
 
     serve = commands.add_parser("serve", help="serve the chat", description="Serve the chat until SIGTERM or Ctrl-C.")
     serve.set_defaults(command=_serve_command)
@@ -72,6 +74,7 @@ def _parser() -> ArgumentParser:
         default="warn",
         help="what to do where the agent breaks a rule of the error path; strict does not serve it (%(default)s)",
     )
+    serve.add_argument("--auth", choices=["none"], help="none: let everybody in, without a token")
 
     client = commands.add_parser("chat", help="chat in this terminal", description="Chat in this terminal.")
     client.set_defaults(command=_chat_command)
@@ -81,6 +84,18 @@ def _parser() -> ArgumentParser:
     client.add_argument("--json", action="store_true", help="write the events as they come, one a line")
     client.add_argument("--message", metavar="TEXT", help="post this, wait for the run; exit 0 if it was a success")
     client.add_argument("--conversation", metavar="ID", default=token_hex(8), help="join this one (a new one)")
+
+    token = commands.add_parser("token", help="make a token", description="Make a token with the key TRICORN_JWT_KEY.")
+    token.set_defaults(command=_token_command)
+    token.add_argument("--user", metavar="NAME", required=True, help="whose it is")
+    token.add_argument("--ttl", metavar="TIME", default="1h", help="how long it is good, like 90s, 15m, 1h, 7d (1h)")
+    token.add_argument(
+        "--share",
+        metavar="PATTERN",
+        action="append",
+        default=[],
+        help="opens the shared conversations like team-*, too",
+    )
 
     auditor = commands.add_parser(
         "audit",
@@ -112,7 +127,35 @@ def _chat_command(arguments: Namespace) -> int:
         conversation = msgspec.convert(arguments.conversation, Id)
     except msgspec.ValidationError:
         raise SettingError("--conversation: must be 1 to 128 letters, digits, or any of . _ : ~ -") from None
-    return trio.run(partial(chat, url, conversation=conversation, message=arguments.message, raw=arguments.json))
+    token = Settings.from_environ().token
+    if token is not None and not (token.reveal().isascii() and token.reveal().isprintable()):
+        raise SettingError("TRICORN_TOKEN: must be a token, as `tricorn token` makes it")
+    return trio.run(
+        partial(chat, url, conversation=conversation, message=arguments.message, raw=arguments.json, token=token)
+    )
+
+
+def _token_command(arguments: Namespace) -> int:
+    settings = Settings.from_environ()
+    ttl = _seconds(arguments.ttl)
+    if settings.jwt_key is None:
+        raise SettingError("TRICORN_JWT_KEY: must be set, as the server has it or with the private key to the server's")
+    try:
+        key = parse_for_signing(settings.jwt_key.reveal())
+    except ValueError as error:
+        raise SettingError(f"TRICORN_JWT_KEY: {error}") from None
+    print(make_token(key, arguments.user, time(), ttl, settings, tuple(arguments.share)))
+    return 0
+
+
+def _seconds(text: str) -> int:
+    number, unit = text[:-1], text[-1:]
+    if not (number.isascii() and number.isdecimal() and len(number) < 9 and int(number) and unit in SECONDS):
+        raise SettingError(f"--ttl {text}: must be a time like 90s, 15m, 1h or 7d")
+    return int(number) * SECONDS[unit]
+
+
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def _serve_command(arguments: Namespace) -> int:
@@ -120,6 +163,9 @@ def _serve_command(arguments: Namespace) -> int:
     if arguments.bind is not None:
         host, port = parse_bind(arguments.bind, "--bind ")
         settings = msgspec.structs.replace(settings, host=host, port=port)
+    if arguments.auth is not None:
+        settings = msgspec.structs.replace(settings, auth=arguments.auth)
+    check_exposure(settings)
     agent = load_agent(settings.agent)
     if arguments.audit != "off":
         _audit_agent(settings.agent, strict=arguments.audit == "strict")
@@ -186,26 +232,37 @@ def _settings(arguments: Namespace) -> Settings:
 
 
 async def _serve(agent: Agent, settings: Settings) -> int:
+    keys, gate = await _gate(settings)
     try:
         listeners = await listen(settings.port, settings.host)
     except OSError as error:
         raise SettingError(f"--bind {_address(settings.host, settings.port)}: {what_failed(error)}") from None
     await drill()
     with guarded(settings.import_guard):
-        async with Chat(agent, settings=settings) as chats, trio.open_nursery() as nursery:
-            serve = partial(
-                serve_until_signal,
-                chats.session,
-                listeners,
-                settings=settings,
-                subprotocols=SUBPROTOCOLS,
-                path="/ws",
-                app=app,
-                drain=chats.drain,
-            )
-            addresses = await nursery.start(serve)
-            print(f"Tricorn is listening on http://{_address(*addresses[0])}", flush=True)
+        async with trio.open_nursery() as support:
+            support.start_soon(keys.stay_fresh)
+            async with Chat(agent, settings=settings, gate=gate) as chats, trio.open_nursery() as nursery:
+                serve = partial(
+                    serve_until_signal,
+                    chats.session,
+                    listeners,
+                    settings=settings,
+                    subprotocols=SUBPROTOCOLS,
+                    path="/ws",
+                    app=app,
+                    drain=chats.drain,
+                )
+                addresses = await nursery.start(serve)
+                print(f"Tricorn is listening on http://{_address(*addresses[0])}", flush=True)
+            support.cancel_scope.cancel()
     return 0
+
+
+async def _gate(settings: Settings) -> tuple[Keys, Gate]:
+    if settings.jwt_key is None:
+        return Keys(()), ThisMachine() if settings.auth is None else Everybody()
+    keys = await load(settings.jwt_key.reveal(), settings.jwks_refresh)
+    return keys, Tokens(keys, settings)
 
 
 def _drill_command(arguments: Namespace) -> int:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import idna
 import trio
 
+from tricorn.auth import rehearse
 from tricorn.chat import SUBPROTOCOLS, Chat
 from tricorn.chat.log.memory import MemoryLog
 from tricorn.report import SINK, STDERR
@@ -44,7 +45,7 @@ MISTAKES = ("1 / 0", "prnit", "''.jion", "(", "b'\\xff'.decode()")
 
 def _upgrade(path: bytes) -> bytes:
     return (
-        b"GET %b HTTP/1.1\r\nHost: drill\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+        b"GET %b HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
         b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Protocol: tricorn.v1\r\n\r\n" % path
     )
 
@@ -108,7 +109,8 @@ async def drill() -> None:
 
 
 def _call_what_loads() -> None:
-    """Call what loads a module when it is first called, in the standard library and in what Trio uses."""
+    """Call what loads a module when it is first called, in the standard library and in what we and Trio use."""
+    rehearse()
     for encoding in ENCODINGS:
         lookup(encoding)
     with suppress(gaierror):

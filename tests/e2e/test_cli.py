@@ -230,7 +230,7 @@ async def test_a_port_in_use(cli: Cli) -> None:
 
 
 async def test_a_host_that_there_is_not(cli: Cli) -> None:
-    done = await cli.run("serve", "--bind", "no-such-host.invalid:0")
+    done = await cli.run("serve", "--auth", "none", "--bind", "no-such-host.invalid:0")
     assert (done.status, done.stdout) == (2, "")
     assert done.stderr.startswith("tricorn: --bind no-such-host.invalid:0: ")
     assert done.stderr.count("\n") == 1

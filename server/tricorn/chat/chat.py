@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Self
 from trio import open_nursery
 from trio.lowlevel import checkpoint
 
+from tricorn.auth import Gate, ThisMachine
 from tricorn.chat.conversation import Conversation
 from tricorn.chat.log.base import Log
 from tricorn.chat.log.memory import MemoryLog
@@ -24,16 +25,21 @@ class Chat:
 
     Leaving the block ends the conversations; runs end as interrupted. As with a nursery, what the block raises comes
     out in an ExceptionGroup.
+
+    `gate` decides who may come in; without one it is who is on this machine.
     """
 
-    def __init__(self, agent: Agent, settings: Settings | None = None, log: Log | None = None) -> None:
+    def __init__(
+        self, agent: Agent, settings: Settings | None = None, log: Log | None = None, gate: Gate | None = None
+    ) -> None:
         self.settings = settings or Settings()
+        self.gate = gate or ThisMachine()
         self._agent = agent
         self._log = log or MemoryLog()
         self._opening = open_nursery()
         self._conversations: dict[str, Conversation] = {}
         self._sessions: set[Session] = set()
-        self._closing = False
+        self.closing = False
 
     async def __aenter__(self) -> Self:
         self._nursery = await self._opening.__aenter__()
@@ -47,10 +53,8 @@ class Chat:
 
     async def session(self, ws: WebSocket) -> None:
         """Talk the wire protocol with one client until it is gone. However that ends, its runs go on."""
-        session = Session(self, ws, user="local")
+        session = Session(self, ws)
         self._sessions.add(session)
-        if self._closing:
-            session.closing()
         try:
             await session.run()
         finally:
@@ -72,25 +76,25 @@ class Chat:
             for session in self._sessions:
                 nursery.start_soon(session.flush)
 
-    def conversation(self, id: str) -> Conversation:
-        """The conversation of this id, brought to life where it is not alive. Hold it, or it lingers out."""
-        conversation = self._conversations.get(id)
-        if conversation is None or (conversation.over and not self._closing):
-            conversation = Conversation(id, self._agent, self._log, self.settings)
-            if self._closing:
+    def conversation(self, key: str) -> Conversation:
+        """The conversation of this key, brought to life where it is not alive. Hold it, or it lingers out."""
+        conversation = self._conversations.get(key)
+        if conversation is None or (conversation.over and not self.closing):
+            conversation = Conversation(key, self._agent, self._log, self.settings)
+            if self.closing:
                 conversation.end()  # it can be read, but has no task
             else:
-                self._conversations[id] = conversation
+                self._conversations[key] = conversation
                 self._nursery.start_soon(self._live, conversation)
         return conversation
 
-    def cancel(self, conversation: str, run: str) -> bool:
-        """Cancel a run; False if it does not go on."""
-        found = self._conversations.get(conversation)
+    def cancel(self, key: str, run: str) -> bool:
+        """Cancel a run of the conversation of this key; False if it does not go on."""
+        found = self._conversations.get(key)
         return found is not None and found.cancel(run)
 
     def _end_conversations(self) -> None:
-        self._closing = True
+        self.closing = True
         for conversation in self._conversations.values():
             conversation.end()
 
@@ -98,5 +102,5 @@ class Chat:
         try:
             await conversation.live()
         finally:
-            if self._conversations.get(conversation.id) is conversation:
-                del self._conversations[conversation.id]
+            if self._conversations.get(conversation.key) is conversation:
+                del self._conversations[conversation.key]

@@ -36,11 +36,15 @@ class Cursor:
 class Conversation:
     """Lives while somebody follows it or a run goes on, then for `settings.linger` more seconds.
 
+    `key` tells it from every other, and is what the log knows it as; `id`, which is what stands behind the slash, is
+    its user's name for it.
+
     `epoch` and `head`, the seq of the last entry, are known after `open`.
     """
 
-    def __init__(self, id: str, agent: Agent, log: Log, settings: Settings) -> None:
-        self.id = id
+    def __init__(self, key: str, agent: Agent, log: Log, settings: Settings) -> None:
+        self.key = key
+        self.id = key.rpartition("/")[2]
         self.epoch = ""
         self.head = 0
         self.ended = Event()
@@ -74,7 +78,7 @@ class Conversation:
         """Learn from the log where it stands, once. A checkpoint; if cancelled or failed, it can be tried again."""
         async with self._lock:
             if not self.epoch:
-                self.epoch, self.head = await self._log.open(self.id)
+                self.epoch, self.head = await self._log.open(self.key)
 
     def attach(self, cursor: Cursor) -> None:
         """Have `cursor.notify` called after every append."""
@@ -98,7 +102,7 @@ class Conversation:
                 if self.over:
                     raise Ended
                 event = UserMessage(conversation=self.id, seq=0, at=0.0, id=id, text=text)
-                entry, repeated = await self._commit(event, f"post:{id}")
+                entry, repeated = await self._commit(event, f"post:{user}/{id}")
                 if not repeated:
                     self._hold()  # until the run is over
                     self._waiting.append(Run(self.id, user, text, id, self._settings.run_timeout, self.append))
@@ -114,7 +118,7 @@ class Conversation:
         """Return at most `limit` entries that follow seq `after`. No checkpoint where they are still in memory."""
         first = self._tail[0].seq if self._tail else inf
         if after + 1 < first:
-            return await self._log.read(self.id, after, limit)
+            return await self._log.read(self.key, after, limit)
         start = after + 1 - self._tail[0].seq
         return list(islice(self._tail, start, start + limit))
 
@@ -162,13 +166,13 @@ class Conversation:
         try:
             await perform(run, self._agent)
         except Exception as error:  # a bug of ours: it ends this run and nothing else
-            report_error(error, conversation=self.id, run=run.id)
+            report_error(error, conversation=self.key, run=run.id)
         finally:
             self._running = None
             self._release()
 
     async def _commit(self, event: AnyEvent, key: str | None) -> tuple[Entry, bool]:
-        entry, repeated = await self._log.append(self.id, event, key)
+        entry, repeated = await self._log.append(self.key, event, key)
         if entry.seq > self.head:
             if entry.seq > self.head + 1:  # others write to this log too: the tail must not have holes
                 self._tail.clear()

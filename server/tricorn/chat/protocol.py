@@ -30,7 +30,7 @@ class Message(msgspec.Struct, tag_field="type", frozen=True, omit_defaults=True)
 
 
 class Authenticate(Message, tag="authenticate"):
-    """Who is there. Answered with `welcome`."""
+    """Who is there, or still there: a new token for the same user. Answered with `welcome`."""
 
     token: str
 
@@ -87,7 +87,10 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 class Welcome(Message, tag="welcome"):
-    """First on every connection. `heartbeat` is in seconds: silence for twice as long means a lost connection."""
+    """First on every connection, once it is known who is there.
+
+    `heartbeat` is in seconds: silence for twice as long means a lost connection.
+    """
 
     connection: str
     user: str
@@ -130,7 +133,10 @@ class Pong(Message, tag="pong"):
 
 
 class Closing(Message, tag="closing"):
-    """The server is about to close this connection. Come back after `retry_after` seconds."""
+    """The server is about to close this connection, unless a token that expires is renewed.
+
+    Come back after `retry_after` seconds.
+    """
 
     reason: str
     retry_after: float

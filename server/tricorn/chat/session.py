@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from math import inf
+from time import time
 from typing import TYPE_CHECKING, get_args
 
 from msgspec import DecodeError, Struct, ValidationError
 from msgspec.json import Decoder, Encoder
-from trio import Event, move_on_after
+from trio import Event, current_time, move_on_after, move_on_at
 from trio.lowlevel import checkpoint
 
+from tricorn.auth import Identity, NotAdmitted, handshake_token
 from tricorn.chat.conversation import Cursor, Ended
 from tricorn.chat.protocol import (
     BATCH_SUBPROTOCOL,
@@ -31,7 +34,7 @@ from tricorn.chat.protocol import (
     Request,
     Welcome,
 )
-from tricorn.close import OUTBOX_OVERFLOW
+from tricorn.close import FORBIDDEN, OUTBOX_OVERFLOW, TOKEN_EXPIRED, UNAUTHENTICATED
 from tricorn.report import report_error
 
 if TYPE_CHECKING:
@@ -44,6 +47,7 @@ EVENTS_PER_TURN = 256
 BATCH_BYTES = 64 * 1024
 
 RETRY_AFTER = 1.0  # seconds
+EXPIRY_NOTICE = 30.0  # seconds from the notice to the end
 
 
 class _Envelope(Struct):
@@ -63,10 +67,12 @@ _KNOWN_TYPES = {request.__struct_config__.tag for request in get_args(Request)}
 class Session:
     """What one client is told: replies through a bounded outbox, events of the conversations it follows by cursors."""
 
-    def __init__(self, chat: Chat, ws: WebSocket, user: str) -> None:
+    def __init__(self, chat: Chat, ws: WebSocket) -> None:
         self._chat = chat
         self._ws = ws
-        self._user = ws.context["user"] = user
+        self._identity: Identity | None = None  # nobody gets anything yet
+        self._end = inf  # when the token expires, in Trio's time
+        self._renewed = Event()
         self._batch = ws.subprotocol == BATCH_SUBPROTOCOL
         self._cursors: dict[str, Cursor] = {}
         self._behind: dict[Cursor, None] = {}  # those of the cursors that have something to read
@@ -74,12 +80,12 @@ class Session:
         self._wake = Event()
         self._flushing = False
         self._flushed = Event()
-        self._put(self._welcome())
 
     async def run(self) -> None:
         """Serve the client until it is gone. However this ends, the runs that it began go on."""
         try:
             self._ws.nursery.start_soon(self._write)
+            await self._arrive()
             await self._read()
         finally:
             for cursor in self._cursors.values():
@@ -104,61 +110,122 @@ class Session:
         self._behind[cursor] = None
         self._wake.set()
 
+    # Who it is
+
+    async def _arrive(self) -> None:
+        """Find out who this is, from the handshake or from a first message that comes in time."""
+        ws, gate = self._ws, self._chat.gate
+        ws.close_at(current_time() + self._chat.settings.auth_timeout, UNAUTHENTICATED, "no good token came in time")
+        try:
+            token = handshake_token(ws.headers)
+        except NotAdmitted as refusal:
+            await ws.close(*refusal.close)
+            return
+        if gate.wants_token:
+            ws.nursery.start_soon(self._give_notice)
+        if token is not None or not gate.wants_token:
+            await self._authenticate(token)
+        if self._chat.closing:
+            self.closing()
+
+    async def _authenticate(self, token: str | None) -> None:
+        """Take the latest token for what it says, wholly; it must be of the same user. Closes where it is no good."""
+        ws = self._ws
+        try:
+            identity = await self._chat.gate.admit(token, ws.peer[0], ws.headers)
+        except NotAdmitted as refusal:
+            await ws.close(*refusal.close)
+            return
+        if self._identity is not None and identity.user != self._identity.user:
+            await ws.close(FORBIDDEN, "the token is of another user")
+        if identity.expires_at is not None:
+            self._end = current_time() + identity.expires_at + self._chat.settings.jwt_leeway - time()
+        ws.close_at(self._end, TOKEN_EXPIRED, "the token has expired")
+        self._identity = identity
+        ws.context["user"] = identity.user
+        self._renewed.set()
+        self._put(self._welcome(identity))
+        for id, cursor in list(self._cursors.items()):
+            if cursor.conversation.key != identity.key(id):
+                self._leave(id)
+                self._put(Error(code="not_found", message="the new token does not open this conversation", ref=id))
+
+    async def _give_notice(self) -> None:
+        """Tell that the token expires, once for each."""
+        while True:
+            self._renewed = Event()
+            with move_on_at(self._end - EXPIRY_NOTICE):
+                await self._renewed.wait()
+                continue
+            self._put(Closing(reason="the token expires", retry_after=0.0))
+            await self._renewed.wait()
+
     # The reader
 
     async def _read(self) -> None:
         async for message in self._ws:
             for line in self._lines(message):
-                request = decode(line)
-                reply = request if isinstance(request, Error) else await self._serve(request)
-                if reply is not None:
-                    # No checkpoint since the request was served: what it set off cannot be sent before the reply.
-                    self._put(reply)
-                    if len(self._outbox) > self._chat.settings.outbox:
-                        await self._ws.close(OUTBOX_OVERFLOW, "outbox overflow")
+                # No checkpoint since a request was served: what it set off cannot be sent before the reply.
+                await self._answer(decode(line))
+                if len(self._outbox) > self._chat.settings.outbox:
+                    await self._ws.close(OUTBOX_OVERFLOW, "outbox overflow")
                 await checkpoint()  # many requests in one message: the writer has its turns too
+
+    async def _answer(self, request: Request | Error) -> None:
+        if isinstance(request, Authenticate):
+            await self._authenticate(request.token)
+        elif self._identity is None:
+            await self._ws.close(UNAUTHENTICATED, "authenticate first")
+        else:
+            reply = request if isinstance(request, Error) else await self._serve(request, self._identity)
+            if reply is not None:
+                self._put(reply)
 
     def _lines(self, message: str | bytes) -> list[str | bytes]:
         if self._batch and isinstance(message, str):
             return [line for line in message.split("\n") if line.strip()]
         return [message]
 
-    async def _serve(self, request: Request) -> Reply | None:
+    async def _serve(self, request: Open | Post | Cancel | Leave | Ping, who: Identity) -> Reply | None:
         ref = request.id if isinstance(request, Post) else getattr(request, "conversation", None)
         try:
             match request:
                 case Open():
-                    return await self._open(request)
+                    return await self._open(request, who)
                 case Post():
-                    return await self._post(request)
+                    return await self._post(request, who)
                 case Cancel():
-                    return self._cancel(request)
+                    return self._cancel(request, who)
                 case Leave():
                     self._leave(request.conversation)
                     return None
                 case Ping():
                     return Pong()
-                case Authenticate():
-                    return self._welcome()
         except Exception as error:
             error_id = report_error(error, **self._ws.context, request=request.__class__.__name__)
             return Error(code="internal", message="this did not work", ref=ref, error_id=error_id)
 
-    def _welcome(self) -> Welcome:
+    def _welcome(self, who: Identity) -> Welcome:
         settings = self._chat.settings
         limits = Limits(
             message_bytes=settings.max_message_bytes,
             text_characters=settings.text_characters,
             open_conversations=settings.open_conversations,
         )
-        return Welcome(connection=self._ws.id, user=self._user, heartbeat=settings.heartbeat, limits=limits)
+        return Welcome(
+            connection=self._ws.id,
+            user=who.user,
+            heartbeat=settings.heartbeat,
+            limits=limits,
+            expires_at=who.expires_at,
+        )
 
-    async def _open(self, request: Open) -> Reply:
+    async def _open(self, request: Open, who: Identity) -> Reply:
         id = request.conversation
         limit = self._chat.settings.open_conversations
         if id not in self._cursors and len(self._cursors) >= limit:
             return Error(code="too_many", message=f"{limit} conversations are open; leave one first", ref=id)
-        conversation = self._chat.conversation(id)
+        conversation = self._chat.conversation(who.key(id))
         with conversation.held():
             await conversation.open()
             after = request.after if request.epoch in (None, conversation.epoch) else 0
@@ -171,7 +238,7 @@ class Session:
             self._notify(cursor)
             return Opened(conversation=id, epoch=conversation.epoch, head=conversation.head)
 
-    async def _post(self, request: Post) -> Reply:
+    async def _post(self, request: Post, who: Identity) -> Reply:
         id, text = request.id, request.text
         limit = self._chat.settings.text_characters
         if len(text) > limit:
@@ -179,13 +246,13 @@ class Session:
         if not text.strip():
             return Error(code="malformed", message="the text is empty", ref=id)
         try:
-            seq = await self._chat.conversation(request.conversation).post(id, text, self._user)
+            seq = await self._chat.conversation(who.key(request.conversation)).post(id, text, who.user)
         except Ended:
             return Error(code="closing", message="the server is shutting down; post again later", ref=id)
         return Posted(id=id, conversation=request.conversation, seq=seq)
 
-    def _cancel(self, request: Cancel) -> Error | None:
-        if self._chat.cancel(request.conversation, request.run):
+    def _cancel(self, request: Cancel, who: Identity) -> Error | None:
+        if self._chat.cancel(who.key(request.conversation), request.run):
             return None
         message = f"no run {request.run} goes on in this conversation"
         return Error(code="not_found", message=message, ref=request.conversation)

@@ -39,7 +39,7 @@ from tricorn.chat.protocol import (
     Welcome,
 )
 from tricorn.chat.screen import Screen, one_line
-from tricorn.settings import SettingError
+from tricorn.settings import Secret, SettingError
 
 CONNECT_TIMEOUT = 10.0  # seconds; for the handshake, and for the first message after it
 DISCONNECT_TIMEOUT = 2.0  # seconds
@@ -69,14 +69,14 @@ def websocket_url(text: str) -> str:
     return urlunsplit((SCHEMES[parts.scheme], parts.netloc, path, parts.query, ""))
 
 
-async def chat(url: str, *, conversation: str, message: str | None, raw: bool) -> int:
+async def chat(url: str, *, conversation: str, message: str | None, raw: bool, token: Secret | None = None) -> int:
     """Post `message`, or else each line of the input in turn, draw what happens, and return the exit status.
 
     0 where a person left, or every run was a success; 1 where one was not, a post was refused, or the connection could
     not be made or was lost, which is said in one line on stderr; 130 for Ctrl-C. With `raw` events are written as the
     server sent them, one a line. With `message` it is only those of its own post. Cancelled, it closes the connection.
     """
-    client = Client(url, conversation, message, raw)
+    client = Client(url, conversation, message, raw, token)
     try:
         await client.run()
     except* SystemExit:
@@ -101,12 +101,13 @@ class Turn:
 class Client:
     """One conversation over one connection."""
 
-    def __init__(self, url: str, conversation: str, message: str | None, raw: bool) -> None:
+    def __init__(self, url: str, conversation: str, message: str | None, raw: bool, token: Secret | None) -> None:
         self.status = INTERRUPTED
         self._url = urlsplit(url)
         self._conversation = conversation
         self._message = message
         self._raw = raw
+        self._credentials = [(b"Authorization", b"Bearer " + token.reveal().encode())] if token else []
         self._interactive = message is None and not raw and isatty(STDIN)
         self._screen = Screen()
         self._lines = Lines(STDIN)
@@ -139,6 +140,7 @@ class Client:
                         self._url.netloc,
                         urlunsplit(("", "", self._url.path, self._url.query, "")),
                         subprotocols=[SUBPROTOCOL],
+                        extra_headers=self._credentials,
                         max_message_size=MAX_MESSAGE_BYTES,
                     )
                     connecting.deadline = inf

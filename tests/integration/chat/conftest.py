@@ -146,7 +146,7 @@ class Server:
 
     async def recorded(self, conversation: str = "c") -> Objects:
         """The log's own account of a conversation."""
-        return Objects(json.loads(entry.json) for entry in await self.log.read(conversation, 0, 100_000))
+        return Objects(json.loads(entry.json) for entry in await self.log.read(f"local/{conversation}", 0, 100_000))
 
     @asynccontextmanager
     async def connect(

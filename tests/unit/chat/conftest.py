@@ -17,10 +17,12 @@ from tricorn.chat import Chat
 class Client:
     """To the chat it is a WebSocket, to the test it is the client at its other end."""
 
-    def __init__(self, subprotocol: str | None) -> None:
+    def __init__(self, subprotocol: str | None, headers: dict[str, str] | None = None) -> None:
         self.subprotocol = subprotocol
         self.id = "connection-1"
         self.context: dict[str, object] = {"connection": self.id}
+        self.peer = ("127.0.0.1", 50000)
+        self.headers = headers or {"host": "localhost:8080"}
         self.closed: tuple[int, str] | None = None
         self.ended = trio.Event()
         self.messages: list[str] = []  # as they were sent
@@ -53,6 +55,10 @@ class Client:
         self.messages += messages
         self._objects += [json.loads(line) for message in messages for line in message.split("\n")]
         self._arrived.unpark_all()
+
+    def close_at(self, deadline: float, code: int, reason: str = "") -> None:
+        self.due = (deadline, code, reason)
+        self.nursery.cancel_scope.deadline = deadline
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
         self.closed = (code, reason)

@@ -30,7 +30,7 @@ def types(objects: list[dict[str, Any]]) -> list[str]:
 
 
 async def logged(log: MemoryLog) -> str:
-    return b"\n".join(entry.json for entry in await log.read("c", 0, 1000)).decode()
+    return b"\n".join(entry.json for entry in await log.read("local/c", 0, 1000)).decode()
 
 
 async def test_leaving_the_chat_interrupts_its_runs(connect: Connect) -> None:

@@ -39,7 +39,9 @@ def seqs(objects: list[dict[str, Any]], conversation: str = "c") -> list[int]:
 
 async def fill(log: MemoryLog, count: int, conversation: str = "c") -> None:
     for n in range(count):
-        await log.append(conversation, UserMessage(conversation=conversation, seq=0, at=0.0, id=f"p{n}", text="x"))
+        await log.append(
+            f"local/{conversation}", UserMessage(conversation=conversation, seq=0, at=0.0, id=f"p{n}", text="x")
+        )
 
 
 class LostLog(MemoryLog):
@@ -51,7 +53,7 @@ class LostLog(MemoryLog):
 
 class BadLog(MemoryLog):
     async def open(self, conversation: str) -> tuple[str, int]:
-        if conversation == "bad":
+        if conversation == "local/bad":
             raise OSError("secret")
         return await super().open(conversation)
 
@@ -183,7 +185,7 @@ async def test_open_replays_what_follows_the_cursor(
 ) -> None:
     log = MemoryLog()
     await fill(log, 4)
-    own, _ = await log.open("c")
+    own, _ = await log.open("local/c")
     async with Chat(echo, log=log) as chat:
         client = await connect(chat)
         client.say("open", conversation="c", after=after, epoch={"own": own}.get(epoch or "", epoch))
