@@ -45,8 +45,9 @@ MISTAKES = ("1 / 0", "prnit", "''.jion", "(", "b'\\xff'.decode()")
 
 def _upgrade(path: bytes) -> bytes:
     return (
-        b"GET %b HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
-        b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Protocol: tricorn.v1\r\n\r\n" % path
+        b"GET %b HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+        b"Sec-WebSocket-Protocol: tricorn.v1\r\n\r\n" % path
     )
 
 
