@@ -13,7 +13,7 @@ import pytest
 import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
 
-from tricorn import serve
+from tricorn import WebSocket, serve
 from tricorn.auth import Gate, Tokens, make_token
 from tricorn.chat import SUBPROTOCOLS, Chat, Run
 from tricorn.chat.protocol import SUBPROTOCOL
@@ -21,21 +21,28 @@ from tricorn.keys import Keys, parse, parse_for_signing
 from tricorn.settings import Settings
 from tricorn.web.pages import app
 
-PATIENCE = 30  # seconds, for a whole test
+PATIENCE = 10  # seconds, for a whole test
 SECRET = "a secret of thirty-two bytes or more"
 
 
 async def echo(run: Run) -> None:
-    """Says what was said to it; `wait` is said until the run is ended."""
+    """Says what was said to it; then `wait` waits until the run is ended, and `fail` fails."""
     await run.say(f"{run.message} {run.user}")
+    if run.message.endswith("fail"):
+        raise RuntimeError(run.message)
     if run.message.endswith("wait"):
         await trio.sleep_forever()
+
+
+async def _fail() -> None:
+    raise RuntimeError("a secret of the handler's")
 
 
 class Client:
     def __init__(self, ws: WebSocketConnection) -> None:
         self.ws = ws
         self.heard: list[str] = []
+        self.id = ""
 
     async def say(self, type_: str, **fields: Any) -> None:
         await self.ws.send_message(json.dumps({"type": type_, **fields}))
@@ -63,9 +70,14 @@ class Client:
 
 
 class Server:
-    def __init__(self, port: int, settings: Settings) -> None:
-        self.port = port
+    def __init__(self, settings: Settings) -> None:
+        self.port = 0
         self.settings = settings
+        self.connections: dict[str, WebSocket] = {}
+
+    def crash(self, connection: str) -> None:
+        """Have a task of this connection's handler raise."""
+        self.connections[connection].nursery.start_soon(_fail)
 
     def token(self, user: str = "ada", ttl: float = 60, share: Sequence[str] = ()) -> str:
         return make_token(parse_for_signing(SECRET), user, time(), ttl, self.settings, tuple(share))
@@ -100,7 +112,9 @@ class Server:
     async def user(self, name: str = "ada", share: Sequence[str] = ()) -> AsyncGenerator[Client]:
         """A client that has been welcomed."""
         async with self.connect(f"Bearer {self.token(name, share=share)}") as client:
-            assert (await client.hear())["user"] == name
+            welcome = await client.hear()
+            assert welcome["user"] == name
+            client.id = welcome["connection"]
             yield client
 
 
@@ -111,10 +125,16 @@ async def chat_with_tokens(
     made = Settings(**settings)
     chosen = gate(made) if gate else Tokens(Keys(parse(key)), made)
     with trio.fail_after(PATIENCE):
+        server = Server(made)
+
+        async def handler(ws: WebSocket) -> None:
+            server.connections[ws.id] = ws
+            await chat.session(ws)
+
         async with Chat(echo, made, gate=chosen) as chat, trio.open_nursery() as nursery:
             options = {"settings": made, "subprotocols": SUBPROTOCOLS, "path": "/ws", "app": app, "drain": chat.drain}
-            [(_, port)] = await nursery.start(partial(serve, chat.session, 0, **options))  # type: ignore[arg-type]
-            yield Server(port, made)
+            [(_, server.port)] = await nursery.start(partial(serve, handler, 0, **options))  # type: ignore[arg-type]
+            yield server
             nursery.cancel_scope.cancel()
 
 
