@@ -23,10 +23,14 @@ export function newId() {
  * - `event`: an event of the conversation;
  * - `reset`: the log has lost its past, and what comes next is its new beginning;
  * - `refused`: an `error` of the protocol that nothing can be done about; its `ref` may be the id of a post.
+ *
+ * `token`, where the server wants one, is a function that returns it: asked for each connection, so that a connection
+ * that ended with its token comes back with the next.
  */
 export class Client extends EventTarget {
   #url;
   #conversation;
+  #token;
   #socket = null;
   #openedAt = null; // when the server attached this socket to the conversation; null: not yet
   #epoch; // with #seq: how far in which log we are
@@ -40,10 +44,11 @@ export class Client extends EventTarget {
   #retryAfter = 0;
   #reason = "";
 
-  constructor(url, conversation) {
+  constructor(url, conversation, token = () => null) {
     super();
     this.#url = url;
     this.#conversation = conversation;
+    this.#token = token;
   }
 
   /** Connect now: for the first time, or without waiting for the next attempt. Does nothing in any other state. */
@@ -52,7 +57,8 @@ export class Client extends EventTarget {
     clearTimeout(this.#retry);
     this.#retry = null;
     this.#attempts += 1;
-    const socket = new WebSocket(this.#url, SUBPROTOCOL);
+    const token = this.#token();
+    const socket = new WebSocket(this.#url, token ? [SUBPROTOCOL, `bearer.${token}`] : SUBPROTOCOL);
     socket.onopen = () =>
       this.#send({ type: "open", conversation: this.#conversation, after: this.#seq, epoch: this.#epoch });
     socket.onmessage = ({ data }) => {
@@ -378,7 +384,9 @@ function conversationOf(location) {
 
 // Where there is no such page, this module is a library.
 if (globalThis.document?.getElementById("log")) {
-  const client = new Client(`${location.origin.replace("http", "ws")}/ws`, conversationOf(location));
+  // Whoever logs people in on this origin leaves their token here; it ends with the tab.
+  const token = () => sessionStorage.getItem("tricorn.token");
+  const client = new Client(`${location.origin.replace("http", "ws")}/ws`, conversationOf(location), token);
   new Page(client);
   client.connect();
   addEventListener("online", () => client.connect());
