@@ -157,8 +157,11 @@ REASONS: dict[type[Exception], str] = {
 }
 
 
+_EXPECTED = (jwt.PyJWTError, msgspec.ValidationError, ValueError, OverflowError)
+
+
 def _refusal(error: Exception, peer: str) -> NotAdmitted:
-    if isinstance(error, jwt.PyJWTError | msgspec.ValidationError | ValueError | OverflowError):
+    if isinstance(error, _EXPECTED):
         report("INFO", "a token was refused", peer=peer, why=type(error).__name__)
     else:  # a bug, ours or of the library: closed, and told of
         report_error(error, peer=peer)

@@ -295,7 +295,7 @@ class WebSocket:
         self.nursery.cancel_scope.cancel()
 
     def _look_at_deadline(self) -> None:
-        if self._due is not None and self.nursery.cancel_scope.deadline <= trio.current_time():
+        if self._due is not None and self.nursery.cancel_scope.deadline <= current_time():
             self._end(self._due)
 
     def _failed(self, errors: BaseExceptionGroup[BaseException]) -> None:
