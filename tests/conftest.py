@@ -1,10 +1,76 @@
-"""What holds for all tests."""
+"""What holds for all tests: which of them run, and the table of those that answer the incident."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+pytest_plugins = ["fixtures.real_services", "fixtures.service"]
+
+TESTS = Path(__file__).parent
+LAYERS = ("unit", "integration", "e2e", "mission_critical")
+SERVICES = ("replica", "tricorn")
+WIDTH = 64  # characters of a verdict
+OUTCOMES = ("passed", "failed", "error", "skipped")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("Tricorn")
+    group.addoption("--category", choices=LAYERS, help="run the tests of one layer, and those that always run")
+    group.addoption("--real-services", action="store_true", help="fail, not skip, where PostgreSQL or Redis is missing")
+    group.addoption("--real-llm", action="store_true", help="run the tests that ask a real model, which costs")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for layer in LAYERS:
+        config.addinivalue_line("markers", f"{layer}: lies in tests/{layer}; set by itself")
+    config.addinivalue_line("markers", "always: runs whatever --category says")
+    config.addinivalue_line("markers", "real_llm: asks a real model; skipped without --real-llm")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    category = config.getoption("--category")
+    selected, deselected = [], []
+    for item in items:
+        item.add_marker(item.path.relative_to(TESTS).parts[0])
+        if item.get_closest_marker("real_llm") and not config.getoption("--real-llm"):
+            item.add_marker(pytest.mark.skip(reason="asks a real model: --real-llm"))
+        chosen = category is None or item.get_closest_marker(category) or item.get_closest_marker("always")
+        (selected if chosen else deselected).append(item)
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = selected
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what each test of the incident found, on the replica and on Tricorn."""
+    rows: dict[str, dict[str, str]] = {}
+    for name, service, verdict in verdicts(terminalreporter):
+        rows.setdefault(name, {})[service] = verdict
+    if not rows:
+        return
+    cells = [("", "the replica", "Tricorn"), *((name, *map(row.get, SERVICES)) for name, row in rows.items())]
+    widths = [max(len(row[column] or "") for row in cells) for column in range(2)]
+    terminalreporter.section("the incident")
+    for name, replica, tricorn in cells:
+        line = f"{name:{widths[0]}}  {replica or '':{widths[1]}}  {tricorn or ''}"
+        terminalreporter.write_line(line.rstrip())
+
+
+def verdicts(terminalreporter: pytest.TerminalReporter) -> Iterator[tuple[str, str, str]]:
+    """The test, the service and the verdict, of every report that has one."""
+    for outcome in OUTCOMES:
+        for report in terminalreporter.getreports(outcome):
+            properties = dict(getattr(report, "user_properties", ()))
+            if "verdict" in properties or "service" in properties:
+                service = properties.get("service", "tricorn")
+                name = re.sub(rf"\[{service}\]|{service}-", "", report.nodeid.rpartition("::")[2])
+                verdict = properties["verdict"] if outcome == "passed" else outcome.upper()
+                yield name, service, verdict if len(verdict) <= WIDTH else f"{verdict[:WIDTH]}…"
 
 
 @pytest.fixture(scope="session", autouse=True)

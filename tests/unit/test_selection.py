@@ -1,0 +1,68 @@
+"""The options and the table of `tests/conftest.py`, as a run of pytest of its own shows them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+UNIT = "tests/unit/websocket/test_import_chain_validation.py"
+STABILITY = "tests/mission_critical/test_websocket_import_stability.py"
+SERVICES = "tests/mission_critical/test_real_services.py"
+
+
+def pytest(*arguments: str, path: str | None = None) -> str:
+    """What a run prints; `path` is for its search for programs."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    environ = None if path is None else {"PATH": path}
+    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False).stdout
+
+
+def collected(*arguments: str) -> set[str]:
+    lines = pytest("--collect-only", UNIT, STABILITY, SERVICES, *arguments).splitlines()
+    return {line.partition("[")[0].rpartition("::")[2] for line in lines if "::" in line}
+
+
+def test_a_category_is_a_layer_and_what_always_runs() -> None:
+    always = {"test_websocket_basic_connectivity", "test_docker_services_availability"}
+    assert collected("--category", "e2e") == always
+    unit = collected("--category", "unit")
+    assert always < unit
+    assert "test_dynamic_import_under_gc_pressure" in unit
+    assert "test_one_fault_after_the_other" not in unit
+    assert "test_one_fault_after_the_other" in collected("--category", "mission_critical")
+
+
+def test_a_layer_is_a_marker() -> None:
+    assert collected("-m", "unit") == collected("--category", "unit") - collected("--category", "e2e")
+
+
+def test_a_service_that_is_missing_skips_and_says_so() -> None:
+    printed = pytest(SERVICES, "-k", "Redis", "-rs", path="/nowhere")
+    assert "1 skipped" in printed
+    assert "no redis-server here: apt-get install redis-server" in printed
+
+
+def test_a_service_that_is_missing_fails_with_real_services() -> None:
+    printed = pytest(SERVICES, "-k", "Redis", "--real-services", path="/nowhere")
+    assert "1 failed" in printed
+    assert "no redis-server here: apt-get install redis-server" in printed
+
+
+def test_the_table_has_a_row_for_a_test_and_both_verdicts() -> None:
+    printed = pytest(UNIT, "-k", "circular").splitlines()
+    [row] = [line for line in printed if line.startswith("test_circular_import_detection_websocket_utils")]
+    assert row.split("  ")[1:] == ["finds incident.state_machine ↔ incident.utils", "finds none"]
+    assert any(line.split() == ["the", "replica", "Tricorn"] for line in printed)
+
+
+def test_a_real_model_is_asked_only_when_told(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    asks = tmp_path / "unit" / "test_asks.py"
+    asks.parent.mkdir()
+    asks.write_text("import pytest\n@pytest.mark.real_llm\ndef test_asks(): pass\n")
+    there = ("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path), str(asks))
+    assert "1 skipped" in pytest(*there)
+    assert "1 passed" in pytest(*there, "--real-llm")
