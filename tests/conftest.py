@@ -69,7 +69,7 @@ def verdicts(terminalreporter: pytest.TerminalReporter) -> Iterator[tuple[str, s
             if "verdict" in properties or "service" in properties:
                 service = properties.get("service", "tricorn")
                 name = re.sub(rf"\[{service}\]|{service}-", "", report.nodeid.rpartition("::")[2])
-                verdict = properties["verdict"] if outcome == "passed" else outcome.upper()
+                verdict = properties.get("verdict", outcome) if outcome == "passed" else outcome.upper()
                 yield name, service, verdict if len(verdict) <= WIDTH else f"{verdict[:WIDTH]}…"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from signal import SIGTERM
 from typing import TYPE_CHECKING
 
@@ -139,7 +140,7 @@ async def stream(
         before = await client.until("agent_message")
         task_status.started()
         rest = await client.until()
-    heard[user] = type(rest)(before.objects + rest.objects, rest.close_code)
+    heard[user] = replace(rest, objects=before.objects + rest.objects)
 
 
 def check_heard(answer: Answer) -> None:

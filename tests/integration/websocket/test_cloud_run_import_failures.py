@@ -35,7 +35,6 @@ async def test_websocket_error_handling_under_resource_pressure(service: Service
                 masked_by="[Errno 24] Too many open files",
             )
             assert (await bob.ask("succeed all the same")).last["text"] == "succeed: all the same"
-    # One way or another it is only a matter of descriptors.
     assert (await instance.ask("ann", "lazy late")).last["text"] == "lazy: 42"
 
 
