@@ -6,9 +6,10 @@ from dataclasses import replace
 from signal import SIGTERM
 from typing import TYPE_CHECKING
 
+import pytest
 import trio
 
-from fixtures.service import AGENT, DEVELOPMENT, STAGING, first_line, numbers
+from fixtures.service import AGENT, DEVELOPMENT, KEY, STAGING, first_line, numbers
 
 if TYPE_CHECKING:
     from fixtures.service import Answer, Instance, Service
@@ -28,6 +29,13 @@ from incident.faults import agent
 """
 
 
+@pytest.fixture
+async def service(service: Service) -> Service:
+    """The service with a key: who comes in needs a token of `tricorn token`."""
+    service.environ = KEY
+    return service
+
+
 async def test_chat_functionality_during_import_failures(service: Service) -> None:
     """On one connection, what can be answered is, after each post that cannot be."""
     instance = await service.start()
@@ -43,18 +51,25 @@ async def test_chat_functionality_during_import_failures(service: Service) -> No
 
 
 async def test_multi_user_chat_import_failure_isolation(service: Service) -> None:
-    """One user's failure is that user's: whoever is in the middle of a run hears on, and of nobody else."""
+    """One user's failure is that user's: whoever is in the middle of a run hears on, and of nobody else.
+
+    All three call their conversation by the same name.
+    """
     instance = await service.start()
     async with instance.connect("ann") as ann, instance.connect("bob") as bob, instance.connect("cyd") as cyd:
-        await bob.open("bobs")
-        await bob.post("stream", "bobs")
-        await bob.until("agent_message")
-        answer = await ann.ask("lazy only_anns")
+        for client in (ann, bob, cyd):
+            await client.open("home")
+            await client.until("opened")
+        await bob.post("stream", "home")
+        heard = (await bob.until("agent_message")).objects
+        answer = await ann.ask("lazy only_anns", "home")
         service.judge(instance, answer, "No module named 'only_anns'")
-        assert (await cyd.ask("succeed as before")).last["text"] == "succeed: as before"
-        heard = await bob.until("agent_message")
-    assert heard.close_code is None
-    assert {each["conversation"] for each in heard.objects} == {"bobs"}
+        assert (await cyd.ask("succeed as before", "home")).last["text"] == "succeed: as before"
+        heard += (await bob.until("agent_message")).objects
+        if service.name == "tricorn":
+            assert [ann.user, bob.user, cyd.user] == ["ann", "bob", "cyd"]
+    assert heard[-1]["type"] == "agent_message"
+    assert [each["text"] for each in heard if each["type"] == "user_message"] == ["stream"]
 
 
 async def test_chat_recovery_after_import_fix(service: Service) -> None:
