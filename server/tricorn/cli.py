@@ -16,6 +16,7 @@ from inspect import iscoroutinefunction, signature
 from os.path import basename
 from pathlib import Path
 from secrets import token_hex
+from socket import socket as Socket
 from time import perf_counter, process_time, time
 from traceback import extract_tb
 from types import ModuleType
@@ -33,8 +34,10 @@ from tricorn.drill import drill
 from tricorn.host.listener import listen
 from tricorn.imports import guarded
 from tricorn.keys import Keys, load, parse_for_signing
-from tricorn.server import serve_until_signal
+from tricorn.server import Server, serve_until_signal
 from tricorn.settings import SettingError, Settings, parse_bind
+from tricorn.web.metrics import app as metrics_app
+from tricorn.web.metrics import no_websocket
 from tricorn.web.pages import app
 
 
@@ -233,14 +236,16 @@ def _settings(arguments: Namespace) -> Settings:
 
 async def _serve(agent: Agent, settings: Settings) -> int:
     keys, gate = await _gate(settings)
-    try:
-        listeners = await listen(settings.port, settings.host)
-    except OSError as error:
-        raise SettingError(f"--bind {_address(settings.host, settings.port)}: {what_failed(error)}") from None
+    listeners = await _listen(settings.host, settings.port, "--bind ")
+    metrics = [] if settings.metrics is None else await _listen(*settings.metrics, "TRICORN_METRICS=")
     await drill()
     with guarded(settings.import_guard):
         async with trio.open_nursery() as support:
             support.start_soon(keys.stay_fresh)
+            if metrics:
+                exposing = Server(no_websocket, settings=settings, app=metrics_app)
+                addresses = await support.start(exposing.serve, metrics)
+                print(f"Metrics are at http://{_address(*addresses[0])}/metrics", flush=True)
             async with Chat(agent, settings=settings, gate=gate) as chats, trio.open_nursery() as nursery:
                 serve = partial(
                     serve_until_signal,
@@ -256,6 +261,13 @@ async def _serve(agent: Agent, settings: Settings) -> int:
                 print(f"Tricorn is listening on http://{_address(*addresses[0])}", flush=True)
             support.cancel_scope.cancel()
     return 0
+
+
+async def _listen(host: str, port: int, label: str) -> list[Socket]:
+    try:
+        return await listen(port, host)
+    except OSError as error:
+        raise SettingError(f"{label}{_address(host, port)}: {what_failed(error)}") from None
 
 
 async def _gate(settings: Settings) -> tuple[Keys, Gate]:

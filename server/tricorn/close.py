@@ -23,12 +23,18 @@ INVALID_DATA = 1007
 TOO_BIG = 1009
 INTERNAL_ERROR = 1011
 SERVICE_RESTART = 1012
+FULL = 1013
 NO_PONG = 4000
 STALLED = 4001
 TOKEN_EXPIRED = 4002
+TOO_FAST = 4003
 OUTBOX_OVERFLOW = 4004
 UNAUTHENTICATED = 4500
 FORBIDDEN = 4501
+TOO_MANY_CONNECTIONS = 4503
+
+# Those that mean something here; an application or a peer may use others.
+KNOWN = frozenset(value for name, value in list(globals().items()) if name.isupper() and isinstance(value, int))
 
 # Ends that somebody is to blame for: a peer that broke the protocol, or a bug here. A loss is nobody's fault.
 FAULTS = frozenset({PROTOCOL_ERROR, INVALID_DATA, TOO_BIG, INTERNAL_ERROR})

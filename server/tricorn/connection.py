@@ -19,6 +19,7 @@ from trio.lowlevel import (
 )
 
 from .close import ABNORMAL, FAULTS, INTERNAL_ERROR, NORMAL, SERVICE_RESTART, Close, may_be_sent
+from .metrics import CONNECTIONS, Traffic
 from .phase import IllegalMove, Phase, move
 from .report import report, report_error, trace_id
 
@@ -230,6 +231,7 @@ class WebSocket:
 
         If cancelled, the connection closes with 1012, within `close_timeout`.
         """
+        CONNECTIONS.opened(self)
         try:
             async with trio.open_nursery() as self.nursery:
                 self._phase = move(self._phase, Phase.OPEN)
@@ -268,6 +270,12 @@ class WebSocket:
         """The peer is gone, but something that it sent before may not have been read yet."""
         self._hung_up = True
         self._hurry()
+
+    # For metrics
+
+    def traffic(self) -> Traffic:
+        """What went over it so far."""
+        return Traffic(self._received, self._sent, self._transport.bytes_received, self._transport.bytes_sent)
 
     # How it ends
 
@@ -340,6 +348,7 @@ class WebSocket:
                 self._receiver = None
             self._move(Phase.CLOSED)
             self._closed.set()
+            CONNECTIONS.closed(self, cause.code)
             self._record_end(cause, reached)
 
     def _record_end(self, cause: Close, reached: Phase) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from sys import _getframe, meta_path
 from typing import TYPE_CHECKING
 
+from .metrics import LATE_IMPORTS
 from .report import report
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class _Guard:
         self._mode = mode
         self._late = late
         self._report = report
+        self._count = LATE_IMPORTS.add
         self._best_effort = suppress(Exception)
         self._frame = _getframe
         self._kept = KEPT
@@ -76,6 +78,7 @@ class _Guard:
         if name in self._late or len(self._late) >= self._kept:
             return
         self._late[name] = stack = self._stack()
+        self._count()
         if self._mode != "count":
             self._report("WARNING", f"{name} is imported after start-up", module=name, stack_trace=stack)
 

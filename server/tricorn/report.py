@@ -78,6 +78,8 @@ _SINK_SOCKET = _socket_number(STDERR)
 _dropped = 0  # records that stderr did not take, and that no record has told of
 _torn = False  # the last line that stderr took has no end
 
+counted = {"errors": 0, "records_dropped": 0}  # since start-up, for metrics
+
 # The functions below have a copy of this module's names for globals, so that nothing that happens to the module, to
 # sys.modules or at interpreter shutdown reaches them.
 _names = dict(globals())
@@ -207,6 +209,7 @@ def _send(line: bytes) -> bool:
         _torn = line[sent - 1] != 10
     if sent < len(line):
         _dropped += 1
+        counted["records_dropped"] += 1
     return sent == len(line)
 
 
@@ -263,6 +266,7 @@ def report_error(error: BaseException, **context: object) -> str:
     None is not known. Nothing is raised but a KeyboardInterrupt, and that after the error was reported.
     """
     global _dropped
+    counted["errors"] += 1
     interrupt = None
     try:
         error_id = urandom(4).hex()
@@ -278,6 +282,7 @@ def report_error(error: BaseException, **context: object) -> str:
             pass
     else:
         _dropped += 1
+        counted["records_dropped"] += 1
     if interrupt is not None:
         raise interrupt
     return error_id
@@ -295,6 +300,7 @@ def report(severity: str, message: str, **fields: object) -> None:
             _send(UNWRITTEN)
         except Exception:
             _dropped += 1
+            counted["records_dropped"] += 1
 
 
 @_bound

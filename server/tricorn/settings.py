@@ -15,9 +15,11 @@ Linger = Annotated[float, Meta(ge=0, description="a number of seconds, 0 or more
 # JSON has no infinity, and the heartbeat is told to every client.
 Heartbeat = Annotated[float, Meta(gt=0, le=3600, description="a number of seconds above 0, at most 3600")]
 Count = Annotated[int, Meta(ge=1, description="a whole number above 0")]
+EventBytes = Annotated[int, Meta(ge=4096, description="a whole number, 4096 or more")]
 Port = Annotated[int, Meta(ge=0, le=65535, description="a whole number from 0 to 65535")]
 Host = Annotated[str, Meta(min_length=1, description="an address or a host name")]
 ImportGuard = Annotated[Literal["off", "count", "report", "deny"], Meta(description="off, count, report or deny")]
+Bind = Annotated[tuple[Host, Port] | None, Meta(description="HOST:PORT, for example 127.0.0.1:9090")]
 AgentName = Annotated[str, Meta(min_length=1, description="module:function")]
 Auth = Annotated[Literal["none"] | None, Meta(description="none, which lets everybody in, or not set")]
 # As RFC 6454 §6.2 serialises them; `*` is any.
@@ -98,6 +100,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     # Between two messages to a client that has nothing else to hear.
     heartbeat: Heartbeat = 20.0
 
+    # WebSockets of the whole server.
+    max_connections: Count = 10000
     # Bytes of an HTTP request head, and of one WebSocket message.
     max_head_bytes: Count = 16384
     max_message_bytes: Count = 1048576
@@ -105,8 +109,20 @@ class Settings(Struct, frozen=True, kw_only=True):
     text_characters: Count = 32000
     # Conversations that one connection may have open.
     open_conversations: Count = 100
+    # Connections of one user, and runs, waiting or going on, that a user's posts have led to.
+    user_connections: Count = 20
+    user_runs: Count = 20
+    # Posts of one user in a minute; so many may also come at once.
+    posts_per_minute: Count = 60
+    # Posts that may wait in one conversation.
+    waiting_posts: Count = 50
     # Replies that may wait for one client to read.
     outbox: Count = 256
+    # Bytes of one event as it is sent: the agent's pieces of text, and what goes into its tools and comes out of them.
+    event_bytes: EventBytes = 262144
+
+    # Where /metrics is served, if it is to be: apart from everything else, since whoever gets there may read it.
+    metrics: Bind = None
 
     # What `tricorn serve` does about an import after start-up: see `tricorn.imports.guarded`.
     import_guard: ImportGuard = "report"
@@ -127,7 +143,7 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = environ) -> Self:
-        """Read `TRICORN_BIND` (HOST:PORT), `TRICORN_<FIELD>` for every other field, and what Cloud Run says.
+        """Read `TRICORN_BIND` and `TRICORN_METRICS` (HOST:PORT), `TRICORN_<FIELD>` else, and what Cloud Run says.
 
         `K_SERVICE` and `K_REVISION` name the service and its revision, and a service listens on every interface. `PORT`
         is its port. `TRICORN_BIND` goes before both. Raises `SettingError`, also for a `TRICORN_` variable that does
@@ -135,7 +151,7 @@ class Settings(Struct, frozen=True, kw_only=True):
         """
         values: dict[str, Any] = {"service": environ.get("K_SERVICE"), "revision": environ.get("K_REVISION")}
         if "K_SERVICE" in environ:
-            values["host"] = "0.0.0.0"
+            values["host"] = "0.0.0.0"  # noqa: S104 (a container has its own network)
         if "PORT" in environ:
             values["port"] = _checked("PORT", environ["PORT"], Port, strict=False)
         settable = {field.name.upper(): field for field in fields(cls) if field.name not in _NOT_VARIABLES}
@@ -145,6 +161,8 @@ class Settings(Struct, frozen=True, kw_only=True):
             name = variable.removeprefix(_PREFIX)
             if name == "BIND":
                 values["host"], values["port"] = parse_bind(text, f"{variable}=")
+            elif name == "METRICS":
+                values["metrics"] = parse_bind(text, f"{variable}=")
             elif field := settable.get(name):
                 value: object = text
                 if field.type is Origins:

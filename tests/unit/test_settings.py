@@ -17,6 +17,8 @@ def test_every_field_is_a_variable_or_has_another_way_in(field: msgspec.structs.
     ways = {
         "host": {"TRICORN_BIND": "example.org:3"},
         "port": {"TRICORN_BIND": "127.0.0.1:3"},
+        "event_bytes": {"TRICORN_EVENT_BYTES": "5000"},
+        "metrics": {"TRICORN_METRICS": "[::1]:3"},
         "service": {"K_SERVICE": "3"},
         "revision": {"K_REVISION": "3"},
         "import_guard": {"TRICORN_IMPORT_GUARD": "deny"},
@@ -29,7 +31,7 @@ def test_every_field_is_a_variable_or_has_another_way_in(field: msgspec.structs.
     if isinstance(value, Secret):
         assert value.reveal() == "3"
     else:
-        assert value in (values.get(field.name), "3", 3)
+        assert value in (values.get(field.name), "3", 3, 5000, ("::1", 3))
     assert value != field.default
 
 

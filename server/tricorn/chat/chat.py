@@ -9,11 +9,13 @@ from trio import open_nursery
 from trio.lowlevel import checkpoint
 
 from tricorn.auth import Gate, ThisMachine
+from tricorn.chat.allowance import Allowances
 from tricorn.chat.conversation import Conversation
 from tricorn.chat.log.base import Log
 from tricorn.chat.log.memory import MemoryLog
 from tricorn.chat.run import Agent
 from tricorn.chat.session import Session
+from tricorn.metrics import CONVERSATIONS
 from tricorn.settings import Settings
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ class Chat:
     ) -> None:
         self.settings = settings or Settings()
         self.gate = gate or ThisMachine()
+        self.allowances = Allowances(self.settings, per_user=self.gate.wants_token)
         self._agent = agent
         self._log = log or MemoryLog()
         self._opening = open_nursery()
@@ -99,8 +102,10 @@ class Chat:
             conversation.end()
 
     async def _live(self, conversation: Conversation) -> None:
+        CONVERSATIONS.add()
         try:
             await conversation.live()
         finally:
+            CONVERSATIONS.add(amount=-1)
             if self._conversations.get(conversation.key) is conversation:
                 del self._conversations[conversation.key]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from math import inf
 
 from trio import CancelScope, Event, Lock, current_time, move_on_after
 
+from tricorn.chat.allowance import Allowance
 from tricorn.chat.log.base import Entry, Log
 from tricorn.chat.protocol import AnyEvent, UserMessage
 from tricorn.chat.run import LAST_WORDS, Agent, Run, perform
+from tricorn.metrics import APPENDED, RUNS, WAITING
 from tricorn.report import report_error
 from tricorn.settings import Settings
 
@@ -22,6 +24,14 @@ TAIL = 256
 
 class Ended(Exception):
     """The conversation takes no more posts: the chat is closing."""
+
+
+class Full(Exception):
+    """There is no room for the post now. The text says why, for people; `limit` is the name of the setting."""
+
+    def __init__(self, limit: str, text: str) -> None:
+        super().__init__(text)
+        self.limit = limit
 
 
 class Cursor:
@@ -56,7 +66,7 @@ class Conversation:
         self._lock = Lock()  # keeps appends in one order
         self._tail: deque[Entry] = deque(maxlen=TAIL)
         self._cursors: set[Cursor] = set()
-        self._waiting: deque[Run] = deque()
+        self._waiting: deque[tuple[Run, ExitStack]] = deque()  # with what is to be undone when the run is over
         self._posted = Event()
         self._running: Run | None = None
 
@@ -90,23 +100,34 @@ class Conversation:
         self._cursors.remove(cursor)
         self._release()
 
-    async def post(self, id: str, text: str, user: str) -> int:
+    async def post(self, id: str, text: str, by: Allowance) -> int:
         """Log what somebody wrote and have the agent answer; a repeated id has no effect. Return its seq.
 
         A checkpoint before the commit and none after it, so that the caller can say so before anybody reads the event.
-        If this is cancelled, the post may be in the log, or not. Raises Ended.
+        If this is cancelled, the post may be in the log, or not. Raises Ended, and Full.
         """
+        settings, key = self._settings, f"post:{by.user}/{id}"
         with self.held():
             await self.open()
             async with self._lock:
                 if self.over:
                     raise Ended
-                event = UserMessage(conversation=self.id, seq=0, at=0.0, id=id, text=text)
-                entry, repeated = await self._commit(event, f"post:{user}/{id}")
-                if not repeated:
-                    self._hold()  # until the run is over
-                    self._waiting.append(Run(self.id, user, text, id, self._settings.run_timeout, self.append))
-                    self._posted.set()
+                full = self._full(by)
+                if full is not None:
+                    found = await self._log.find(self.key, key)
+                    if found is None:
+                        raise full
+                    return found.seq
+                with ExitStack() as run_over:
+                    run_over.enter_context(by.one_run())
+                    run_over.enter_context(self.held())
+                    event = UserMessage(conversation=self.id, seq=0, at=0.0, id=id, text=text)
+                    entry, repeated = await self._commit(event, key)
+                    if not repeated:
+                        run = Run(self.id, by.user, text, id, settings.run_timeout, self.append, settings.event_bytes)
+                        self._waiting.append((run, run_over.pop_all()))
+                        WAITING.add()
+                        self._posted.set()
                 return entry.seq
 
     async def append(self, event: AnyEvent, key: str | None = None) -> None:
@@ -144,7 +165,7 @@ class Conversation:
             with self._scope:
                 while True:
                     while self._waiting:
-                        await self._perform(self._waiting.popleft())
+                        await self._perform(*self._next())
                     self._posted = Event()
                     await self._posted.wait()
         finally:
@@ -157,22 +178,38 @@ class Conversation:
             async with self._lock:  # who is in it may be a post on its way
                 pass
             while self._waiting:
-                run = self._waiting.popleft()
+                run, run_over = self._next()
                 run.cancel("interrupted")
-                await self._perform(run)
+                await self._perform(run, run_over)
 
-    async def _perform(self, run: Run) -> None:
+    def _next(self) -> tuple[Run, ExitStack]:
+        WAITING.add(amount=-1)
+        return self._waiting.popleft()
+
+    async def _perform(self, run: Run, run_over: ExitStack) -> None:
         self._running = run
+        RUNS.add()
         try:
-            await perform(run, self._agent)
+            with run_over:
+                await perform(run, self._agent)
         except Exception as error:  # a bug of ours: it ends this run and nothing else
             report_error(error, conversation=self.key, run=run.id)
         finally:
             self._running = None
-            self._release()
+            RUNS.add(amount=-1)
+
+    def _full(self, by: Allowance) -> Full | None:
+        settings = self._settings
+        if by.runs >= settings.user_runs:
+            return Full("user_runs", f"{by.runs} of your posts are not answered yet; post again later")
+        if len(self._waiting) >= settings.waiting_posts:
+            return Full("waiting_posts", f"{len(self._waiting)} posts wait in this conversation; post again later")
+        return None
 
     async def _commit(self, event: AnyEvent, key: str | None) -> tuple[Entry, bool]:
         entry, repeated = await self._log.append(self.key, event, key)
+        if not repeated:
+            APPENDED.add(str(event.__struct_config__.tag))
         if entry.seq > self.head:
             if entry.seq > self.head + 1:  # others write to this log too: the tail must not have holes
                 self._tail.clear()

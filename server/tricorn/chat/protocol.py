@@ -14,6 +14,9 @@ SUBPROTOCOL = "tricorn.v1"
 BATCH_SUBPROTOCOL = "tricorn.v1.batch"
 SUBPROTOCOLS = (SUBPROTOCOL, BATCH_SUBPROTOCOL)  # of these, what a client offers first is agreed on
 
+# Bytes of an event that are neither a text nor a tool's arguments or result: ids, names, times.
+ENVELOPE = 2048
+
 Outcome = Literal["success", "failed", "cancelled", "timeout", "interrupted"]
 
 # Printable without separators or control characters: an id can stand in a log line, a key or a URL as it is.
@@ -79,11 +82,17 @@ Request = Authenticate | Open | Post | Cancel | Leave | Ping
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What the server takes; past `message_bytes` it closes with 1009, past the others it answers with `error`."""
+    """What the server takes: past `message_bytes` it closes with 1009, past the others it answers with `error`.
+
+    `event_bytes` is what a client must be able to take: no event is longer.
+    """
 
     message_bytes: int
+    event_bytes: int
     text_characters: int
     open_conversations: int
+    user_runs: int
+    posts_per_minute: int
 
 
 class Welcome(Message, tag="welcome"):
@@ -118,7 +127,7 @@ class Posted(Message, tag="posted"):
 class Error(Message, tag="error"):
     """A request was refused: `code` for programs, `message` for people, `ref` the post or conversation it is about."""
 
-    code: Literal["malformed", "unknown_type", "too_long", "too_many", "not_found", "closing", "internal"]
+    code: Literal["malformed", "unknown_type", "too_long", "too_many", "too_fast", "not_found", "closing", "internal"]
     message: str
     ref: str | None = None
     error_id: str | None = None
@@ -204,7 +213,10 @@ class AgentMessage(RunEvent, tag="agent_message", kw_only=True):
 
 
 class AgentCompleted(RunEvent, tag="agent_completed", kw_only=True):
-    """Last of a run, exactly once. `text` is the whole answer, `error_id` names the report of a failure."""
+    """Last of a run, exactly once. `error_id` names the report of a failure.
+
+    `text` is the whole answer, left out where that would make the event too long.
+    """
 
     outcome: Outcome
     seconds: float

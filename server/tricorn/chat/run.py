@@ -23,6 +23,7 @@ from trio import (
 from trio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from tricorn.chat.protocol import (
+    ENVELOPE,
     AgentCompleted,
     AgentMessage,
     AgentStarted,
@@ -32,10 +33,14 @@ from tricorn.chat.protocol import (
     ToolCompleted,
     ToolExecuting,
 )
+from tricorn.metrics import LIMIT_HITS, RUN_SECONDS
 from tricorn.report import report_error
 
 # Seconds that what must not be missing in the log may take, where nobody can be let wait for it.
 LAST_WORDS = 2.0
+
+TOOL_NAME_MAX = 128  # characters
+TOOL_ERROR_MAX = 500  # characters of a ToolError's text that people are shown
 
 TOOL_FAILED = "the tool failed"
 TOOL_LEFT_OPEN = "not finished"
@@ -55,7 +60,8 @@ class Run:
     """What an agent gets: what it was asked, and the ways to show its work, for at most `seconds`.
 
     Every method but `cancel` and `tool` is a checkpoint and returns once the event is in the log. If one is cancelled,
-    the event may be there or not. After the end of the run they raise RuntimeError.
+    the event may be there or not. After the end of the run they raise RuntimeError, and ValueError where the event
+    would be longer than `event_bytes`.
     """
 
     def __init__(
@@ -66,6 +72,7 @@ class Run:
         post: str,
         seconds: float,
         append: Callable[[AnyEvent, str | None], Awaitable[object]],
+        event_bytes: int,
     ) -> None:
         self.id = token_hex(8)
         self.conversation = conversation
@@ -76,7 +83,9 @@ class Run:
         self._scope = CancelScope(relative_deadline=seconds)
         self._cause: Literal["cancelled", "interrupted"] | None = None
         self._sealed = False
+        self._room = event_bytes - ENVELOPE
         self._answer: list[str] = []
+        self._answer_characters = 0
         self._calls = count(1)
         self._tools: dict[Tool, None] = {}  # in progress
         # By key: what must be in the log before the end, and may not be there yet.
@@ -89,7 +98,9 @@ class Run:
     async def say(self, text: str) -> None:
         """Say a piece of the answer, which is all pieces joined as they are. An empty text is no event."""
         await self._speak(AgentMessage(**self._stamp(), text=text))
-        self._answer.append(text)
+        if self._answer_characters <= self._room:  # more of it, and the last event cannot repeat it anyway
+            self._answer.append(text)
+            self._answer_characters += len(text)
 
     def tool(self, name: str, /, **arguments: Any) -> Tool:
         """Show the use of a tool: `async with run.tool("forecast", city="Oslo") as tool: tool.result = ...`."""
@@ -112,9 +123,28 @@ class Run:
         if self._sealed:
             raise RuntimeError("the run is over")
 
+    def _check_text(self, text: str, what: str) -> None:
+        if not isinstance(text, str):
+            raise TypeError(f"{what} must be a str, not {type(text).__name__}")
+        self._check_size(_encode(text), what)  # raises UnicodeEncodeError for a lone surrogate, which is not JSON's
+
+    def _check_size(self, json: bytes, what: str) -> None:
+        if len(json) > self._room:
+            LIMIT_HITS.add("event_bytes")
+            raise ValueError(f"{what} has {len(json)} bytes in JSON; an event has room for {self._room}")
+
+    def _json(self, value: object, what: str) -> Raw:
+        """Encode now, so that neither an event nor its place in the log can fail later."""
+        try:
+            json = _encode(value)
+        except Exception as error:
+            raise TypeError(f"{what} has no JSON form: {error}") from error
+        self._check_size(json, what)
+        return Raw(json)
+
     async def _speak(self, event: AgentThinking | AgentMessage) -> None:
         self._check_open()
-        _check_text(event.text, "text")
+        self._check_text(event.text, "the text")
         if event.text:
             await self._append(event, None)
         else:
@@ -131,9 +161,10 @@ class Tool:
     """A tool at work. Set `result` to what it found: anything that has a JSON form.
 
     An exception goes on when the tool is left; people are shown the text of a `ToolError`, and of any other only that
-    there was one. Raises TypeError where an argument or the result has no JSON form, and RuntimeError where it is
-    entered after the end of the run. Entering is a checkpoint. Leaving cannot be cancelled, so that no tool stays open:
-    it waits at most `LAST_WORDS` seconds for the log, and not at all where the run is being ended.
+    there was one. Raises TypeError where an argument or the result has no JSON form, ValueError where the name, the
+    arguments or the result are too long, and RuntimeError where it is entered after the end of the run. Entering is a
+    checkpoint. Leaving cannot be cancelled, so that no tool stays open: it waits at most `LAST_WORDS` seconds for the
+    log, and not at all where the run is being ended.
     """
 
     def __init__(self, run: Run, name: str, arguments: dict[str, Any]) -> None:
@@ -145,8 +176,10 @@ class Tool:
     async def __aenter__(self) -> Tool:
         run = self._run
         run._check_open()
-        _check_text(self._name, "name of a tool")
-        arguments: Any = _json(self._arguments, f"an argument of the tool {self._name!r}")
+        run._check_text(self._name, "the name of a tool")
+        if len(self._name) > TOOL_NAME_MAX:
+            raise ValueError(f"the name of a tool has {len(self._name)} characters; the limit is {TOOL_NAME_MAX}")
+        arguments: Any = run._json(self._arguments, f"an argument of the tool {self._name!r}")
         await checkpoint_if_cancelled()  # from here on people see the tool
         self._call = f"{run.id}.{next(run._calls)}"
         self._began = current_time()
@@ -161,9 +194,10 @@ class Tool:
         if error is not None:
             await self._complete(error=self._shown(error))
             return
+        run = self._run
         try:
-            result = None if self.result is None else _json(self.result, f"the result of the tool {self._name!r}")
-        except TypeError:
+            result = None if self.result is None else run._json(self.result, f"the result of the tool {self._name!r}")
+        except (TypeError, ValueError):
             await self._complete(error=TOOL_FAILED)
             raise
         await self._complete(result=result)
@@ -196,6 +230,8 @@ class Tool:
         if not all(isinstance(leaf, ToolError) for leaf in errors):
             return TOOL_FAILED
         text = "; ".join(map(str, errors))
+        if len(text) > TOOL_ERROR_MAX:
+            text = text[:TOOL_ERROR_MAX] + "…"
         return text.encode(errors="replace").decode() or TOOL_FAILED
 
 
@@ -235,12 +271,16 @@ async def perform(run: Run, agent: Agent) -> None:
 async def _seal(run: Run, outcome: Outcome, seconds: float, error_id: str | None) -> None:
     """Say all that is owed, and the last word."""
     run._sealed = True
+    RUN_SECONDS.observe(outcome, seconds)
     for tool in run._tools:
         key, completed = tool._completed(error=TOOL_ENDED.get(outcome, TOOL_LEFT_OPEN))
         run._owed[key] = completed
     run._tools.clear()
+    answer = "".join(run._answer)
+    if len(_encode(answer)) > run._room:
+        answer = ""
     run._owed[f"{run.id}:completed"] = AgentCompleted(
-        **run._stamp(), outcome=outcome, seconds=seconds, text="".join(run._answer) or None, error_id=error_id
+        **run._stamp(), outcome=outcome, seconds=seconds, text=answer or None, error_id=error_id
     )
     try:
         with fail_after(LAST_WORDS, shield=True):
@@ -256,20 +296,6 @@ async def _try_to_append(run: Run, event: AnyEvent, key: str) -> None:
         await run._append(event, key)
     except Exception as error:
         report_error(error, conversation=run.conversation, run=run.id)
-
-
-def _check_text(text: str, what: str) -> None:
-    if not isinstance(text, str):
-        raise TypeError(f"the {what} must be a str, not {type(text).__name__}")
-    text.encode()  # raises UnicodeEncodeError for a lone surrogate, which has no place in JSON
-
-
-def _json(value: object, what: str) -> Raw:
-    """Encode now, so that neither an event nor its place in the log can fail later."""
-    try:
-        return Raw(_encode(value))
-    except Exception as error:
-        raise TypeError(f"{what} has no JSON form: {error}") from error
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

@@ -14,9 +14,11 @@ from trio import Event, current_time, move_on_after, move_on_at
 from trio.lowlevel import checkpoint
 
 from tricorn.auth import Identity, NotAdmitted, handshake_token
-from tricorn.chat.conversation import Cursor, Ended
+from tricorn.chat.allowance import Allowance
+from tricorn.chat.conversation import Cursor, Ended, Full
 from tricorn.chat.protocol import (
     BATCH_SUBPROTOCOL,
+    ENVELOPE,
     Authenticate,
     Cancel,
     Closing,
@@ -34,7 +36,15 @@ from tricorn.chat.protocol import (
     Request,
     Welcome,
 )
-from tricorn.close import FORBIDDEN, OUTBOX_OVERFLOW, TOKEN_EXPIRED, UNAUTHENTICATED
+from tricorn.close import (
+    FORBIDDEN,
+    OUTBOX_OVERFLOW,
+    TOKEN_EXPIRED,
+    TOO_FAST,
+    TOO_MANY_CONNECTIONS,
+    UNAUTHENTICATED,
+)
+from tricorn.metrics import LIMIT_HITS
 from tricorn.report import report_error
 
 if TYPE_CHECKING:
@@ -73,6 +83,7 @@ class Session:
         self._identity: Identity | None = None  # nobody gets anything yet
         self._end = inf  # when the token expires, in Trio's time
         self._renewed = Event()
+        self._allowance: Allowance | None = None
         self._batch = ws.subprotocol == BATCH_SUBPROTOCOL
         self._cursors: dict[str, Cursor] = {}
         self._behind: dict[Cursor, None] = {}  # those of the cursors that have something to read
@@ -88,6 +99,8 @@ class Session:
             await self._arrive()
             await self._read()
         finally:
+            if self._allowance is not None:
+                self._chat.allowances.leave(self._allowance)
             for cursor in self._cursors.values():
                 cursor.conversation.detach(cursor)
             self._flushed.set()
@@ -141,6 +154,12 @@ class Session:
         if identity.expires_at is not None:
             self._end = current_time() + identity.expires_at + self._chat.settings.jwt_leeway - time()
         ws.close_at(self._end, TOKEN_EXPIRED, "the token has expired")
+        if self._allowance is None:
+            self._allowance = self._chat.allowances.enter(identity.user)
+        if self._allowance is None:
+            LIMIT_HITS.add("user_connections")
+            await ws.close(TOO_MANY_CONNECTIONS, f"at most {self._chat.settings.user_connections} connections")
+            return
         self._identity = identity
         ws.context["user"] = identity.user
         self._renewed.set()
@@ -168,16 +187,19 @@ class Session:
                 # No checkpoint since a request was served: what it set off cannot be sent before the reply.
                 await self._answer(decode(line))
                 if len(self._outbox) > self._chat.settings.outbox:
+                    LIMIT_HITS.add("outbox")
                     await self._ws.close(OUTBOX_OVERFLOW, "outbox overflow")
                 await checkpoint()  # many requests in one message: the writer has its turns too
 
     async def _answer(self, request: Request | Error) -> None:
         if isinstance(request, Authenticate):
             await self._authenticate(request.token)
-        elif self._identity is None:
+        elif self._identity is None or self._allowance is None:
             await self._ws.close(UNAUTHENTICATED, "authenticate first")
         else:
-            reply = request if isinstance(request, Error) else await self._serve(request, self._identity)
+            reply = (
+                request if isinstance(request, Error) else await self._serve(request, self._identity, self._allowance)
+            )
             if reply is not None:
                 self._put(reply)
 
@@ -186,14 +208,16 @@ class Session:
             return [line for line in message.split("\n") if line.strip()]
         return [message]
 
-    async def _serve(self, request: Open | Post | Cancel | Leave | Ping, who: Identity) -> Reply | None:
+    async def _serve(
+        self, request: Open | Post | Cancel | Leave | Ping, who: Identity, allowance: Allowance
+    ) -> Reply | None:
         ref = request.id if isinstance(request, Post) else getattr(request, "conversation", None)
         try:
             match request:
                 case Open():
                     return await self._open(request, who)
                 case Post():
-                    return await self._post(request, who)
+                    return await self._post(request, who, allowance)
                 case Cancel():
                     return self._cancel(request, who)
                 case Leave():
@@ -209,8 +233,11 @@ class Session:
         settings = self._chat.settings
         limits = Limits(
             message_bytes=settings.max_message_bytes,
+            event_bytes=settings.event_bytes,
             text_characters=settings.text_characters,
             open_conversations=settings.open_conversations,
+            user_runs=settings.user_runs,
+            posts_per_minute=settings.posts_per_minute,
         )
         return Welcome(
             connection=self._ws.id,
@@ -224,6 +251,7 @@ class Session:
         id = request.conversation
         limit = self._chat.settings.open_conversations
         if id not in self._cursors and len(self._cursors) >= limit:
+            LIMIT_HITS.add("open_conversations")
             return Error(code="too_many", message=f"{limit} conversations are open; leave one first", ref=id)
         conversation = self._chat.conversation(who.key(id))
         with conversation.held():
@@ -238,15 +266,29 @@ class Session:
             self._notify(cursor)
             return Opened(conversation=id, epoch=conversation.epoch, head=conversation.head)
 
-    async def _post(self, request: Post, who: Identity) -> Reply:
+    async def _post(self, request: Post, who: Identity, allowance: Allowance) -> Reply:
         id, text = request.id, request.text
-        limit = self._chat.settings.text_characters
+        settings = self._chat.settings
+        limit = settings.text_characters
         if len(text) > limit:
+            LIMIT_HITS.add("text_characters")
             return Error(code="too_long", message=f"{len(text)} characters are over the limit of {limit}", ref=id)
+        if len(_encode(text)) > settings.event_bytes - ENVELOPE:
+            LIMIT_HITS.add("event_bytes")
+            return Error(code="too_long", message="the text does not fit into an event", ref=id)
         if not text.strip():
             return Error(code="malformed", message="the text is empty", ref=id)
+        seconds = allowance.posts.take()
+        if seconds:
+            LIMIT_HITS.add("posts_per_minute")
+            if allowance.refusals.take():
+                await self._ws.close(TOO_FAST, f"at most {settings.posts_per_minute} posts a minute")
+            return Error(code="too_fast", message=f"too many posts; post again in {seconds:.1f} s", ref=id)
         try:
-            seq = await self._chat.conversation(who.key(request.conversation)).post(id, text, who.user)
+            seq = await self._chat.conversation(who.key(request.conversation)).post(id, text, allowance)
+        except Full as full:
+            LIMIT_HITS.add(full.limit)
+            return Error(code="too_many", message=str(full), ref=id)
         except Ended:
             return Error(code="closing", message="the server is shutting down; post again later", ref=id)
         return Posted(id=id, conversation=request.conversation, seq=seq)

@@ -12,7 +12,9 @@ import trio
 from trio import move_on_after, sleep
 from trio.lowlevel import wait_readable
 
+from ..close import FULL
 from ..connection import WebSocket
+from ..metrics import LIMIT_HITS
 from ..report import report, report_error
 from .handshake import (
     UPGRADE,
@@ -41,6 +43,7 @@ BACKLOG = 4096
 ACCEPT_AT_ONCE = 64  # then others get their turn
 PAUSE = 0.1  # seconds without accepting when descriptors or memory ran out
 READ_SIZE = 65536
+SPARE = 128  # sockets beyond max_connections: to say so on, to read heads from, and for pages and health
 
 
 async def listen(port: int, host: str) -> list[socket.socket]:
@@ -114,9 +117,19 @@ class Router:
         self._subprotocols = subprotocols
         self._path = path
         self._http = http
+        self._sockets = 0
+        self._websockets = 0  # those that were not told that the server is full
 
     async def serve(self, sock: socket.socket, peer: Address) -> None:
-        """Serve one socket until it is closed. Raises no Exception. If cancelled, closes it in the proper way."""
+        """Serve one socket until it is closed. Raises no Exception. If cancelled, closes it in the proper way.
+
+        Where there are too many it is closed at once, and no checkpoint.
+        """
+        if self._sockets >= self._settings.max_connections + SPARE:
+            LIMIT_HITS.add("max_connections")
+            sock.close()
+            return
+        self._sockets += 1
         try:
             head = Head(self._settings.max_head_bytes)
             try:
@@ -131,12 +144,15 @@ class Router:
                 else:
                     raise Refused(HTTPStatus.UPGRADE_REQUIRED, "this is a WebSocket server", UPGRADE)
             except Refused as refused:
+                if refused.status is HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
+                    LIMIT_HITS.add("max_head_bytes")
                 await self._refuse(sock, refuse(refused))
         except OSError:
             pass  # the peer is gone
         except Exception as error:  # a bug of ours: it ends this connection and nothing else
             report_error(error, peer=peer)
         finally:
+            self._sockets -= 1
             sock.close()
 
     async def _read_head(self, sock: socket.socket, head: Head) -> Request | None:
@@ -170,9 +186,19 @@ class Router:
         )
         self._transports.add(transport)
         try:
-            await websocket.run(self._handler)
+            if self._websockets >= self._settings.max_connections:
+                await websocket.run(_say_full)
+            else:
+                await self._run(websocket)
         finally:
             self._transports.discard(transport)
+
+    async def _run(self, websocket: WebSocket) -> None:
+        self._websockets += 1
+        try:
+            await websocket.run(self._handler)
+        finally:
+            self._websockets -= 1
 
     async def _refuse(self, sock: socket.socket, response: bytes) -> None:
         """Send a response and wait for the peer's end: closed with something unread, the socket would take it back."""
@@ -183,3 +209,9 @@ class Router:
                 await wait_readable(sock)
                 if not sock.recv(READ_SIZE):
                     return
+
+
+async def _say_full(ws: WebSocket) -> None:
+    """The handler of who comes when there is no room: a browser sees a close code, but not the status of a refusal."""
+    LIMIT_HITS.add("max_connections")
+    await ws.close(FULL, "full, come back later")

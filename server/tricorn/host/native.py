@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from trio import BrokenResourceError, Event
 from trio.lowlevel import ParkingLot
 
-from ..close import ABNORMAL, NO_PONG, STALLED, Close
+from ..close import ABNORMAL, NO_PONG, STALLED, TOO_BIG, Close
 from ..connection import Traffic
+from ..metrics import LIMIT_HITS
 from .websocket import Opcode, Receiver, close_frame, frame
 
 if TYPE_CHECKING:
@@ -217,6 +218,8 @@ class NativeTransport:
             self._answer_pings()
         over = codec.closed or codec.violation
         if over is not None:
+            if over.code == TOO_BIG and over is codec.violation and not self._closing:
+                LIMIT_HITS.add("max_message_bytes")
             self.wants_read = self._closing
             self._readiness.change(self)
             self._look_finished()

@@ -52,21 +52,25 @@ async def app(scope: Event, receive: Receive, send: Send) -> None:
 
 async def _answer(method: str, path: str, send: Send) -> None:
     if path not in PAGES:
-        await _respond(send, method, 404, TEXT, b"not found")
+        await respond(send, method, 404, TEXT, b"not found")
     elif method not in ("GET", "HEAD"):
-        await _respond(send, method, 405, TEXT, b"method not allowed", [(b"allow", b"GET, HEAD")])
+        await respond(send, method, 405, TEXT, b"method not allowed", [(b"allow", b"GET, HEAD")])
     else:
-        await _respond(send, method, 200, *PAGES[path])
+        await respond(send, method, 200, *PAGES[path])
 
 
-async def _respond(
+async def respond(
     send: Send, method: str, status: int, content_type: bytes, body: bytes, more_headers: Headers = ()
 ) -> None:
+    """Answer with headers that let a page do nothing but what ours does; without the body where it is HEAD."""
     headers = [
         (b"content-type", content_type),
         (b"content-length", b"%d" % len(body)),
         (b"cache-control", b"no-cache"),
         (b"content-security-policy", CONTENT_SECURITY_POLICY),
+        (b"cross-origin-opener-policy", b"same-origin"),
+        (b"cross-origin-resource-policy", b"same-origin"),
+        (b"referrer-policy", b"no-referrer"),
         (b"x-content-type-options", b"nosniff"),
         *more_headers,
     ]

@@ -46,7 +46,7 @@ async def test_who_reads_may_ask_as_much_as_he_likes(chatting: Chatting) -> None
 @pytest.mark.parametrize("subprotocol", [SUBPROTOCOL, BATCH_SUBPROTOCOL])
 async def test_many_requests_in_one_write_are_answered_in_order(chatting: Chatting, subprotocol: str) -> None:
     """As many as the outbox holds, written before anything is read."""
-    async with chatting() as server, server.connect(subprotocol) as client:
+    async with chatting(posts_per_minute=256, user_runs=256) as server, server.connect(subprotocol) as client:
         requests = [
             json.dumps({"type": "post", "id": f"p{n}", "conversation": f"c{n}", "text": "hello"}) for n in range(256)
         ]

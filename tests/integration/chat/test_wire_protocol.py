@@ -21,7 +21,14 @@ Chatting = Callable[..., Any]
 
 
 async def test_a_connection_begins_with_a_welcome(chatting: Chatting) -> None:
-    limits = {"message_bytes": 5000, "text_characters": 70, "open_conversations": 3}
+    limits = {
+        "message_bytes": 5000,
+        "event_bytes": 262144,
+        "text_characters": 70,
+        "open_conversations": 3,
+        "user_runs": 20,
+        "posts_per_minute": 60,
+    }
     settings = {"max_message_bytes": 5000, "text_characters": 70, "open_conversations": 3, "heartbeat": 9.5}
     async with chatting(**settings) as server, server.connect() as one, server.connect() as other:
         [welcome] = one.received

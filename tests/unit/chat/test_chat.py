@@ -10,6 +10,7 @@ import trio
 import trio.testing
 
 from tricorn.chat import Chat, Run
+from tricorn.chat.allowance import Allowance
 from tricorn.chat.log.memory import MemoryLog
 from tricorn.settings import Settings
 
@@ -107,7 +108,7 @@ async def test_a_conversation_whose_time_has_just_run_out_makes_room_for_a_new_o
             await first.ended.wait()
             await trio.testing.wait_all_tasks_blocked()
             assert chat.conversation("c") is second
-            await second.post("p", "x", "local")
+            await second.post("p", "x", Allowance("local", Settings()))
 
 
 # Drain

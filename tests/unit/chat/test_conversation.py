@@ -10,6 +10,7 @@ import pytest
 import trio
 import trio.testing
 
+from tricorn.chat.allowance import Allowance
 from tricorn.chat.conversation import TAIL, Conversation, Cursor, Ended
 from tricorn.chat.log.base import Entry
 from tricorn.chat.log.memory import MemoryLog
@@ -62,6 +63,10 @@ def begin(nursery: trio.Nursery, log: WatchedLog) -> Callable[..., Conversation]
 Begin = Callable[..., Conversation]
 
 
+def local() -> Allowance:
+    return Allowance("local", Settings())
+
+
 async def events(log: MemoryLog) -> list[dict[str, Any]]:
     return [json.loads(entry.json) for entry in await log.read("c", 0, 10_000)]
 
@@ -94,7 +99,7 @@ async def test_posts_are_answered_in_order_one_at_a_time(
 
     conversation = begin(slow)
     for n in range(3):
-        await conversation.post(f"p{n}", "x" * n, "local")
+        await conversation.post(f"p{n}", "x" * n, local())
     await trio.sleep(10)
     logged = await events(log)
     assert [event["post"] for event in logged if event["type"] == "agent_started"] == ["p0", "p1", "p2"]
@@ -105,9 +110,9 @@ async def test_posts_are_answered_in_order_one_at_a_time(
 
 async def test_a_repeated_post_gets_the_first_answer_and_no_second_run(begin: Begin, log: WatchedLog) -> None:
     conversation = begin(echo)
-    seq = await conversation.post("p", "one", "local")
+    seq = await conversation.post("p", "one", local())
     await trio.testing.wait_all_tasks_blocked()
-    assert await conversation.post("p", "two", "local") == seq
+    assert await conversation.post("p", "two", local()) == seq
     await trio.testing.wait_all_tasks_blocked()
     assert await types(log) == ["user_message", "agent_started", "agent_message", "agent_completed"]
 
@@ -119,8 +124,8 @@ async def test_a_run_that_fails_leaves_the_next_alone(begin: Begin, log: Watched
         await run.say("fine")
 
     conversation = begin(agent)
-    await conversation.post("p1", "fail", "local")
-    await conversation.post("p2", "go", "local")
+    await conversation.post("p1", "fail", local())
+    await conversation.post("p2", "go", local())
     await trio.testing.wait_all_tasks_blocked()
     outcomes = [event["outcome"] for event in await events(log) if event["type"] == "agent_completed"]
     assert outcomes == ["failed", "success"]
@@ -145,11 +150,11 @@ async def test_a_run_that_breaks_by_itself_is_reported_and_leaves_the_next_alone
 
     agents = Agents()
     conversation = begin(agents)
-    await conversation.post("p1", "one", "local")
+    await conversation.post("p1", "one", local())
     await trio.testing.wait_all_tasks_blocked()
     assert "no name" in capfd.readouterr().err
     agents.broken = False
-    await conversation.post("p2", "two", "local")
+    await conversation.post("p2", "two", local())
     await trio.testing.wait_all_tasks_blocked()
     assert (await events(log))[-1]["outcome"] == "success"
 
@@ -157,7 +162,7 @@ async def test_a_run_that_breaks_by_itself_is_reported_and_leaves_the_next_alone
 async def test_only_the_run_that_goes_on_can_be_cancelled(begin: Begin, log: WatchedLog) -> None:
     conversation = begin(sleeper)
     assert not conversation.cancel("r")
-    await conversation.post("p", "x", "local")
+    await conversation.post("p", "x", local())
     await trio.testing.wait_all_tasks_blocked()
     run = (await events(log))[-1]["run"]
     assert not conversation.cancel("other")
@@ -171,7 +176,7 @@ async def test_a_run_has_run_timeout_seconds(
     begin: Begin, log: WatchedLog, autojump_clock: trio.testing.MockClock
 ) -> None:
     conversation = begin(sleeper, run_timeout=5.0)
-    await conversation.post("p", "x", "local")
+    await conversation.post("p", "x", local())
     await trio.sleep(6)
     assert (await events(log))[-1]["outcome"] == "timeout"
 
@@ -181,7 +186,7 @@ async def test_a_run_has_run_timeout_seconds(
 
 async def test_it_lingers_and_ends(begin: Begin, log: WatchedLog, autojump_clock: trio.testing.MockClock) -> None:
     conversation = begin(echo, linger=30.0)
-    await conversation.post("p", "x", "local")
+    await conversation.post("p", "x", local())
     await trio.sleep(29)
     assert not conversation.over
     await trio.sleep(2)
@@ -196,7 +201,7 @@ async def test_it_lives_while_a_run_goes_on(
         await trio.sleep(100)
 
     conversation = begin(long, linger=1.0)
-    await conversation.post("p", "x", "local")
+    await conversation.post("p", "x", local())
     await trio.sleep(100.5)
     assert not conversation.over
     await conversation.ended.wait()
@@ -222,10 +227,10 @@ async def test_a_post_on_its_way_into_the_log_keeps_it_alive(
     begin: Begin, log: WatchedLog, nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
 ) -> None:
     conversation = begin(echo, linger=1.0)
-    await conversation.post("first", "x", "local")
+    await conversation.post("first", "x", local())
     await trio.testing.wait_all_tasks_blocked()
     log.gate = trio.Event()
-    nursery.start_soon(conversation.post, "p", "x", "local")
+    nursery.start_soon(conversation.post, "p", "x", local())
     await trio.sleep(100)
     log.gate.set()
     await trio.testing.wait_all_tasks_blocked()
@@ -236,7 +241,7 @@ async def test_a_post_on_its_way_into_the_log_keeps_it_alive(
 async def test_its_end_interrupts_the_run_and_those_that_wait(begin: Begin, log: WatchedLog) -> None:
     conversation = begin(sleeper)
     for n in range(3):
-        await conversation.post(f"p{n}", "x", "local")
+        await conversation.post(f"p{n}", "x", local())
     await trio.testing.wait_all_tasks_blocked()
     conversation.end()
     await conversation.ended.wait()
@@ -244,7 +249,7 @@ async def test_its_end_interrupts_the_run_and_those_that_wait(begin: Begin, log:
     assert [event["post"] for event in logged if event["type"] == "agent_started"] == ["p0", "p1", "p2"]
     assert [event["outcome"] for event in logged if event["type"] == "agent_completed"] == ["interrupted"] * 3
     with pytest.raises(Ended):
-        await conversation.post("p3", "x", "local")
+        await conversation.post("p3", "x", local())
 
 
 async def test_its_cancellation_does_the_same(log: WatchedLog) -> None:
@@ -252,20 +257,20 @@ async def test_its_cancellation_does_the_same(log: WatchedLog) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(conversation.live)
         for n in range(2):
-            await conversation.post(f"p{n}", "x", "local")
+            await conversation.post(f"p{n}", "x", local())
         await trio.testing.wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
     outcomes = [event["outcome"] for event in await events(log) if event["type"] == "agent_completed"]
     assert outcomes == ["interrupted"] * 2
     assert conversation.ended.is_set()
     with pytest.raises(Ended):
-        await conversation.post("late", "x", "local")
+        await conversation.post("late", "x", local())
 
 
 async def test_a_post_on_its_way_at_the_end_gets_its_run(begin: Begin, log: WatchedLog, nursery: trio.Nursery) -> None:
     conversation = begin(sleeper)
     log.gate = trio.Event()
-    nursery.start_soon(conversation.post, "p", "x", "local")
+    nursery.start_soon(conversation.post, "p", "x", local())
     await trio.testing.wait_all_tasks_blocked()
     conversation.end()
     await trio.testing.wait_all_tasks_blocked()
@@ -279,7 +284,7 @@ async def test_a_log_that_stalls_holds_the_end_only_so_long(
 ) -> None:
     conversation = begin(sleeper)
     for n in range(5):
-        await conversation.post(f"p{n}", "x", "local")
+        await conversation.post(f"p{n}", "x", local())
     await trio.testing.wait_all_tasks_blocked()
     log.gate = trio.Event()
     conversation.end()

@@ -57,7 +57,7 @@ def events() -> Events:
 @pytest.fixture
 def new_run(events: Events) -> Callable[..., Run]:
     def new(seconds: float = 300) -> Run:
-        return Run("c", "local", "hello", "post-1", seconds, events.append)
+        return Run("c", "local", "hello", "post-1", seconds, events.append, 10_000)
 
     return new
 

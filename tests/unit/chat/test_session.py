@@ -73,7 +73,14 @@ async def test_welcome_comes_first(connect: Connect, nursery: trio.Nursery) -> N
         "connection": "connection-1",
         "user": "local",
         "heartbeat": 7.0,
-        "limits": {"message_bytes": 1000, "text_characters": 9, "open_conversations": 3},
+        "limits": {
+            "message_bytes": 1000,
+            "event_bytes": 262144,
+            "text_characters": 9,
+            "open_conversations": 3,
+            "user_runs": 20,
+            "posts_per_minute": 60,
+        },
     }
 
 

@@ -31,7 +31,7 @@ class Asked(NamedTuple):
         await trio.lowlevel.checkpoint()
 
     def run(self, message: str) -> Run:
-        return Run("home", "local", message, "post", inf, self.append)
+        return Run("home", "local", message, "post", inf, self.append, 100_000)
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self.events if event["type"] == kind]

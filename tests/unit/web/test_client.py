@@ -58,7 +58,14 @@ class Server:
     def receive(self, request: dict[str, Any]) -> None:
         self.requests.append(request)
         if request["type"] == "open":
-            limits = {"message_bytes": 1 << 20, "text_characters": 100, "open_conversations": 100}
+            limits = {
+                "message_bytes": 1 << 20,
+                "event_bytes": 1 << 18,
+                "text_characters": 100,
+                "open_conversations": 100,
+                "user_runs": 20,
+                "posts_per_minute": 60,
+            }
             self.say("welcome", connection="c", user="somebody", heartbeat=self.heartbeat, limits=limits)
             if self.refusal:
                 self.say("error", **self.refusal)

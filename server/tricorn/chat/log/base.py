@@ -46,5 +46,8 @@ class Log(Protocol):
         cancelled or raises, the event may be in the log or not; asking again with the same key makes it certain.
         """
 
+    async def find(self, conversation: str, key: str) -> Entry | None:
+        """Return the entry that was added with this key; None where there is none."""
+
     async def read(self, conversation: str, after: int, limit: int) -> list[Entry]:
         """Return the entries that follow seq `after`, in order, at most `limit`, at least one where there is any."""

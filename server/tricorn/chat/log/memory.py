@@ -42,6 +42,10 @@ class MemoryLog:
             past.keys[key] = added
         return added, False
 
+    async def find(self, conversation: str, key: str) -> Entry | None:
+        await checkpoint()
+        return self._conversations[conversation].keys.get(key)
+
     async def read(self, conversation: str, after: int, limit: int) -> list[Entry]:
         await checkpoint()
         return self._conversations[conversation].entries[after : after + limit]

@@ -1,0 +1,93 @@
+"""What one user may have at a time, over all connections and conversations."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import inf
+from weakref import WeakValueDictionary
+
+from trio import current_time
+
+from tricorn.settings import Settings
+
+MINUTE = 60.0  # seconds
+
+
+class Bucket:
+    """Allows `per_minute` at once, and as many in a minute from then on."""
+
+    def __init__(self, per_minute: int) -> None:
+        self._size = per_minute
+        self._level: float = per_minute
+        self._filled_at = -inf
+
+    def take(self) -> float:
+        """Take one and return 0; where there is none, return how many seconds it is until there is."""
+        now = current_time()
+        self._level = min(self._size, self._level + (now - self._filled_at) * self._size / MINUTE)
+        self._filled_at = now
+        if self._level < 1:
+            return (1 - self._level) * MINUTE / self._size
+        self._level -= 1
+        return 0
+
+
+class Allowance:
+    """What one user has, and may have.
+
+    Attributes:
+        connections: that the user has now.
+        runs: of the user's posts, that wait or go on.
+        posts: how fast they may come.
+        refusals: how many may be too fast for it before the connection is closed.
+    """
+
+    def __init__(self, user: str, settings: Settings) -> None:
+        self.user = user
+        self.connections = 0
+        self.runs = 0
+        self.posts = Bucket(settings.posts_per_minute)
+        self.refusals = Bucket(settings.posts_per_minute)
+
+    @contextmanager
+    def one_run(self) -> Iterator[None]:
+        """Count a run until the end of the block."""
+        self.runs += 1
+        try:
+            yield
+        finally:
+            self.runs -= 1
+
+
+class Allowances:
+    """One for each user who has a connection or a run, or had one in the last minute, in which a bucket fills up.
+
+    Unless `per_user`: where nobody has to say who they are, one for each connection.
+    """
+
+    def __init__(self, settings: Settings, *, per_user: bool) -> None:
+        self._settings = settings
+        self._per_user = per_user
+        self._by_user: WeakValueDictionary[str, Allowance] = WeakValueDictionary()
+        self._left: deque[tuple[float, Allowance]] = deque()
+
+    def enter(self, user: str) -> Allowance | None:
+        """Count a connection of this user; None where there are too many. End it with `leave`."""
+        while self._left and self._left[0][0] <= current_time() - MINUTE:
+            self._left.popleft()
+        allowance = self._by_user.get(user)
+        if allowance is None:
+            allowance = Allowance(user, self._settings)
+            if self._per_user:
+                self._by_user[user] = allowance
+        if allowance.connections >= self._settings.user_connections:
+            return None
+        allowance.connections += 1
+        return allowance
+
+    def leave(self, allowance: Allowance) -> None:
+        """Count a connection no longer."""
+        allowance.connections -= 1
+        self._left.append((current_time(), allowance))
