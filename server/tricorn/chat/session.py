@@ -282,7 +282,7 @@ class Session:
         if seconds:
             LIMIT_HITS.add("posts_per_minute")
             if allowance.refusals.take():
-                await self._ws.close(TOO_FAST, f"at most {settings.posts_per_minute} posts a minute")
+                await self._ws.close(TOO_FAST, f"more than {settings.posts_per_minute} posts a minute")
             return Error(code="too_fast", message=f"too many posts; post again in {seconds:.1f} s", ref=id)
         try:
             seq = await self._chat.conversation(who.key(request.conversation)).post(id, text, allowance)

@@ -15,6 +15,7 @@ import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
 
 from tricorn import WebSocket, serve
+from tricorn.auth import Gate
 from tricorn.chat import SUBPROTOCOLS, Agent, Chat, Run, ToolError
 from tricorn.chat.log.memory import MemoryLog
 from tricorn.chat.protocol import BATCH_SUBPROTOCOL, SUBPROTOCOL
@@ -150,7 +151,12 @@ class Server:
 
     @asynccontextmanager
     async def connect(
-        self, subprotocol: str | None = SUBPROTOCOL, receive_buffer: int | None = None
+        self,
+        subprotocol: str | None = SUBPROTOCOL,
+        receive_buffer: int | None = None,
+        token: str | None = None,
+        *,
+        welcome: bool = True,
     ) -> AsyncGenerator[Client]:
         """A client that has been welcomed. `receive_buffer` bounds what it takes without reading, in bytes."""
         socket = trio.socket.socket()
@@ -160,16 +166,19 @@ class Server:
         stream = trio.SocketStream(socket)
         async with stream, trio.open_nursery() as nursery:
             offered = [subprotocol] if subprotocol else []
-            ws = await wrap_client_stream(nursery, stream, f"127.0.0.1:{self.port}", "/ws", subprotocols=offered)
+            headers = [(b"Authorization", f"Bearer {token}".encode())] if token else []
+            ws = await wrap_client_stream(
+                nursery, stream, f"127.0.0.1:{self.port}", "/ws", subprotocols=offered, extra_headers=headers
+            )
             client = Client(ws, stream)
-            assert (await client.receive())["type"] == "welcome"
+            assert not welcome or (await client.receive())["type"] == "welcome"
             yield client
             await ws.aclose()
             nursery.cancel_scope.cancel()
 
 
 @asynccontextmanager
-async def chat_server(agent: Agent = worker, **settings: Any) -> AsyncGenerator[Server]:
+async def chat_server(agent: Agent = worker, gate: Gate | None = None, **settings: Any) -> AsyncGenerator[Server]:
     log, scope, ended = MemoryLog(), trio.CancelScope(), trio.Event()
 
     async def session(ws: WebSocket) -> None:
@@ -192,7 +201,7 @@ async def chat_server(agent: Agent = worker, **settings: Any) -> AsyncGenerator[
             )
 
     with trio.fail_after(PATIENCE):
-        async with Chat(agent, Settings(**settings), log) as chat, trio.open_nursery() as nursery:
+        async with Chat(agent, Settings(**settings), log, gate) as chat, trio.open_nursery() as nursery:
             [(_, port)] = await nursery.start(serving)
             yield Server(port, log, scope, ended)
             scope.cancel()

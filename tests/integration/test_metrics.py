@@ -1,0 +1,146 @@
+"""`/metrics` of a real `tricorn serve`, read by Prometheus's own parser; and that it is nowhere else."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from functools import partial
+from http.client import HTTPConnection
+from urllib.parse import urlsplit
+
+import pytest
+import trio
+from prometheus_client.parser import text_string_to_metric_families
+from trio_websocket import open_websocket_url
+
+SERVE = [sys.executable, "-m", "tricorn", "serve", "--bind", "127.0.0.1:0"]
+UPGRADE = (
+    b"GET /ws HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+)
+Samples = dict[tuple[str, ...], float]
+
+
+def get(url: str) -> tuple[int, str]:
+    where = urlsplit(url)
+    connection = HTTPConnection(where.netloc)
+    try:
+        connection.request("GET", where.path)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+    finally:
+        connection.close()
+
+
+class Server:
+    def __init__(self, process: trio.Process, metrics: str, url: str) -> None:
+        self.process = process
+        self.metrics = metrics
+        self.url = url
+
+    async def scrape(self) -> Samples:
+        """Each sample by its name and the values of its labels."""
+        status, text = await trio.to_thread.run_sync(get, self.metrics)
+        assert status == 200
+        return {
+            (sample.name, *sample.labels.values()): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+
+    async def until(self, wanted: Samples) -> None:
+        """Scrape until these samples are among what is there: a connection is counted when it has ended."""
+        with trio.fail_after(10):
+            while not wanted.items() <= (found := await self.scrape()).items():
+                assert found
+                await trio.sleep(0.01)
+
+
+@pytest.fixture
+async def server(nursery: trio.Nursery) -> AsyncIterator[Server]:
+    start = partial(
+        trio.run_process, SERVE, stdout=subprocess.PIPE, env=os.environ | {"TRICORN_METRICS": "127.0.0.1:0"}
+    )
+    with trio.fail_after(30):
+        process = await nursery.start(start)
+        said = b""
+        while said.count(b"\n") < 2:
+            said += await process.stdout.receive_some()
+    metrics, url = re.findall(rb"http://\S+", said)
+    yield Server(process, metrics.decode(), url.decode())
+    process.terminate()
+    with trio.fail_after(10):
+        assert await process.wait() == 0
+
+
+async def test_what_happens_is_counted_while_it_happens(server: Server) -> None:
+    before = await server.scrape()
+    assert before["tricorn_connections",] == before["tricorn_connections_opened_total",] == 0  # no rehearsal shows
+    assert before["tricorn_errors_reported_total",] == 0
+    async with open_websocket_url(f"ws{server.url[4:]}/ws") as ws:
+        await ws.get_message()
+        await ws.send_message(json.dumps({"type": "open", "conversation": "c"}))
+        await ws.send_message(json.dumps({"type": "post", "id": "p", "conversation": "c", "text": "slow 100"}))
+        await ws.send_message(json.dumps({"type": "post", "id": "q", "conversation": "c", "text": "2*21"}))
+        while json.loads(await ws.get_message())["type"] != "tool_executing":
+            pass
+        during = await server.scrape()
+        assert during["tricorn_connections",] == 1
+        assert during["tricorn_messages_total", "received"] == 3
+        assert during["tricorn_messages_total", "sent"] >= 5
+        assert during["tricorn_bytes_total", "received"] > 100
+        assert during["tricorn_bytes_total", "sent"] > 500
+        assert during["tricorn_conversations",] == during["tricorn_runs",] == during["tricorn_runs_waiting",] == 1
+        assert during["tricorn_events_appended_total", "user_message"] == 2
+    await server.until({("tricorn_connections",): 0, ("tricorn_connections_closed_total", "1000"): 1})
+    after = await server.scrape()
+    assert after["tricorn_messages_total", "received"] == 3
+    assert after["tricorn_late_imports_total",] == 0  # not even for this
+    assert after["process_open_fds",] > 0
+
+
+async def test_runs_are_counted_by_outcome(server: Server) -> None:
+    async with open_websocket_url(f"ws{server.url[4:]}/ws") as ws:
+        await ws.send_message(json.dumps({"type": "open", "conversation": "c"}))
+        await ws.send_message(json.dumps({"type": "post", "id": "p", "conversation": "c", "text": "2*21"}))
+        while json.loads(await ws.get_message())["type"] != "agent_completed":
+            pass
+        samples = await server.scrape()
+    assert samples["tricorn_run_seconds_count", "success"] == 1
+    assert samples["tricorn_run_seconds_bucket", "+Inf", "success"] == 1
+    assert samples["tricorn_run_seconds_count", "failed"] == 0
+
+
+async def test_limits_of_the_server_layer_are_counted(server: Server) -> None:
+    host, _, port = server.url.removeprefix("http://").rpartition(":")
+    async with await trio.open_tcp_stream(host, int(port)) as stream:
+        await stream.send_all(b"GET / HTTP/1.1\r\nX: " + b"x" * 20_000)
+        assert b"431" in await stream.receive_some()
+    async with await trio.open_tcp_stream(host, int(port)) as stream:
+        await stream.send_all(UPGRADE + b"\x81\xff" + (1 << 30).to_bytes(8) + bytes(4))
+        async for _ in stream:
+            pass
+    await server.until(
+        {("tricorn_limit_hits_total", "max_head_bytes"): 1, ("tricorn_limit_hits_total", "max_message_bytes"): 1}
+    )
+    await server.until({("tricorn_connections_closed_total", "1009"): 1})
+
+
+async def test_the_public_address_does_not_have_it(server: Server) -> None:
+    for elsewhere in (f"{server.url}/metrics", server.metrics.removesuffix("metrics")):
+        status, _ = await trio.to_thread.run_sync(get, elsewhere)
+        assert status == 404
+
+
+async def test_an_address_that_cannot_be_had_is_said_in_one_line(server: Server) -> None:
+    taken = server.url.removeprefix("http://")
+    done = await trio.run_process(
+        SERVE, capture_stdout=True, capture_stderr=True, check=False, env=os.environ | {"TRICORN_METRICS": taken}
+    )
+    assert done.returncode == 2
+    assert done.stdout == b""
+    assert done.stderr.decode() == f"tricorn: TRICORN_METRICS={taken}: address already in use\n"

@@ -1,0 +1,93 @@
+"""What one user may have at a time."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import suppress
+
+import pytest
+from trio.testing import MockClock
+
+from tricorn.chat.allowance import MINUTE, Allowance, Allowances, Bucket
+from tricorn.settings import Settings
+
+
+async def test_a_bucket_is_full_at_first_and_fills_up_evenly(mock_clock: MockClock) -> None:
+    bucket = Bucket(6)
+    assert [bucket.take() for _ in range(6)] == [0] * 6
+    assert bucket.take() == pytest.approx(10)
+    mock_clock.jump(4)
+    assert bucket.take() == pytest.approx(6)
+    mock_clock.jump(6.001)
+    assert bucket.take() == 0
+    assert bucket.take() > 9
+    mock_clock.jump(1000)
+    assert [bucket.take() for _ in range(6)] == [0] * 6
+    assert bucket.take() > 0
+
+
+def test_a_run_counts_until_the_end_of_the_block() -> None:
+    allowance = Allowance("ann", Settings())
+    with allowance.one_run():
+        with suppress(LookupError), allowance.one_run():
+            assert allowance.runs == 2
+            raise LookupError
+        assert allowance.runs == 1
+    assert allowance.runs == 0
+
+
+async def test_a_user_has_one_and_its_connections_are_counted() -> None:
+    allowances = Allowances(Settings(user_connections=2), per_user=True)
+    ann = allowances.enter("ann")
+    assert ann is not None
+    assert allowances.enter("ann") is ann
+    assert allowances.enter("bob") is not ann
+    assert allowances.enter("ann") is None
+    assert ann.connections == 2
+    allowances.leave(ann)
+    assert allowances.enter("ann") is ann
+
+
+async def test_it_is_kept_for_a_minute_and_then_forgotten(mock_clock: MockClock) -> None:
+    """So that coming back does not fill a bucket, and those who are gone cost no memory."""
+    allowances = Allowances(Settings(posts_per_minute=1), per_user=True)
+    ann = allowances.enter("ann")
+    assert ann is not None
+    assert ann.posts.take() == 0
+    allowances.leave(ann)
+    del ann
+    gc.collect()
+    mock_clock.jump(MINUTE - 1)
+    again = allowances.enter("ann")
+    assert again is not None
+    assert again.posts.take() > 0
+    allowances.leave(again)
+    del again
+    mock_clock.jump(MINUTE)
+    allowances.enter("bob")
+    gc.collect()
+    assert list(allowances._by_user) == []
+
+
+async def test_a_run_keeps_it(mock_clock: MockClock) -> None:
+    allowances = Allowances(Settings(), per_user=True)
+    ann = allowances.enter("ann")
+    assert ann is not None
+    run = ann.one_run()
+    run.__enter__()
+    allowances.leave(ann)
+    del ann
+    mock_clock.jump(2 * MINUTE)
+    allowances.enter("bob")
+    again = allowances.enter("ann")
+    assert again is not None
+    assert again.runs == 1
+    run.__exit__(None, None, None)
+    assert again.runs == 0
+
+
+async def test_where_nobody_says_who_they_are_each_connection_has_its_own() -> None:
+    allowances = Allowances(Settings(user_connections=1), per_user=False)
+    first, second = allowances.enter("local"), allowances.enter("local")
+    assert first is not second
+    assert None not in (first, second)

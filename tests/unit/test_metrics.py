@@ -1,0 +1,91 @@
+"""What is counted: plain numbers whose labels nobody outside can choose."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import get_args
+
+import msgspec
+import pytest
+
+from tricorn import close, metrics
+from tricorn.chat import protocol
+from tricorn.metrics import Connections, Counter, Histogram, Traffic
+from tricorn.settings import Settings
+from tricorn.web.metrics import app
+
+OPERATIONS = Path(__file__).parents[2].joinpath("docs/operations.md").read_text()
+
+
+class Connection:
+    def __init__(self) -> None:
+        self.messages = 0
+
+    def traffic(self) -> Traffic:
+        return Traffic(self.messages, 0, 10 * self.messages, 0)
+
+
+def test_what_is_not_known_counts_as_other() -> None:
+    counter = Counter("closed", "", "code", ("1000", "other"))
+    counter.add("1000")
+    counter.add("3999")
+    counter.add("4999", 2)
+    assert counter.values == {"1000": 1, "other": 3}
+
+
+def test_a_histogram_is_cumulative() -> None:
+    histogram = Histogram("seconds", "", "outcome", ("success",), (1.0, 2.0, float("inf")))
+    for seconds in (0.5, 1.0, 1.5, 9.0):
+        histogram.observe("success", seconds)
+    assert histogram.buckets == {"success": [2, 3, 4]}
+    assert histogram.sums == {"success": 12.0}
+
+
+def test_traffic_never_shrinks_when_a_connection_ends() -> None:
+    connections, first, second = Connections(), Connection(), Connection()
+    connections.opened(first)
+    connections.opened(second)
+    first.messages, second.messages = 3, 4
+    assert connections.traffic() == (7, 0, 70, 0)
+    connections.closed(first, 1000)
+    assert len(connections) == 1
+    second.messages = 5
+    assert connections.traffic() == (8, 0, 80, 0)
+
+
+def test_the_labels_are_those_of_the_protocol_and_of_the_settings() -> None:
+    assert get_args(protocol.Outcome) == metrics.OUTCOMES
+    assert set(metrics.EVENTS) == {each.__struct_config__.tag for each in get_args(protocol.AnyEvent)}
+    assert set(metrics.LIMITS) <= {field.name for field in msgspec.structs.fields(Settings)}
+    assert {1000, 1006, 1013, 4003, 4503} <= close.KNOWN
+
+
+async def shown(method: str = "GET", path: str = "/metrics") -> tuple[int, str]:
+    sent: list[dict] = []
+
+    async def send(event: dict) -> None:
+        sent.append(event)
+
+    await app({"type": "http", "method": method, "path": path}, None, send)  # type: ignore[arg-type]
+    return sent[0]["status"], sent[1]["body"].decode()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"), [("HEAD", "/metrics", 200), ("POST", "/metrics", 405), ("GET", "/", 404)]
+)
+async def test_it_answers_get_and_head_of_one_path(method: str, path: str, status: int) -> None:
+    assert (await shown(method, path))[0] == status
+
+
+async def test_every_metric_is_described_and_no_other() -> None:
+    _, body = await shown()
+    names = set(re.findall(r"^# TYPE (tricorn_\w+)", body, re.MULTILINE))
+    assert set(re.findall(r"^\| `(tricorn_\w+)` \|", OPERATIONS, re.MULTILINE)) == names
+
+
+def test_every_limit_is_described_with_its_default() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([\d,]+) \|", OPERATIONS, re.MULTILINE))
+    assert {name: int(number.replace(",", "")) for name, number in rows.items()} == {
+        name: getattr(Settings(), name) for name in metrics.LIMITS
+    }
