@@ -85,7 +85,10 @@ async def test_every_answer_is_guarded(method: str, path: str) -> None:
     _, headers, _ = await ask(method, path)
     assert headers[b"x-content-type-options"] == b"nosniff"
     policy = headers[b"content-security-policy"].decode()
+    assert headers[b"referrer-policy"] == b"no-referrer"
+    assert headers[b"cross-origin-opener-policy"] == headers[b"cross-origin-resource-policy"] == b"same-origin"
     directives = dict(directive.strip().split(" ", 1) for directive in policy.split(";"))
+    assert directives["frame-ancestors"] == directives["base-uri"] == directives["form-action"] == "'none'"
     assert directives["default-src"] == "'none'"
     assert directives["script-src"] == directives["style-src"] == directives["connect-src"] == "'self'"
 
