@@ -11,7 +11,7 @@ import trio
 import trio.testing
 
 from tricorn.chat.allowance import Allowance
-from tricorn.chat.conversation import TAIL, Conversation, Cursor, Ended
+from tricorn.chat.conversation import TAIL, Conversation, Cursor, Ended, Full
 from tricorn.chat.log.base import Entry
 from tricorn.chat.log.memory import MemoryLog
 from tricorn.chat.protocol import AnyEvent, UserMessage
@@ -250,6 +250,50 @@ async def test_its_end_interrupts_the_run_and_those_that_wait(begin: Begin, log:
     assert [event["outcome"] for event in logged if event["type"] == "agent_completed"] == ["interrupted"] * 3
     with pytest.raises(Ended):
         await conversation.post("p3", "x", local())
+
+
+async def test_who_has_too_many_posts_waiting_is_refused_until_one_is_answered(begin: Begin, log: WatchedLog) -> None:
+    conversation, ann = begin(sleeper, user_runs=2), local()
+    seq = await conversation.post("p0", "x", ann)
+    await conversation.post("p1", "x", ann)
+    with pytest.raises(Full, match="2 of your posts are not answered yet") as caught:
+        await conversation.post("p2", "x", ann)
+    assert caught.value.limit == "user_runs"
+    assert await conversation.post("p0", "x", ann) == seq  # it is in the log
+    await conversation.post("of another", "x", Allowance("bob", Settings()))
+    await trio.testing.wait_all_tasks_blocked()
+    assert conversation.cancel(next(event["run"] for event in await events(log) if "run" in event))
+    await trio.testing.wait_all_tasks_blocked()
+    assert ann.runs == 1
+    await conversation.post("p2", "x", ann)
+
+
+async def test_only_so_many_posts_wait(begin: Begin) -> None:
+    conversation = begin(sleeper, waiting_posts=1)
+    await conversation.post("goes on", "x", local())
+    await trio.testing.wait_all_tasks_blocked()
+    await conversation.post("waits", "x", local())
+    with pytest.raises(Full, match="1 posts wait in this conversation") as caught:
+        await conversation.post("too many", "x", local())
+    assert caught.value.limit == "waiting_posts"
+
+
+async def test_what_is_not_posted_does_not_count(
+    begin: Begin, log: WatchedLog, autojump_clock: trio.testing.MockClock
+) -> None:
+    conversation, ann = begin(sleeper), local()
+    log.gate = trio.Event()
+    with trio.move_on_after(1):
+        await conversation.post("cancelled", "x", ann)
+    log.gate.set()
+    log.error = OSError("the disk is gone")
+    with pytest.raises(OSError, match="the disk is gone"):
+        await conversation.post("failed", "x", ann)
+    log.error = None
+    assert ann.runs == 0
+    await conversation.post("p", "x", ann)
+    await conversation.post("p", "repeated", ann)
+    assert ann.runs == 1
 
 
 async def test_its_cancellation_does_the_same(log: WatchedLog) -> None:

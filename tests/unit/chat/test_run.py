@@ -557,6 +557,56 @@ async def test_a_text_that_is_none_is_refused(text: Any, error: type[Exception],
     assert events.types == ["agent_started", "agent_completed"]
 
 
+# What does not fit; a run of these tests has events of 10,000 bytes
+
+
+@pytest.mark.parametrize("text", ["x" * 10_000, "\n" * 5000, "é" * 5000], ids=["plain", "escaped", "not ASCII"])
+async def test_a_text_that_is_too_long_is_refused(text: str, play: Play, events: Events) -> None:
+    async def agent(run: Run) -> None:
+        for show in (run.say, run.think):
+            with pytest.raises(ValueError, match=r"^the text has \d+ bytes in JSON; an event has room for 7952$"):
+                await show(text)
+        await run.say("short")
+
+    await play(agent)
+    assert events.types == ["agent_started", "agent_message", "agent_completed"]
+    assert events[-1]["text"] == "short"
+
+
+async def test_the_name_of_a_tool_is_bounded(play: Play, events: Events) -> None:
+    async def agent(run: Run) -> None:
+        with pytest.raises(ValueError, match="the name of a tool has 129 characters; the limit is 128"):
+            async with run.tool("x" * 129):
+                raise AssertionError
+
+    await play(agent)
+    assert events.types == ["agent_started", "agent_completed"]
+
+
+async def test_the_text_of_a_tool_error_is_cut(play: Play, events: Events) -> None:
+    async def agent(run: Run) -> None:
+        async with run.tool("forecast"):
+            raise ToolError("x" * 10_000)
+
+    await play(agent)
+    assert events.only("tool_completed")["error"] == "x" * 500 + "…"
+
+
+@pytest.mark.parametrize(("pieces", "told"), [(7, True), (8, False), (1000, False)])
+async def test_the_end_repeats_the_answer_only_where_it_fits(
+    pieces: int, told: bool, play: Play, events: Events
+) -> None:
+    async def agent(run: Run) -> None:
+        for _ in range(pieces):
+            await run.say("x" * 1000)
+
+    run = await play(agent)
+    assert events.types.count("agent_message") == pieces
+    assert events[-1].get("text") == ("x" * 1000 * pieces if told else None)
+    assert events[-1]["outcome"] == "success"
+    assert len(run._answer) <= 8  # and so much of it is kept
+
+
 # A log that fails
 
 
