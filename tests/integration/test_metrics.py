@@ -122,6 +122,8 @@ async def test_limits_of_the_server_layer_are_counted(server: Server) -> None:
         assert b"431" in await stream.receive_some()
     async with await trio.open_tcp_stream(host, int(port)) as stream:
         await stream.send_all(UPGRADE + b"\x81\xff" + (1 << 30).to_bytes(8) + bytes(4))
+        await stream.receive_some()
+        await stream.send_all(b"and more of it")
         async for _ in stream:
             pass
     await server.until(
