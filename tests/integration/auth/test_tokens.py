@@ -224,7 +224,7 @@ async def test_a_connection_stays_its_users(guarded: Guarded) -> None:
     async with guarded() as server, server.user("ada") as client:
         await client.say("authenticate", token=server.token("eve"))
         assert await client.end() == (4501, "the token is of another user")
-        assert not any("eve" in text for text in client.heard)
+        assert not any('"eve"' in text for text in client.heard)
 
 
 async def test_a_bad_token_later_ends_the_connection(guarded: Guarded) -> None:
