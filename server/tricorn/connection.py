@@ -19,7 +19,7 @@ from trio.lowlevel import (
 )
 
 from .close import ABNORMAL, FAULTS, INTERNAL_ERROR, NORMAL, SERVICE_RESTART, Close, may_be_sent
-from .metrics import CONNECTIONS, Traffic
+from .metrics import CONNECTIONS, Totals
 from .phase import IllegalMove, Phase, move
 from .report import report, report_error, trace_id
 
@@ -273,9 +273,9 @@ class WebSocket:
 
     # For metrics
 
-    def traffic(self) -> Traffic:
+    def totals(self) -> Totals:
         """What went over it so far."""
-        return Traffic(self._received, self._sent, self._transport.bytes_received, self._transport.bytes_sent)
+        return Totals(self._received, self._sent, self._transport.bytes_received, self._transport.bytes_sent)
 
     # How it ends
 

@@ -64,7 +64,7 @@ class Histogram:
                 self.buckets[value][index] += 1
 
 
-class Traffic(NamedTuple):
+class Totals(NamedTuple):
     """What went over a connection, or over all."""
 
     messages_received: int = 0
@@ -76,7 +76,7 @@ class Traffic(NamedTuple):
 class Counted(Protocol):
     """A connection, as far as it is counted."""
 
-    def traffic(self) -> Traffic: ...
+    def totals(self) -> Totals: ...
 
 
 class Connections:
@@ -84,10 +84,10 @@ class Connections:
 
     def __init__(self) -> None:
         self._open: set[Counted] = set()
-        self._over = Traffic()
+        self._over = Totals()
 
     def forget(self) -> None:
-        self._over = Traffic()
+        self._over = Totals()
 
     def __len__(self) -> int:
         return len(self._open)
@@ -100,15 +100,15 @@ class Connections:
         """Count the end of a connection, whose traffic is then no longer asked for."""
         CLOSED.add(str(code))
         self._open.discard(connection)
-        self._over = _sum((self._over, connection.traffic()))
+        self._over = _sum((self._over, connection.totals()))
 
-    def traffic(self) -> Traffic:
+    def totals(self) -> Totals:
         """What went over all connections so far."""
-        return _sum((self._over, *(connection.traffic() for connection in self._open)))
+        return _sum((self._over, *(connection.totals() for connection in self._open)))
 
 
-def _sum(parts: Iterable[Traffic]) -> Traffic:
-    return Traffic(*map(sum, zip(*parts, strict=True)))
+def _sum(parts: Iterable[Totals]) -> Totals:
+    return Totals(*map(sum, zip(*parts, strict=True)))
 
 
 OUTCOMES = ("success", "failed", "cancelled", "timeout", "interrupted")

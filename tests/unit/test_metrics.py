@@ -11,7 +11,7 @@ import pytest
 
 from tricorn import close, metrics
 from tricorn.chat import protocol
-from tricorn.metrics import Connections, Counter, Histogram, Traffic
+from tricorn.metrics import Connections, Counter, Histogram, Totals
 from tricorn.settings import Settings
 from tricorn.web.metrics import app
 
@@ -22,8 +22,8 @@ class Connection:
     def __init__(self) -> None:
         self.messages = 0
 
-    def traffic(self) -> Traffic:
-        return Traffic(self.messages, 0, 10 * self.messages, 0)
+    def totals(self) -> Totals:
+        return Totals(self.messages, 0, 10 * self.messages, 0)
 
 
 def test_what_is_not_known_counts_as_other() -> None:
@@ -47,11 +47,11 @@ def test_traffic_never_shrinks_when_a_connection_ends() -> None:
     connections.opened(first)
     connections.opened(second)
     first.messages, second.messages = 3, 4
-    assert connections.traffic() == (7, 0, 70, 0)
+    assert connections.totals() == (7, 0, 70, 0)
     connections.closed(first, 1000)
     assert len(connections) == 1
     second.messages = 5
-    assert connections.traffic() == (8, 0, 80, 0)
+    assert connections.totals() == (8, 0, 80, 0)
 
 
 def test_the_labels_are_those_of_the_protocol_and_of_the_settings() -> None:

@@ -33,7 +33,7 @@ class _Counted(Collector):
 
 
 def _traffic() -> Iterator[Metric]:
-    traffic = CONNECTIONS.traffic()
+    traffic = CONNECTIONS.totals()
     messages = CounterMetricFamily("tricorn_messages", "WebSocket messages.", labels=["direction"])
     messages.add_metric(["received"], traffic.messages_received)
     messages.add_metric(["sent"], traffic.messages_sent)
