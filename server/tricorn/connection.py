@@ -275,7 +275,8 @@ class WebSocket:
 
     def totals(self) -> Totals:
         """What went over it so far."""
-        return Totals(self._received, self._sent, self._transport.bytes_received, self._transport.bytes_sent)
+        traffic = self._transport.traffic()
+        return Totals(self._received, self._sent, traffic.bytes_received, traffic.bytes_sent)
 
     # How it ends
 
