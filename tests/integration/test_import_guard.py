@@ -181,7 +181,7 @@ class Client:
 @asynccontextmanager
 async def connected(port: int, path: str) -> AsyncGenerator[WebSocketConnection]:
     async with await trio.open_tcp_stream("127.0.0.1", port) as stream, trio.open_nursery() as nursery:
-        yield await wrap_client_stream(nursery, stream, "x", path, subprotocols=["tricorn.v1"])
+        yield await wrap_client_stream(nursery, stream, "127.0.0.1", path, subprotocols=["tricorn.v1"])
         nursery.cancel_scope.cancel()
 
 

@@ -137,6 +137,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
         (tmp_path / f"{name}.py").write_text(source)
     log = tmp_path / "log"
     processes: list[subprocess.Popen[bytes]] = []
+    # Not measured: coverage itself ends with imports, which sabotage forbids.
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
 
     def start(sabotage: str = "nothing", what: str = "handler", stderr: Any = None, redirect: str = "") -> Server:
         command = ["sh", "-c", f'exec "$@" {redirect}', "sh", sys.executable]
@@ -145,6 +147,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
                 [*command, str(tmp_path / "serve.py"), sabotage, what],
                 stdout=subprocess.PIPE,
                 stderr=file if stderr is None else stderr,
+                env=environ,
             )
         processes.append(process)
         assert process.stdout is not None
