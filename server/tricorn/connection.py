@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
+from math import inf
 from secrets import token_hex
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 import trio
 from outcome import Error
-from trio import current_time, move_on_after
+from trio import current_effective_deadline, current_time, move_on_after
 from trio.lowlevel import (
     Abort,
     checkpoint,
@@ -18,7 +19,7 @@ from trio.lowlevel import (
     wait_task_rescheduled,
 )
 
-from .close import ABNORMAL, FAULTS, INTERNAL_ERROR, NORMAL, SERVICE_RESTART, Close, may_be_sent
+from .close import FAULTS, INTERNAL_ERROR, NORMAL, SERVICE_RESTART, Close, may_be_sent
 from .metrics import CONNECTIONS, Totals
 from .phase import IllegalMove, Phase, move
 from .report import report, report_error, trace_id
@@ -57,7 +58,7 @@ class Traffic(NamedTuple):
 
 
 class Transport(Protocol):
-    """What a connection needs of its host. The host calls `deliver`, `end`, `fail` and `hang_up` of the connection."""
+    """What a connection needs of its host. The host calls `deliver`, `end` and `fail` of the connection."""
 
     def start(self, connection: WebSocket) -> None:
         """Deliver from now on what the peer sends."""
@@ -133,7 +134,6 @@ class WebSocket:
         self._cause: Close | None = None
         self._due: Close | None = None  # the cause, if the deadline of the nursery's scope passes
         self._over = False  # nothing more to receive, nothing more may be sent
-        self._hung_up = False
         self._closed = trio.Event()
         # For the record of its end.
         self._began = current_time()
@@ -210,7 +210,7 @@ class WebSocket:
         Not a checkpoint. Does nothing where the connection is ending already. Raises ValueError like `close`.
         """
         due = _close(code, reason)
-        if self._cause is None and not self._hung_up:
+        if self._cause is None:
             self._due = due
             self.nursery.cancel_scope.deadline = deadline
 
@@ -254,22 +254,24 @@ class WebSocket:
             self._receiver = None
 
     def end(self, cause: Close) -> None:
-        """The peer is gone or to be got rid of. The handler is cancelled once it has received what came before."""
+        """The peer is gone or to be got rid of.
+
+        The handler is cancelled once it has received what came before, but within `close_timeout`.
+        """
         if not self._end(cause):
             return
         if self._receiver is not None:  # first, so that it gets to know why
             reschedule(self._receiver, Error(Disconnected(*cause)))
             self._receiver = None
-        self._hurry()
+        if self.inbox:
+            scope = self.nursery.cancel_scope
+            scope.deadline = min(scope.deadline, current_time() + self._close_timeout)
+        else:
+            self._stop()
 
     def fail(self, error: Exception) -> None:
         """A bug, or no memory: it is reported, and ends this connection and nothing else."""
         self.end(self._report(error))
-
-    def hang_up(self) -> None:
-        """The peer is gone, but something that it sent before may not have been read yet."""
-        self._hung_up = True
-        self._hurry()
 
     # For metrics
 
@@ -289,15 +291,6 @@ class WebSocket:
             return False
         self._cause = cause
         return True
-
-    def _hurry(self) -> None:
-        """Cancel the handler: now if it received everything, else as soon as it did, but within `close_timeout`."""
-        if self.inbox or self._cause is None:
-            self._due = None
-            scope = self.nursery.cancel_scope
-            scope.deadline = min(scope.deadline, current_time() + self._close_timeout)
-        else:
-            self._stop()
 
     def _stop(self) -> None:
         self._over = True
@@ -332,7 +325,8 @@ class WebSocket:
         self._look_at_deadline()
         cause = self._cause
         if cause is None:
-            cause = self._cause = Close(ABNORMAL if self._hung_up else SERVICE_RESTART)
+            # What is around the connection was cancelled, or else the handler has cancelled its own nursery.
+            cause = self._cause = Close(SERVICE_RESTART if current_effective_deadline() == -inf else NORMAL)
         self._over = True
         reached = self._phase
         self._move(Phase.CLOSING)

@@ -347,3 +347,12 @@ async def test_codes_that_may_be_sent(served: Served, code: int) -> None:
 
     async with served(handler) as server, server.connect() as client:
         assert await client.closed() == (code, "x" + "é" * 61)
+
+
+async def test_a_handler_that_cancels_its_own_nursery_has_ended(served: Served) -> None:
+    async def handler(ws: WebSocket) -> None:
+        ws.nursery.cancel_scope.cancel()
+        await trio.sleep_forever()
+
+    async with served(handler) as server, server.connect() as client:
+        assert await client.closed() == (1000, "")
