@@ -120,8 +120,8 @@ def _shown(value: object, show: Callable[[object], str]) -> str:
         return _clean(show(value), TEXT_MAX)
     except KeyboardInterrupt:
         raise
-    except BaseException:
-        return NOT_SHOWN
+    except BaseException:  # noqa: ASYNC103 - nothing here waits, so no Cancelled of Trio's passes
+        return NOT_SHOWN  # noqa: ASYNC104
 
 
 @_bound
@@ -278,7 +278,7 @@ def report_error(error: BaseException, **context: object) -> str:
             break
         except KeyboardInterrupt as raised:
             interrupt = raised
-        except BaseException:  # whatever the error's own code raises when it is asked for its text
+        except BaseException:  # noqa: ASYNC103 - whatever the error's own code raises when it is asked for its text
             pass
     else:
         _dropped += 1
