@@ -1,0 +1,18 @@
+"""The benchmark runs and names every server. What it measures is not a test's business."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import trio
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+async def test_echo() -> None:
+    command = [sys.executable, BENCH / "echo.py", "--connections", "2", "--messages", "20", "--rounds", "1"]
+    finished = await trio.run_process(command, capture_stdout=True)
+    printed = finished.stdout.decode()
+    for program in (BENCH / "servers").glob("*.py"):
+        assert f"\n{program.stem} " in printed
