@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["fixtures.real_services", "fixtures.service"]
+pytest_plugins = ["fixtures.browser", "fixtures.real_services", "fixtures.service"]
 
 TESTS = Path(__file__).parent
 LAYERS = ("unit", "integration", "e2e", "mission_critical")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,28 +14,14 @@ from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen, check_output
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
-CHROMIUM = shutil.which("chromium")
-ARGUMENTS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--host-resolver-rules=MAP rebound.example 127.0.0.1",
-]
 SECRET = "a secret of thirty-two bytes or more"
 CONNECT = """([url, protocols]) => new Promise(resolve => {
     const ws = new WebSocket(url, protocols);
     ws.onmessage = ({data}) => resolve(JSON.parse(data).type);
     ws.onclose = ({code}) => resolve(code);
 })"""
-
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -55,14 +40,6 @@ def serving(**environ: str) -> Iterator[int]:
         finally:
             process.terminate()
             process.wait(20)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
