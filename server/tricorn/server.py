@@ -114,16 +114,16 @@ class Server:
                     transport.failed(error)
 
     async def _run_drain(self) -> None:
-        """Let HTTP and the program's own `drain` end what they have going, leaving `close_timeout` for the rest."""
+        """Let the program's own `drain` and HTTP end what they have going, leaving `close_timeout` for the rest."""
         with self._draining:
             self._draining.deadline = current_time() + self._settings.drain_timeout - self._settings.close_timeout
             try:
-                if self._http is not None:
-                    await self._http.drain()
                 if self._drain is not None:
                     await self._drain()
             except Exception as error:
                 report_error(error, phase="draining")
+            if self._http is not None:
+                await self._http.drain()
 
 
 class Options(TypedDict, total=False):

@@ -18,6 +18,7 @@ from hypercorn.config import Config
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
+from trio import Event
 
 from ..report import report_error
 from .native import RESET
@@ -43,14 +44,20 @@ class Hypercorn:
         self._config.accesslog = None
         self._config.errorlog = None
         self._context = WorkerContext(None)
+        self._serving = 0  # connections
+        self._one_ended = Event()
 
     async def drain(self) -> None:
-        """Close what is idle, and everything else behind its next response."""
+        """Close what is idle, and everything else behind its next response, and wait for that. May be cancelled."""
         await self._context.terminated.set()
+        while self._serving:
+            self._one_ended = Event()
+            await self._one_ended.wait()
 
     async def serve(self, sock: Socket, peer: tuple[str, int], head: bytes) -> None:
         """Serve one connection until it ends. If cancelled, the socket is aborted."""
         stream = _Guarded(sock, head, self._stall_timeout)
+        self._serving += 1
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(stream.abort_when_cancelled)
@@ -66,6 +73,8 @@ class Hypercorn:
             report_error(errors, peer=peer)
         finally:
             stream.abort()
+            self._serving -= 1
+            self._one_ended.set()
 
 
 class _Guarded(trio.abc.HalfCloseableStream):

@@ -153,13 +153,28 @@ async def test_whatever_follows_an_upgrade_behind_another_request_ends_that_conn
 
 
 @pytest.mark.parametrize("path", [b"/flood", b"/hang"])
-async def test_who_does_not_read_does_not_delay_the_servers_end(
+async def test_what_does_not_come_to_its_end_is_cut_when_draining_has_to_end(
     served: Served, patient_clock: MockClock, path: bytes
 ) -> None:
     async with served(echo, app=app, settings=SETTINGS) as server, server.open(4096) as stream:
         await stream.send_all(b"GET " + path + b" HTTP/1.1\r\nHost: h\r\n\r\n")
         await wait_all_tasks_blocked()
         server.scope.cancel()
+        await server.over.wait()
+        assert trio.current_time() <= SETTINGS.drain_timeout - SETTINGS.close_timeout
+
+
+async def test_a_response_that_is_on_its_way_when_the_server_ends_gets_there(
+    served: Served, patient_clock: MockClock
+) -> None:
+    async with served(echo, app=app, settings=SETTINGS) as server, server.open(4096) as stream:
+        await stream.send_all(b"GET /flood HTTP/1.1\r\nHost: h\r\n\r\n")
+        await wait_all_tasks_blocked()
+        server.scope.cancel()
+        received = 0
+        while chunk := await stream.receive_some():
+            received += len(chunk)
+        assert received > 2**24
         await server.over.wait()
         assert trio.current_time() == 0
 
