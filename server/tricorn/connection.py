@@ -260,9 +260,7 @@ class WebSocket:
         """
         if not self._end(cause):
             return
-        if self._receiver is not None:  # first, so that it gets to know why
-            reschedule(self._receiver, Error(Disconnected(*cause)))
-            self._receiver = None
+        self._tell_receiver(cause)  # first, so that it gets to know why
         if self.inbox:
             scope = self.nursery.cancel_scope
             scope.deadline = min(scope.deadline, current_time() + self._close_timeout)
@@ -291,6 +289,11 @@ class WebSocket:
             return False
         self._cause = cause
         return True
+
+    def _tell_receiver(self, cause: Close) -> None:
+        if self._receiver is not None:
+            reschedule(self._receiver, Error(Disconnected(*cause)))
+            self._receiver = None
 
     def _stop(self) -> None:
         self._over = True
@@ -338,9 +341,7 @@ class WebSocket:
             self._report(error)
         finally:
             self._transport.abort()
-            if self._receiver is not None:  # a task that is not the connection's own
-                reschedule(self._receiver, Error(Disconnected(*cause)))
-                self._receiver = None
+            self._tell_receiver(cause)  # a task that is not the connection's own
             self._move(Phase.CLOSED)
             self._closed.set()
             CONNECTIONS.closed(self, cause.code)

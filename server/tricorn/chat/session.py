@@ -151,6 +151,7 @@ class Session:
             return
         if self._identity is not None and identity.user != self._identity.user:
             await ws.close(FORBIDDEN, "the token is of another user")
+            return
         if identity.expires_at is not None:
             self._end = current_time() + identity.expires_at + self._chat.settings.jwt_leeway - time()
         ws.close_at(self._end, TOKEN_EXPIRED, "the token has expired")

@@ -26,7 +26,7 @@ from .handshake import (
     refuse,
     wants_websocket,
 )
-from .native import NativeTransport
+from .native import READ_SIZE, NativeTransport
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -42,7 +42,6 @@ Address = tuple[str, int]
 BACKLOG = 4096
 ACCEPT_AT_ONCE = 64  # then others get their turn
 PAUSE = 0.1  # seconds without accepting when descriptors or memory ran out
-READ_SIZE = 65536
 SPARE = 128  # sockets beyond max_connections: to say so on, to read heads from, and for pages and health
 
 

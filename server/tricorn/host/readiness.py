@@ -6,9 +6,8 @@ own, which spares every message two system calls and a task switch.
 
 from __future__ import annotations
 
-import select
 import sys
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import trio
 from trio.lowlevel import (
@@ -21,6 +20,12 @@ from trio.lowlevel import (
     wait_task_rescheduled,
     wait_writable,
 )
+
+if sys.platform == "linux":
+    from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLONESHOT, EPOLLOUT, EPOLLRDHUP, epoll
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
 
 
 class Watched(Protocol):
@@ -63,10 +68,6 @@ class Readiness(Protocol):
 
     def flush_soon(self, watched: Watched) -> None:
         """Call `flush` once the tasks that are ready now have run."""
-
-
-if sys.platform == "linux":
-    from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLONESHOT, EPOLLOUT, EPOLLRDHUP, epoll
 
 
 class _Flusher:
@@ -172,40 +173,36 @@ class PerSocket(_Flusher):
     def change(self, watched: Watched) -> None:
         if watched.wants_read and not watched.at_eof and watched not in self._reading:
             self._reading.add(watched)
-            self._nursery.start_soon(self._read, watched)
+            self._nursery.start_soon(self._watch, watched, self._read, self._reading)
         if watched.wants_write and watched not in self._writing:
             self._writing.add(watched)
-            self._nursery.start_soon(self._write, watched)
+            self._nursery.start_soon(self._watch, watched, self._write, self._writing)
 
     def unregister(self, watched: Watched) -> None:
         notify_closing(watched.fileno())
 
-    async def _read(self, watched: Watched) -> None:
+    async def _watch(self, watched: Watched, serve: Callable[[Watched], Awaitable[None]], served: set[Watched]) -> None:
         try:
-            while watched.wants_read and not watched.at_eof:
-                await wait_readable(watched.fileno())
-                if watched.wants_read and not watched.at_eof:
-                    watched.readable()
+            await serve(watched)
         except trio.ClosedResourceError:
             pass  # unregistered
         except Exception as error:
             watched.failed(error)
         finally:
-            self._reading.discard(watched)
+            served.discard(watched)
+
+    async def _read(self, watched: Watched) -> None:
+        while watched.wants_read and not watched.at_eof:
+            await wait_readable(watched.fileno())
+            if watched.wants_read and not watched.at_eof:
+                watched.readable()
 
     async def _write(self, watched: Watched) -> None:
-        try:
-            while watched.wants_write:
-                await wait_writable(watched.fileno())
-                watched.writable()
-        except trio.ClosedResourceError:
-            pass  # unregistered
-        except Exception as error:
-            watched.failed(error)
-        finally:
-            self._writing.discard(watched)
+        while watched.wants_write:
+            await wait_writable(watched.fileno())
+            watched.writable()
 
 
 def best() -> Readiness:
     """The fastest there is on this platform."""
-    return Epoll() if hasattr(select, "epoll") else PerSocket()
+    return Epoll() if sys.platform == "linux" else PerSocket()
