@@ -10,18 +10,14 @@ import pytest
 import trio
 import trio.testing
 
-from tricorn import Settings, WebSocket
+from fixtures.handlers import echo
+from tricorn import Settings
 from tricorn.host.listener import SPARE
 from tricorn.metrics import LIMIT_HITS
 from tricorn.web.pages import app
 
 Serving = Callable[..., AbstractAsyncContextManager[Any]]
 FULL = (1013, "full, come back later")
-
-
-async def echo(ws: WebSocket) -> None:
-    async for message in ws:
-        await ws.send(message)
 
 
 @pytest.fixture

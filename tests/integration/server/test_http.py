@@ -14,7 +14,8 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from tricorn import Settings, WebSocket
+from fixtures.handlers import echo
+from tricorn import Settings
 
 Served = Callable[..., AbstractAsyncContextManager[Any]]
 
@@ -23,11 +24,6 @@ UPGRADE = (
     b"GET / HTTP/1.1\r\nHost: h\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
 )
-
-
-async def echo(ws: WebSocket) -> None:
-    async for message in ws:
-        await ws.send(message)
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:

@@ -15,6 +15,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 from websockets.frames import Frame, Opcode
 
+from fixtures.handlers import echo
 from tricorn import Disconnected, Settings, WebSocket
 
 Served = Callable[..., AbstractAsyncContextManager[Any]]
@@ -24,9 +25,9 @@ PING = Frame(Opcode.PING, b"")
 SETTINGS = Settings(ping_interval=20, ping_timeout=20, stall_timeout=1000)
 
 
-async def echo(ws: WebSocket) -> None:
-    async for message in ws:
-        await ws.send(message)
+async def send_and_receive(ws: WebSocket) -> None:
+    await ws.send(BIG)
+    await ws.receive()
 
 
 async def test_a_silent_peer_is_pinged(served: Served, patient_clock: MockClock) -> None:
@@ -83,11 +84,7 @@ async def test_without_times_there_are_no_pings(served: Served, patient_clock: M
 async def test_a_ping_waits_for_room_and_goes_out_behind_what_is_unsent(
     served: Served, patient_clock: MockClock
 ) -> None:
-    async def handler(ws: WebSocket) -> None:
-        await ws.send(BIG)
-        await ws.receive()
-
-    async with served(handler, settings=SETTINGS) as server, server.connect() as client:
+    async with served(send_and_receive, settings=SETTINGS) as server, server.connect() as client:
         await trio.sleep(31)
         assert await client.receive() == BIG
         assert await client.frame() == PING
@@ -98,11 +95,7 @@ async def test_a_ping_waits_for_room_and_goes_out_behind_what_is_unsent(
 async def test_who_reads_slowly_cannot_answer_a_ping_that_it_has_not_got(
     served: Served, patient_clock: MockClock
 ) -> None:
-    async def handler(ws: WebSocket) -> None:
-        await ws.send(BIG)
-        await ws.receive()
-
-    async with served(handler, settings=SETTINGS) as server, server.connect() as client:
+    async with served(send_and_receive, settings=SETTINGS) as server, server.connect() as client:
         await trio.sleep(55)
         assert await client.receive() == BIG
         assert await client.frame() == PING
@@ -111,11 +104,7 @@ async def test_who_reads_slowly_cannot_answer_a_ping_that_it_has_not_got(
 
 
 async def test_who_has_got_the_ping_late_has_the_same_time_to_answer(served: Served, patient_clock: MockClock) -> None:
-    async def handler(ws: WebSocket) -> None:
-        await ws.send(BIG)
-        await ws.receive()
-
-    async with served(handler, settings=SETTINGS) as server, server.connect() as client:
+    async with served(send_and_receive, settings=SETTINGS) as server, server.connect() as client:
         await trio.sleep(31)
         assert await client.frame(answer=False) == Frame(Opcode.BINARY, BIG)
         await trio.sleep(15)

@@ -13,7 +13,7 @@ import trio
 from trio_websocket import ConnectionClosed, open_websocket_url
 from websockets.sync.client import connect as connect_in_thread
 
-from tricorn import WebSocket
+from fixtures.handlers import echo
 
 Served = Callable[..., AbstractAsyncContextManager[Any]]
 
@@ -32,11 +32,6 @@ let pong = null;
 ws.on("pong", data => pong = data.toString());
 ws.on("close", (code, reason) => console.log(code, reason.toString(), pong));
 """
-
-
-async def echo(ws: WebSocket) -> None:
-    async for message in ws:
-        await ws.send(message)
 
 
 async def test_websockets_in_threads(served: Served) -> None:

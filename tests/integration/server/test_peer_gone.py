@@ -5,8 +5,8 @@ Where the clock is `patient_clock`, time passes only when nothing else can happe
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import pytest
@@ -14,36 +14,14 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 from websockets.frames import Frame, Opcode
 
+from fixtures.clock import seconds
+from fixtures.handlers import MORE_THAN_SOCKETS_HOLD, echo, greet_and_sleep
 from tricorn import Disconnected, Settings, WebSocket
 from tricorn.host.readiness import PerSocket
 
 Served = Callable[..., AbstractAsyncContextManager[Any]]
 
 SETTINGS = Settings(close_timeout=3, drain_timeout=10, stall_timeout=1000, ping_interval=1000, handshake_timeout=1000)
-MORE_THAN_SOCKETS_HOLD = 2**24
-
-
-async def echo(ws: WebSocket) -> None:
-    async for message in ws:
-        await ws.send(message)
-
-
-async def sleep(ws: WebSocket) -> None:
-    await ws.send("hello")
-    await trio.sleep_forever()
-
-
-async def flood(ws: WebSocket) -> None:
-    await ws.send(bytes(MORE_THAN_SOCKETS_HOLD))
-    await trio.sleep_forever()
-
-
-@asynccontextmanager
-async def seconds(expected: float) -> AsyncGenerator[None]:
-    """The block takes exactly so many seconds of the mock clock."""
-    start = trio.current_time()
-    yield
-    assert trio.current_time() - start == expected
 
 
 async def close_with_reason(client: Any) -> None:
@@ -86,7 +64,7 @@ async def test_a_handler_that_sleeps_is_cancelled_at_once(
 
     async def handler(ws: WebSocket) -> None:
         try:
-            await sleep(ws)
+            await greet_and_sleep(ws)
         finally:
             ended.set()
 

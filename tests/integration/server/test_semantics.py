@@ -11,17 +11,13 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 from websockets.frames import Frame, Opcode
 
+from fixtures.handlers import echo
 from tricorn import Disconnected, Settings, WebSocket
 
 Served = Callable[..., AbstractAsyncContextManager[Any]]
 
 LARGE = 5 * 2**20
 ROOMY = Settings(max_message_bytes=LARGE)
-
-
-async def echo(ws: WebSocket) -> None:
-    async for message in ws:
-        await ws.send(message)
 
 
 async def sleep(ws: WebSocket) -> None:

@@ -5,8 +5,8 @@ Where the clock is `patient_clock`, time passes only when nothing else can happe
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any
 
 import pytest
@@ -14,6 +14,8 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 from websockets.frames import Frame, Opcode
 
+from fixtures.clock import seconds
+from fixtures.handlers import MORE_THAN_SOCKETS_HOLD, echo, flood, greet_and_sleep
 from tricorn import Settings, WebSocket, serve
 from tricorn.host.handshake import Head
 from tricorn.host.native import NativeTransport
@@ -22,30 +24,6 @@ from tricorn.server import Server, listen
 Served = Callable[..., AbstractAsyncContextManager[Any]]
 
 SETTINGS = Settings(close_timeout=3, drain_timeout=10, stall_timeout=1000, ping_interval=1000, handshake_timeout=1000)
-MORE_THAN_SOCKETS_HOLD = 2**24
-
-
-async def echo(ws: WebSocket) -> None:
-    async for message in ws:
-        await ws.send(message)
-
-
-async def sleep(ws: WebSocket) -> None:
-    await ws.send("hello")
-    await trio.sleep_forever()
-
-
-async def flood(ws: WebSocket) -> None:
-    await ws.send(bytes(MORE_THAN_SOCKETS_HOLD))
-    await trio.sleep_forever()
-
-
-@asynccontextmanager
-async def seconds(expected: float) -> AsyncGenerator[None]:
-    """The block takes exactly so many seconds of the mock clock."""
-    start = trio.current_time()
-    yield
-    assert trio.current_time() - start == expected
 
 
 # The server goes
@@ -63,7 +41,7 @@ async def set_deadline(server: Any) -> None:
 async def test_everybody_is_told_when_the_server_ends(
     served: Served, patient_clock: MockClock, end: Callable[[Any], Awaitable[None]]
 ) -> None:
-    async with served(sleep, settings=SETTINGS) as server, server.connect() as one, server.connect() as other:
+    async with served(greet_and_sleep, settings=SETTINGS) as server, server.connect() as one, server.connect() as other:
         for client in (one, other):
             assert await client.receive() == "hello"
         async with seconds(0):
@@ -75,7 +53,7 @@ async def test_everybody_is_told_when_the_server_ends(
 async def test_who_does_not_answer_the_close_frame_has_the_close_timeout(
     served: Served, patient_clock: MockClock
 ) -> None:
-    async with served(sleep, settings=SETTINGS) as server, server.connect() as client, seconds(3):
+    async with served(greet_and_sleep, settings=SETTINGS) as server, server.connect() as client, seconds(3):
         assert await client.receive() == "hello"
         server.scope.cancel()
         assert await client.closed(answer=False) == (1012, "")
@@ -90,7 +68,11 @@ async def test_who_goes_on_sending_has_the_close_timeout(served: Served, patient
                 await stream.send_all(message)
                 await trio.sleep(0.5)
 
-    async with served(sleep, settings=SETTINGS) as server, server.connect() as client, trio.open_nursery() as nursery:
+    async with (
+        served(greet_and_sleep, settings=SETTINGS) as server,
+        server.connect() as client,
+        trio.open_nursery() as nursery,
+    ):
         assert await client.receive() == "hello"
         nursery.start_soon(send_until_it_fails, client.stream)
         async with seconds(3):
@@ -203,7 +185,7 @@ async def test_it_can_be_cancelled_at_any_step(served: Served) -> None:
 
 async def test_the_server_forgets_connections_that_ended(served: Served) -> None:
     async with served(echo) as other, trio.open_nursery() as nursery:
-        server = Server(sleep)
+        server = Server(greet_and_sleep)
         [(_, other.port)] = await nursery.start(server.serve, await listen(0, "127.0.0.1"))
         async with other.connect() as client:
             assert await client.receive() == "hello"
