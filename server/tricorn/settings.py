@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
+from math import inf
 from os import environ
 from typing import Annotated, Any, Literal, Self
 
@@ -15,6 +16,7 @@ Linger = Annotated[float, Meta(ge=0, description="a number of seconds, 0 or more
 # JSON has no infinity, and the heartbeat is told to every client.
 Heartbeat = Annotated[float, Meta(gt=0, le=3600, description="a number of seconds above 0, at most 3600")]
 Count = Annotated[int, Meta(ge=1, description="a whole number above 0")]
+Events = Annotated[float, Meta(ge=1, description="a number, 1 or more, or inf")]
 EventBytes = Annotated[int, Meta(ge=4096, description="a whole number, 4096 or more")]
 Port = Annotated[int, Meta(ge=0, le=65535, description="a whole number from 0 to 65535")]
 Host = Annotated[str, Meta(min_length=1, description="an address or a host name")]
@@ -95,6 +97,15 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     # The chat: how long a run may take.
     run_timeout: Seconds = 300.0
+    # Where conversations are kept: memory:, sqlite:///PATH, redis://… or postgresql://…
+    log: Hidden = None
+    # How long a run of an instance that died keeps others from answering in its conversation.
+    lease: Seconds = 15.0
+    # How long the log may take to do what it is asked.
+    log_timeout: Seconds = 10.0
+    # What the log may forget: all but so many events of a conversation, and what is older than so many seconds.
+    retention_events: Events = inf
+    retention_seconds: Seconds = inf
     # How long a conversation stays in memory with nobody attached and nothing running.
     linger: Linger = 30.0
     # Between two messages to a client that has nothing else to hear.

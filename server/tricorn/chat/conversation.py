@@ -88,7 +88,8 @@ class Conversation:
         """Learn from the log where it stands, once. A checkpoint; if cancelled or failed, it can be tried again."""
         async with self._lock:
             if not self.epoch:
-                self.epoch, self.head = await self._log.open(self.key)
+                state = await self._log.open(self.key)
+                self.epoch, self.head = state.epoch, state.head
 
     def attach(self, cursor: Cursor) -> None:
         """Have `cursor.notify` called after every append."""
@@ -207,7 +208,7 @@ class Conversation:
         return None
 
     async def _commit(self, event: AnyEvent, key: str | None) -> tuple[Entry, bool]:
-        entry, repeated = await self._log.append(self.key, event, key)
+        entry, repeated = await self._log.append(self.key, self.epoch, event, key)
         if not repeated:
             APPENDED.add(str(event.__struct_config__.tag))
         if entry.seq > self.head:

@@ -64,7 +64,7 @@ async def test_a_tool_says_what_it_means_to_say(chatting: Chatting, capfd: pytes
 async def test_a_log_that_fails(
     chatting: Chatting, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    async def fail(*_: object) -> None:
+    async def fail(*_: object, **__: object) -> None:
         raise RuntimeError(EVIL)
 
     async with chatting(user_runs=1) as server, server.connect() as client:

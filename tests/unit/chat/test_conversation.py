@@ -12,9 +12,9 @@ import trio.testing
 
 from tricorn.chat.allowance import Allowance
 from tricorn.chat.conversation import TAIL, Conversation, Cursor, Ended, Full
-from tricorn.chat.log.base import Entry
+from tricorn.chat.log.base import Entry, State
 from tricorn.chat.log.memory import MemoryLog
-from tricorn.chat.protocol import AnyEvent, UserMessage
+from tricorn.chat.protocol import UserMessage
 from tricorn.chat.run import Agent, Run
 from tricorn.settings import Settings
 
@@ -29,16 +29,16 @@ class WatchedLog(MemoryLog):
         self.gate = trio.Event()
         self.gate.set()
 
-    async def open(self, conversation: str) -> tuple[str, int]:
+    async def open(self, conversation: str) -> State:
         if self.error is not None:
             raise self.error
         return await super().open(conversation)
 
-    async def append(self, conversation: str, event: AnyEvent, key: str | None = None) -> tuple[Entry, bool]:
+    async def append(self, *what: Any, **how: Any) -> tuple[Entry, bool]:
         await self.gate.wait()
         if self.error is not None:
             raise self.error
-        return await super().append(conversation, event, key)
+        return await super().append(*what, **how)
 
     async def read(self, conversation: str, after: int, limit: int) -> list[Entry]:
         self.reads += 1
@@ -341,6 +341,7 @@ async def test_a_log_that_stalls_holds_the_end_only_so_long(
 
 async def test_every_append_notifies_who_is_attached(begin: Begin) -> None:
     conversation = begin(echo)
+    await conversation.open()
     notified: list[Cursor] = []
     cursor = Cursor(conversation, 0, notified.append)
     conversation.attach(cursor)
@@ -355,7 +356,8 @@ async def test_every_append_notifies_who_is_attached(begin: Begin) -> None:
 
 
 async def test_the_log_is_asked_where_it_stands_once(begin: Begin, log: WatchedLog) -> None:
-    entry, _ = await log.append("c", event())
+    epoch, *_ = await log.open("c")
+    entry, _ = await log.append("c", epoch, event())
     conversation = begin(echo)
     async with trio.open_nursery() as nursery:
         for _ in range(3):
@@ -393,8 +395,9 @@ async def test_who_keeps_up_is_served_without_the_log(begin: Begin, log: Watched
 
 
 async def test_it_goes_on_where_the_log_stands(begin: Begin, log: WatchedLog) -> None:
+    epoch, *_ = await log.open("c")
     for n in range(3):
-        await log.append("c", event(str(n)))
+        await log.append("c", epoch, event(str(n)))
     conversation = begin(echo)
     await conversation.open()
     assert [entry.seq for entry in await conversation.read(1, 10)] == [2, 3]
@@ -408,7 +411,7 @@ async def test_what_others_write_into_the_log_is_not_skipped(begin: Begin, log: 
     conversation = begin(echo)
     await conversation.open()
     await conversation.append(event("1"))
-    await log.append("c", event("2"))
+    await log.append("c", conversation.epoch, event("2"))
     await conversation.append(event("3"))
     assert conversation.head == 3
     assert [json.loads(entry.json)["text"] for entry in await conversation.read(0, 10)] == ["1", "2", "3"]
@@ -416,6 +419,7 @@ async def test_what_others_write_into_the_log_is_not_skipped(begin: Begin, log: 
 
 async def test_a_failed_append_disturbs_nobody(begin: Begin, log: WatchedLog) -> None:
     conversation = begin(echo)
+    await conversation.open()
     log.error = OSError("full")
     with pytest.raises(OSError, match="full"):
         await conversation.append(event())
@@ -426,6 +430,7 @@ async def test_a_failed_append_disturbs_nobody(begin: Begin, log: WatchedLog) ->
 
 async def test_appends_keep_their_order(begin: Begin, log: WatchedLog) -> None:
     conversation = begin(echo)
+    await conversation.open()
     async with trio.open_nursery() as nursery:
         for n in range(20):
             nursery.start_soon(conversation.append, event(str(n)))

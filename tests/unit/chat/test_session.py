@@ -12,7 +12,7 @@ import trio
 import trio.testing
 
 from tricorn.chat import SUBPROTOCOLS, Chat, Run
-from tricorn.chat.log.base import Entry
+from tricorn.chat.log.base import Entry, State
 from tricorn.chat.log.memory import MemoryLog
 from tricorn.chat.protocol import Request, UserMessage
 from tricorn.chat.session import BATCH_BYTES, EVENTS_PER_TURN, decode
@@ -38,21 +38,21 @@ def seqs(objects: list[dict[str, Any]], conversation: str = "c") -> list[int]:
 
 
 async def fill(log: MemoryLog, count: int, conversation: str = "c") -> None:
+    key = f"local/{conversation}"
+    epoch, *_ = await log.open(key)
     for n in range(count):
-        await log.append(
-            f"local/{conversation}", UserMessage(conversation=conversation, seq=0, at=0.0, id=f"p{n}", text="x")
-        )
+        await log.append(key, epoch, UserMessage(conversation=conversation, seq=0, at=0.0, id=f"p{n}", text="x"))
 
 
 class LostLog(MemoryLog):
     """Says that there is more than there is."""
 
-    async def open(self, conversation: str) -> tuple[str, int]:
-        return (await super().open(conversation))[0], 5
+    async def open(self, conversation: str) -> State:
+        return (await super().open(conversation))._replace(head=5)
 
 
 class BadLog(MemoryLog):
-    async def open(self, conversation: str) -> tuple[str, int]:
+    async def open(self, conversation: str) -> State:
         if conversation == "local/bad":
             raise OSError("secret")
         return await super().open(conversation)
@@ -192,7 +192,7 @@ async def test_open_replays_what_follows_the_cursor(
 ) -> None:
     log = MemoryLog()
     await fill(log, 4)
-    own, _ = await log.open("local/c")
+    own, *_ = await log.open("local/c")
     async with Chat(echo, log=log) as chat:
         client = await connect(chat)
         client.say("open", conversation="c", after=after, epoch={"own": own}.get(epoch or "", epoch))

@@ -2,50 +2,221 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
+from math import inf
 from secrets import token_hex
 from time import time
+from types import TracebackType
+from typing import NamedTuple, Self
 
+from trio import current_time
 from trio.lowlevel import checkpoint
 
-from tricorn.chat.log.base import Entry, entry
-from tricorn.chat.protocol import AnyEvent
-
-
-@dataclass
-class _Past:
-    epoch: str = field(default_factory=lambda: token_hex(8))
-    entries: list[Entry] = field(default_factory=list)
-    keys: dict[str, Entry] = field(default_factory=dict)
+from tricorn.chat.log.base import KEEP_EVERYTHING, Entry, Hear, Lease, LeaseLost, PastLost, Retention, State, draft
+from tricorn.chat.protocol import AnyEvent, UserMessage
 
 
 class MemoryLog:
-    """Keeps every conversation for as long as it lives itself. If a call is cancelled, nothing was done."""
+    """Keeps conversations for as long as it lives itself. If a call is cancelled, nothing was done.
 
-    def __init__(self) -> None:
-        self._conversations: defaultdict[str, _Past] = defaultdict(_Past)
+    `beside` is the log of another instance that is to share its store with this one, in the same process.
+    """
 
-    async def open(self, conversation: str) -> tuple[str, int]:
+    shared = False  # with another process
+
+    def __init__(
+        self, *, retention: Retention = KEEP_EVERYTHING, lease: float = 15.0, beside: MemoryLog | None = None
+    ) -> None:
+        self._retention = retention
+        self._lease = lease
+        self._store: defaultdict[str, Past] = defaultdict(Past) if beside is None else beside._store
+        self._instances: set[MemoryLog] = set() if beside is None else beside._instances
+        self._watchers: dict[str, Hear] = {}
+        self._alive_until = inf
+        self._instances.add(self)
+
+    async def __aenter__(self) -> Self:
         await checkpoint()
-        past = self._conversations[conversation]
-        return past.epoch, len(past.entries)
+        return self
 
-    async def append(self, conversation: str, event: AnyEvent, key: str | None = None) -> tuple[Entry, bool]:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._alive_until = -inf
+        self._instances.discard(self)
         await checkpoint()
-        past = self._conversations[conversation]
-        if key is not None and key in past.keys:
-            return past.keys[key], True
-        added = entry(event, len(past.entries) + 1, time())
-        past.entries.append(added)
-        if key is not None:
-            past.keys[key] = added
-        return added, False
+
+    def vanish(self) -> None:
+        """Stop renewing what it has, as an instance does that has died."""
+        self._alive_until = current_time() + self._lease
+        self._instances.discard(self)
+
+    async def check(self) -> None:
+        await checkpoint()
+
+    async def open(self, conversation: str) -> State:
+        await checkpoint()
+        past = self._store[conversation]
+        past.forget(self._retention)
+        return past.state()
+
+    async def append(
+        self,
+        conversation: str,
+        epoch: str,
+        event: AnyEvent,
+        key: str | None = None,
+        *,
+        lease: Lease | None = None,
+        answered: int | None = None,
+    ) -> tuple[Entry, bool]:
+        await checkpoint()
+        past = self._store[conversation]
+        entry, repeated = past.append(self, epoch, event, key, lease, answered)
+        if not repeated:
+            past.forget(self._retention)
+            self._tell(conversation)
+        return entry, repeated
 
     async def find(self, conversation: str, key: str) -> Entry | None:
         await checkpoint()
-        return self._conversations[conversation].keys.get(key)
+        return self._store[conversation].keys.get(key)
 
     async def read(self, conversation: str, after: int, limit: int) -> list[Entry]:
         await checkpoint()
-        return self._conversations[conversation].entries[after : after + limit]
+        past = self._store[conversation]
+        start = max(0, after + 1 - past.state().first)
+        return [kept.entry for kept in islice(past.entries, start, start + limit)]
+
+    async def watch(self, conversation: str, hear: Hear) -> None:
+        await checkpoint()
+        self._watchers[conversation] = hear
+
+    def unwatch(self, conversation: str) -> None:
+        self._watchers.pop(conversation, None)
+
+    async def claim(self, conversation: str) -> Lease | None:
+        await checkpoint()
+        return self._store[conversation].claim(self, _alive)
+
+    async def release(self, conversation: str, lease: Lease, *, unanswered: bool = False) -> bool:
+        await checkpoint()
+        released = self._store[conversation].release(self, lease, unanswered)
+        if released:
+            self._tell(conversation)
+        return released
+
+    async def cancel(self, conversation: str, run: str) -> None:
+        await checkpoint()
+        self._store[conversation].cancelled = run
+        self._tell(conversation)
+
+    async def attend(self, conversation: str, attending: bool) -> None:
+        await checkpoint()
+        attended = self._store[conversation].attended
+        if attending:
+            attended.add(self)
+        else:
+            attended.discard(self)
+        self._tell(conversation)
+
+    async def attended(self, conversation: str) -> bool:
+        await checkpoint()
+        return any(_alive(other) for other in self._store[conversation].attended - {self})
+
+    async def unanswered(self, limit: int) -> list[str]:
+        await checkpoint()
+        found = (key for key, past in self._store.items() if past.is_unanswered and not past.is_held(_alive))
+        return list(islice(found, limit))
+
+    def _tell(self, conversation: str) -> None:
+        past = self._store[conversation]
+        for other in self._instances:
+            hear = other._watchers.get(conversation)
+            if hear is not None and other is not self:
+                hear(past.head, past.cancelled)
+
+
+def _alive(instance: object) -> bool:
+    return isinstance(instance, MemoryLog) and current_time() < instance._alive_until
+
+
+class _Kept(NamedTuple):
+    entry: Entry
+    key: str | None
+    since: float
+
+
+@dataclass
+class Past:
+    """A conversation in the store: what every engine does in one transaction, as plain as it can be said. Sans-I/O."""
+
+    epoch: str = field(default_factory=lambda: token_hex(8))
+    entries: deque[_Kept] = field(default_factory=deque)
+    keys: dict[str, Entry] = field(default_factory=dict)
+    head: int = 0
+    asked: int = 0  # the seq of the last post
+    answered: int = 0
+    token: int = 0  # of the last lease
+    holder: object = None  # the instance that has it
+    cancelled: str = ""
+    attended: set[object] = field(default_factory=set)
+
+    def state(self) -> State:
+        return State(self.epoch, self.head - len(self.entries) + 1, self.head, self.answered)
+
+    @property
+    def is_unanswered(self) -> bool:
+        return self.asked > self.answered
+
+    def is_held(self, alive: Callable[[object], bool]) -> bool:
+        return self.holder is not None and alive(self.holder)
+
+    def append(
+        self, instance: object, epoch: str, event: AnyEvent, key: str | None, lease: Lease | None, answered: int | None
+    ) -> tuple[Entry, bool]:
+        if epoch != self.epoch:
+            raise PastLost
+        if lease is not None and (self.holder is not instance or self.token != lease.token):
+            raise LeaseLost
+        if key is not None and key in self.keys:
+            return self.keys[key], True
+        entry = draft(event).entry(self.head + 1)
+        self.head = entry.seq
+        self.entries.append(_Kept(entry, key, time()))
+        if key is not None:
+            self.keys[key] = entry
+        if isinstance(event, UserMessage):
+            self.asked = entry.seq
+        if answered is not None:
+            self.answered = answered
+        return entry, False
+
+    def claim(self, instance: object, alive: Callable[[object], bool]) -> Lease | None:
+        if self.holder is not instance and self.is_held(alive):
+            return None
+        self.holder = instance
+        self.token += 1
+        return Lease(self.token)
+
+    def release(self, instance: object, lease: Lease, unanswered: bool) -> bool:
+        if self.holder is not instance or self.token != lease.token:
+            return True
+        if self.is_unanswered and not unanswered:
+            return False
+        self.holder = None
+        return True
+
+    def forget(self, retention: Retention) -> None:
+        """Drop what retention does not ask to keep and no post needs."""
+        needed = self.answered if self.is_unanswered else self.head
+        while self.entries and self.entries[0].entry.seq <= needed:
+            kept = self.entries[0]
+            if len(self.entries) <= retention.events and kept.since > time() - retention.seconds:
+                break
+            self.entries.popleft()
+            if kept.key is not None:
+                del self.keys[kept.key]
