@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from json import loads
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -15,8 +15,7 @@ import trio
 import trio.testing
 
 from fixtures.cutting_proxy import CuttingProxy, cutting_proxy
-from fixtures.real_services import required
-from fixtures.redis_server import RedisServer
+from fixtures.real_services import RedisServer
 from tricorn.chat.log import conformance
 from tricorn.chat.log.base import KEEP_EVERYTHING, Lease, Log, PastLost, Retention, Unavailable
 from tricorn.chat.log.conformance import LEASE, completed, post, thought
@@ -39,23 +38,16 @@ async def vanish(log: Log) -> None:
 @pytest.fixture
 def start(pytestconfig: pytest.Config) -> Iterator[Callable[..., RedisServer]]:
     """Start a Redis in a directory of its own."""
-    program = required(pytestconfig, "redis-server", "redis-server")
-    servers: list[RedisServer] = []
-    with tempfile.TemporaryDirectory(prefix="redis-") as directory:
+    with ExitStack() as stack:
 
         def start(**options: bool) -> RedisServer:
-            place = Path(directory, f"{len(servers)}")
-            place.mkdir()
-            server = RedisServer(program, place, **options)
+            directory = stack.enter_context(TemporaryDirectory(prefix="redis-"))
+            server = RedisServer(pytestconfig, directory, **options)
+            stack.callback(server.kill)
             server.start()
-            servers.append(server)
             return server
 
-        try:
-            yield start
-        finally:
-            for server in servers:
-                server.__exit__()
+        yield start
 
 
 @pytest.fixture
@@ -85,18 +77,11 @@ class Stores:
         await vanish(log)
 
 
-@pytest.fixture(scope="module")
-def one_server(pytestconfig: pytest.Config) -> Iterator[RedisServer]:
-    program = required(pytestconfig, "redis-server", "redis-server")
-    with tempfile.TemporaryDirectory(prefix="redis-") as directory, RedisServer(program, Path(directory)) as server:
-        yield server
-
-
 @pytest.mark.parametrize("case", conformance.CASES + conformance.SHARED_CASES, ids=lambda case: case.__name__)
-async def test_conformance(case: conformance.Case, one_server: RedisServer) -> None:
-    one_server.ask("FLUSHALL")
+async def test_conformance(case: conformance.Case, redis_server: RedisServer) -> None:
+    redis_server.ask("FLUSHALL")
     with trio.fail_after(3 * PATIENCE):
-        await case(Stores(one_server.path))
+        await case(Stores(redis_server.path))
 
 
 # When Redis goes
@@ -319,6 +304,20 @@ async def test_a_watcher_that_left_while_there_was_no_connection(server: RedisSe
         async with log_at(server.path) as other:
             await other.append("c", epoch, post())
             await told.until(1)
+
+
+async def test_an_answered_conversation_goes_by_itself_when_it_is_old(server: RedisServer) -> None:
+    async with log_at(server.path, retention_seconds=1000) as log:
+        epoch = (await log.open("c")).epoch
+        lease = await log.claim("c")
+        await log.append("c", epoch, post("1"), "1")
+        assert server.ask("TTL", "tricorn:entries:c") == "-1"  # nobody has answered it
+        await log.append("c", epoch, completed(), lease=lease, answered=1)
+        assert 0 < int(server.ask("TTL", "tricorn:entries:c")) <= 1000
+        assert 0 < int(server.ask("TTL", "tricorn:keys:c")) <= 1000
+        server.ask("DEL", "tricorn:entries:c", "tricorn:keys:c")  # as if that time were over
+        assert await log.open("c") == (epoch, 3, 2, 1)
+        assert (await log.append("c", epoch, post("1"), "1"))[0].seq == 3
 
 
 # The address

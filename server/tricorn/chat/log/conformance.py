@@ -148,9 +148,11 @@ async def a_repeated_key_gets_the_first_entry_again(stores: Stores) -> None:
         epoch = (await log.open("c")).epoch
         first, _ = await log.append("c", epoch, post("one"), "k")
         await log.append("c", epoch, post("two"), "l")
+        second, _ = await log.append("c", epoch, post("three"), "m")
         assert await log.append("c", epoch, post("other"), "k") == (first, True)
+        assert await log.append("c", epoch, post("other"), "m") == (second, True)
         assert await log.find("c", "k") == first
-        assert (await log.open("c")).head == 2
+        assert (await log.open("c")).head == 3
         other = (await log.open("d")).epoch
         assert not (await log.append("d", other, post("one"), "k"))[1]
 

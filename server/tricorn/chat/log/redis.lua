@@ -57,6 +57,7 @@ local function forget(row, events, seconds)
     local needed = row.asked > row.answered and row.answered or row.head
     local cut = row.first - 1
     local oldest = now() - seconds
+    if redis.call('EXISTS', ENTRIES) == 0 then cut = row.head end  -- its time was over
     for _, entry in ipairs(redis.call('XRANGE', ENTRIES, '-', text(needed), 'COUNT', 1000)) do
         local seq = tonumber(string.match(entry[1], '^%d+'))
         if row.head - seq < events and tonumber(entry[2][4]) > oldest then break end
@@ -116,6 +117,15 @@ function steps.append(epoch, before, behind, key, token, number, is_post, answer
     end
     redis.call('HSET', ROW, unpack(changes))
     if events ~= 'inf' or seconds ~= 'inf' then forget(row, tonumber(events), tonumber(seconds)) end
+    if seconds ~= 'inf' then  -- where nobody comes by any more
+        for _, key in ipairs({ ENTRIES, KEYS_ }) do
+            if row.asked > row.answered then
+                redis.call('PERSIST', key)
+            else
+                redis.call('PEXPIRE', key, text(math.ceil(tonumber(seconds) * 1000)))
+            end
+        end
+    end
     tell(row)
     return { { seq, json }, 0 }
 end
