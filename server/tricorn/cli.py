@@ -28,8 +28,9 @@ import trio
 from tricorn.audit import Finding, audit, defines, locate, python_files
 from tricorn.auth import Everybody, Gate, ThisMachine, Tokens, check_exposure, make_token
 from tricorn.chat import Agent, Chat
+from tricorn.chat.link import what_failed
 from tricorn.chat.protocol import SUBPROTOCOLS, Id
-from tricorn.chat.terminal import INTERRUPTED, chat, websocket_url, what_failed
+from tricorn.chat.terminal import INTERRUPTED, chat, websocket_url
 from tricorn.drill import drill
 from tricorn.host.listener import listen
 from tricorn.imports import guarded

@@ -17,6 +17,17 @@ SUBPROTOCOLS = (SUBPROTOCOL, BATCH_SUBPROTOCOL)  # of these, what a client offer
 # Bytes of an event that are neither a text nor a tool's arguments or result: ids, names, times.
 ENVELOPE = 2048
 
+ErrorCode = Literal[
+    "malformed",
+    "unknown_type",
+    "too_long",
+    "too_many",
+    "too_fast",
+    "not_found",
+    "closing",
+    "unavailable",
+    "internal",
+]
 Outcome = Literal["success", "failed", "cancelled", "timeout", "interrupted"]
 
 # Printable without separators or control characters: an id can stand in a log line, a key or a URL as it is.
@@ -109,11 +120,15 @@ class Welcome(Message, tag="welcome"):
 
 
 class Opened(Message, tag="opened"):
-    """The conversation's `epoch` and the last sequence number in its log. Events after the client's cursor follow."""
+    """The conversation's `epoch`, and the first and last sequence number in its log.
+
+    Events after the client's cursor follow; where it is behind `first`, those from `first` on.
+    """
 
     conversation: str
     epoch: str
     head: int
+    first: int = 1
 
 
 class Posted(Message, tag="posted"):
@@ -127,7 +142,17 @@ class Posted(Message, tag="posted"):
 class Error(Message, tag="error"):
     """A request was refused: `code` for programs, `message` for people, `ref` the post or conversation it is about."""
 
-    code: Literal["malformed", "unknown_type", "too_long", "too_many", "too_fast", "not_found", "closing", "internal"]
+    code: Literal[
+        "malformed",
+        "unknown_type",
+        "too_long",
+        "too_many",
+        "too_fast",
+        "not_found",
+        "closing",
+        "unavailable",
+        "internal",
+    ]
     message: str
     ref: str | None = None
     error_id: str | None = None

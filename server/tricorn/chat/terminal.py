@@ -10,19 +10,10 @@ from secrets import token_hex
 from signal import SIGINT
 from urllib.parse import urlsplit, urlunsplit
 
-import msgspec
 import trio
-from trio_websocket import (
-    CloseReason,
-    ConnectionClosed,
-    ConnectionRejected,
-    HandshakeError,
-    WebSocketConnection,
-    wrap_client_stream,
-)
 
+from tricorn.chat.link import Heard, Link
 from tricorn.chat.protocol import (
-    SUBPROTOCOL,
     AgentCompleted,
     AgentStarted,
     AnyEvent,
@@ -33,23 +24,18 @@ from tricorn.chat.protocol import (
     Opened,
     Outcome,
     Post,
-    Reply,
-    Request,
+    Posted,
     UserMessage,
     Welcome,
 )
 from tricorn.chat.screen import Screen, one_line
 from tricorn.settings import Secret, SettingError
 
-CONNECT_TIMEOUT = 10.0  # seconds; for the handshake, and for the first message after it
-DISCONNECT_TIMEOUT = 2.0  # seconds
-MAX_MESSAGE_BYTES = 2**26  # an event with a whole answer in it can be long
 STDIN = 0
 SCHEMES = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
 INTERRUPTED = 130  # the exit status that shells use for Ctrl-C
-
-_encode = msgspec.json.Encoder().encode
-_decode = msgspec.json.Decoder(Reply | AnyEvent).decode
+PATIENCE = 60.0  # seconds that a script waits for a connection to come back; a person can leave at any time
+POST_AGAIN = 1.0  # seconds after which a post is repeated that the log could not take
 
 
 def websocket_url(text: str) -> str:
@@ -72,9 +58,11 @@ def websocket_url(text: str) -> str:
 async def chat(url: str, *, conversation: str, message: str | None, raw: bool, token: Secret | None = None) -> int:
     """Post `message`, or else each line of the input in turn, draw what happens, and return the exit status.
 
-    0 where a person left, or every run was a success; 1 where one was not, a post was refused, or the connection could
-    not be made or was lost, which is said in one line on stderr; 130 for Ctrl-C. With `raw` events are written as the
-    server sent them, one a line. With `message` it is only those of its own post. Cancelled, it closes the connection.
+    A connection that is lost is made anew, and everything goes on where it was. 0 where a person left, or every run was
+    a success; 1 where one was not, a post was refused, or there is no connection: none could be made, the server does
+    not want us back, or, where nobody sits at a terminal, it was away for `PATIENCE`; that is said in one line on
+    stderr. 130 for Ctrl-C. With `raw` events are written as the server sent them, one a line, each once. With `message`
+    it is only those of its own post. Cancelled, it just goes.
     """
     client = Client(url, conversation, message, raw, token)
     try:
@@ -87,8 +75,10 @@ async def chat(url: str, *, conversation: str, message: str | None, raw: bool, t
 class Turn:
     """A post and the run that answers it."""
 
-    def __init__(self) -> None:
+    def __init__(self, text: str) -> None:
         self.post = token_hex(8)
+        self.text = text
+        self.logged = False
         self.run: str | None = None
         self.cancelled = False
         self.outcome: Outcome | None = None
@@ -99,99 +89,71 @@ class Turn:
 
 
 class Client:
-    """One conversation over one connection."""
+    """One conversation, over as many connections as it takes."""
 
     def __init__(self, url: str, conversation: str, message: str | None, raw: bool, token: Secret | None) -> None:
         self.status = INTERRUPTED
-        self._url = urlsplit(url)
+        self._url = url
         self._conversation = conversation
         self._message = message
         self._raw = raw
-        self._credentials = [(b"Authorization", b"Bearer " + token.reveal().encode())] if token else []
         self._interactive = message is None and not raw and isatty(STDIN)
         self._screen = Screen()
         self._lines = Lines(STDIN)
+        self._link = Link(url, token, inf if self._interactive else PATIENCE)
         self._turn: Turn | None = None
         self._at_prompt = False
+        self._epoch: str | None = None
+        self._seq = 0  # of the last event that was heard
         self._head: int | None = None
         self._caught_up = trio.Event()
-        self._scope = trio.CancelScope()
-        self._ws: WebSocketConnection
+        self._attached = False  # this connection follows the conversation
 
     async def run(self) -> None:
         """Talk until there is nothing more to say, or no way to say it. `status` is then the exit status."""
-        async with trio.open_nursery() as nursery:
-            self._scope = nursery.cancel_scope
-            await nursery.start(self._obey_interrupts)
-            nursery.start_soon(self._screen.animate)
-            await self._connect()
-            nursery.cancel_scope.cancel()
-        self._screen.end_line()
-
-    async def _connect(self) -> None:
-        problem = None
-        with trio.move_on_after(CONNECT_TIMEOUT) as connecting:
-            try:
-                async with await self._open_stream() as stream, trio.open_nursery() as nursery:
-                    # Not open_websocket_url: its timeout waits for a server that says nothing.
-                    self._ws = await wrap_client_stream(
-                        nursery,
-                        stream,
-                        self._url.netloc,
-                        urlunsplit(("", "", self._url.path, self._url.query, "")),
-                        subprotocols=[SUBPROTOCOL],
-                        extra_headers=self._credentials,
-                        max_message_size=MAX_MESSAGE_BYTES,
-                    )
-                    connecting.deadline = inf
-                    await self._talk()
-                    with trio.move_on_after(DISCONNECT_TIMEOUT):
-                        await self._ws.aclose()
-                    nursery.cancel_scope.cancel()
-            except* (HandshakeError, OSError, trio.BrokenResourceError) as errors:
-                problem = what_failed(errors)
-        if connecting.cancelled_caught:
-            problem = f"no answer within {CONNECT_TIMEOUT:g} seconds"
-        if problem is not None:
-            self._leave(1, problem)
-
-    async def _open_stream(self) -> trio.SocketStream | trio.SSLStream[trio.SocketStream]:
-        host, port = self._url.hostname or "", self._url.port
-        if self._url.scheme == "wss":
-            return await trio.open_ssl_over_tcp_stream(host, port or 443, https_compatible=True)
-        return await trio.open_tcp_stream(host, port or 80)
-
-    async def _talk(self) -> None:
-        if self._ws.subprotocol != SUBPROTOCOL:
-            self._leave(1, f"the server does not speak {SUBPROTOCOL}")
-            return
-        # Leaving cancels what is inside the connection, so that the connection itself is closed properly.
-        async with trio.open_nursery() as nursery:
-            self._scope = nursery.cancel_scope
-            nursery.start_soon(self._converse)
-            problem = await self._listen()
+        async with trio.open_nursery() as self._nursery:
+            await self._nursery.start(self._obey_interrupts)
+            self._nursery.start_soon(self._screen.animate)
+            self._nursery.start_soon(self._converse)
+            problem = await self._link.keep(self._take, self._lost)
             await trio.lowlevel.checkpoint()  # for the end of a run that was heard just before
-            self._leave(1, problem)
+            if problem is not None and not self._link.left:
+                self._leave(1, problem)
+            self._nursery.cancel_scope.cancel()
+        self._screen.end_line()
 
     def _leave(self, status: int, problem: str | None = None) -> None:
         self.status = status
         if problem is not None:
-            self._screen.end_line()
-            print(f"tricorn: {self._url.geturl()}: {one_line(problem)}", file=sys.stderr)
-        self._scope.cancel()
+            self._tell(problem)
+        self._link.leave()
+
+    def _tell(self, problem: str) -> None:
+        self._screen.end_line()
+        print(f"tricorn: {self._url}: {one_line(problem)}", file=sys.stderr)
+
+    def _lost(self, problem: str, pause: float) -> None:
+        self._attached = False
+        text = f"{problem}; trying again in {pause:.0f} s"
+        if self._interactive:
+            self._screen.note(text)
+        else:
+            self._tell(text)
 
     async def _obey_interrupts(self, task_status: trio.TaskStatus[None]) -> None:
         """The first Ctrl-C in a run cancels the run, any other leaves."""
         with trio.open_signal_receiver(SIGINT) as signals:
             task_status.started()
-            async with trio.open_nursery() as nursery:
-                async for _ in signals:
-                    turn = self._turn
-                    if turn is None or turn.run is None or turn.cancelled:
-                        self._leave(0 if self._at_prompt else INTERRUPTED)
-                    else:
-                        turn.cancelled = True
-                        nursery.start_soon(self._send, Cancel(conversation=self._conversation, run=turn.run))
+            async for _ in signals:
+                turn = self._turn
+                if turn is None or turn.run is None or turn.cancelled:
+                    self._leave(0 if self._at_prompt else INTERRUPTED)
+                else:
+                    turn.cancelled = True
+                    self._nursery.start_soon(self._cancel, turn.run)
+
+    async def _cancel(self, run: str) -> None:
+        await self._link.send(Cancel(conversation=self._conversation, run=run))
 
     async def _converse(self) -> None:
         await self._caught_up.wait()
@@ -219,48 +181,70 @@ class Client:
 
     async def _say(self, text: str) -> int:
         """Post, and wait for the run that answers: 0 if that was a success, else 1."""
-        self._turn = Turn()
-        await self._send(Post(id=self._turn.post, conversation=self._conversation, text=text))
-        await self._turn.ended.wait()
-        outcome, self._turn = self._turn.outcome, None
-        return 0 if outcome == "success" else 1
+        turn = self._turn = Turn(text)
+        if self._attached:  # else once it is
+            await self._post(turn)
+        await turn.ended.wait()
+        self._turn = None
+        return 0 if turn.outcome == "success" else 1
 
-    async def _send(self, request: Request) -> None:
-        with suppress(ConnectionClosed):  # _listen hears of that too, and says so
-            await self._ws.send_message(_encode(request).decode())
+    async def _post(self, turn: Turn) -> None:
+        await self._link.send(Post(id=turn.post, conversation=self._conversation, text=turn.text))
 
-    async def _listen(self) -> str:
-        """Take in what the server says until the connection is lost, and say how it was."""
-        patience = CONNECT_TIMEOUT
-        while True:
-            try:
-                with trio.fail_after(patience):
-                    text = await self._ws.get_message()
-            except trio.TooSlowError:
-                return f"connection lost: nothing heard for {patience:g} seconds"
-            except ConnectionClosed as closed:
-                return _why_closed(closed.reason)
-            try:
-                message: Reply | AnyEvent = _decode(text)
-            except msgspec.DecodeError:
-                continue  # something newer than this program
-            match message:
-                case Welcome():
-                    patience = 2 * message.heartbeat
-                    await self._send(Open(conversation=self._conversation))
-                case Opened():
-                    self._head = message.head
-                    self._catch_up(0)
-                case Error():
-                    self._take_refusal(message)
-                case Event():
-                    self._hear(message, str(text))
+    async def _post_again(self, turn: Turn) -> None:
+        await trio.sleep(POST_AGAIN)
+        if self._attached:
+            await self._post(turn)
+
+    async def _take(self, message: Heard, text: str) -> None:
+        match message:
+            case Welcome():
+                await self._open()
+            case Opened():
+                await self._attach(message)
+            case Posted():
+                if self._turn is not None and self._turn.post == message.id:
+                    self._turn.logged = True
+            case Error():
+                self._take_refusal(message)
+            case Event():
+                if message.seq > self._seq:  # else it was heard on another connection
+                    self._hear(message, text)
+
+    async def _open(self) -> None:
+        await self._link.send(Open(conversation=self._conversation, after=self._seq, epoch=self._epoch))
+
+    async def _attach(self, opened: Opened) -> None:
+        """Go on where the last connection ended, with the turn that was on."""
+        turn = self._turn
+        if self._epoch not in {None, opened.epoch}:
+            self._say_so("the server has lost what was said here before")
+            self._seq = 0
+            if turn is not None:
+                turn.logged, turn.run = False, None
+        elif 0 < self._seq < opened.first - 1:
+            self._say_so("older messages are no longer kept")
+        self._epoch, self._head, self._attached = opened.epoch, opened.head, True
+        self._catch_up(self._seq)
+        if turn is not None and not turn.logged:
+            await self._post(turn)
+        elif turn is not None and turn.cancelled and turn.run is not None:
+            await self._cancel(turn.run)
+
+    def _say_so(self, text: str) -> None:
+        if self._interactive:
+            self._screen.note(text)
+        else:
+            self._tell(text)
 
     def _hear(self, event: AnyEvent, text: str) -> None:
         turn = self._turn
+        self._seq = event.seq
         if turn and isinstance(event, AgentStarted) and event.post == turn.post:
             turn.run = event.run
         own = turn is not None and turn.has(event)
+        if own and turn and isinstance(event, UserMessage):
+            turn.logged = True
         if self._raw:
             if own or self._message is None:
                 self._screen.write(text)
@@ -283,10 +267,18 @@ class Client:
 
     def _take_refusal(self, error: Error) -> None:
         turn = self._turn
-        if self._head is None:
-            self._leave(1, error.message)
-        elif turn and turn.run is None and error.ref in {turn.post, None}:
-            if self._interactive:
+        if not self._attached:
+            if error.code == "not_found" and self._seq > 0:  # the log ends before what was heard: it has lost it
+                self._epoch, self._seq = "", 0
+                self._nursery.start_soon(self._open)
+            elif self._head is None:
+                self._leave(1, error.message)
+        elif turn and not turn.logged and error.ref in {turn.post, None}:
+            if error.code == "unavailable":
+                self._nursery.start_soon(self._post_again, turn)
+            elif error.code == "closing":
+                pass  # the next connection posts it again
+            elif self._interactive:
                 self._screen.note(error.message)
                 turn.ended.set()
             else:
@@ -312,19 +304,3 @@ class Lines:
             self._ended = not chunk
         line, end, self._buffer = self._buffer.partition(b"\n")
         return line.decode(errors="replace") if line or end else None
-
-
-def what_failed(error: BaseException) -> str:
-    """A few words for people: what the operating system said, which is innermost, once for each address tried."""
-    while cause := error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error.__cause__:
-        error = cause
-    if isinstance(error, ConnectionRejected):
-        return f"the server answered {error.status_code} instead of opening a WebSocket"
-    text: str = getattr(error, "strerror", None) or str(error) or "connection lost"
-    return text.rpartition(": ")[2].lower()
-
-
-def _why_closed(reason: CloseReason | None) -> str:
-    if reason is None or reason.code == 1006:
-        return "connection lost"
-    return f"the server closed the connection: {reason.code} {reason.reason or reason.name}"

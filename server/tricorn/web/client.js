@@ -21,7 +21,8 @@ export function newId() {
  *
  * - `state`: `{state, reason}`, where `state` is connected, reconnecting or closed (for good);
  * - `event`: an event of the conversation;
- * - `reset`: the log has lost its past, and what comes next is its new beginning;
+ * - `reset`: forget what was told of this conversation: the log has lost its past (`reason` is lost), or does not keep
+ *   what lies before the next event (trimmed);
  * - `refused`: an `error` of the protocol that nothing can be done about; its `ref` may be the id of a post.
  *
  * `token`, where the server wants one, is a function that returns it: asked for each connection, so that a connection
@@ -88,7 +89,7 @@ export class Client extends EventTarget {
         this.#textCharacters = message.limits.text_characters;
         break;
       case "opened":
-        this.#attach(message.epoch);
+        this.#attach(message);
         break;
       case "posted":
         this.#posts.delete(message.id);
@@ -106,30 +107,39 @@ export class Client extends EventTarget {
     }
   }
 
-  #attach(epoch) {
-    if (this.#epoch !== undefined && this.#epoch !== epoch) this.#forget();
+  #attach({ epoch, first = 1 }) {
+    if (this.#epoch !== undefined && this.#epoch !== epoch) this.#forget("lost");
+    if (this.#seq + 1 < first) this.#forget("trimmed", first - 1);
     this.#epoch = epoch;
     this.#openedAt = performance.now();
     this.#tell("state", { state: "connected", reason: "" });
     this.#posts.forEach((text, id) => this.#deliver(id, text));
   }
 
-  #forget() {
-    this.#seq = 0;
+  #forget(reason, seq = 0) {
+    this.#seq = seq;
     this.#epoch = undefined;
-    this.#tell("reset");
+    this.#tell("reset", { reason });
   }
 
   #refuse(error) {
     if (this.#openedAt === null) {
       // About `open`, on which all else depends. Not found: the log ends before the last event that we saw.
-      if (error.code === "not_found") this.#forget();
+      if (error.code === "not_found") this.#forget("lost");
       this.#reason = error.message;
       this.#socket.close();
+    } else if (error.code === "unavailable") {
+      setTimeout(() => this.#again(error.ref), 1000 * (FIRST_BACKOFF + Math.random()));
     } else if (error.code !== "closing" && error.code !== "not_found") {
       this.#posts.delete(error.ref);
       this.#tell("refused", error);
     } // else: a post that is kept for the next connection, or a run that ended before it was cancelled
+  }
+
+  /** Post what the log could not take, if that is still of use. */
+  #again(id) {
+    const text = this.#posts.get(id);
+    if (text !== undefined && this.#openedAt !== null) this.#deliver(id, text);
   }
 
   #advance(event) {
@@ -189,6 +199,10 @@ export class Client extends EventTarget {
 }
 
 const STATES = { connected: "Connected", reconnecting: "Reconnecting…", closed: "Closed" };
+const RESETS = {
+  lost: "The server has lost what was said here before.",
+  trimmed: "The server does not keep what was said here earlier.",
+};
 const OUTCOMES = {
   failed: "The agent failed",
   cancelled: "Stopped",
@@ -232,7 +246,7 @@ class Page {
     this.#client = client;
     client.addEventListener("state", ({ detail }) => this.#state(detail));
     client.addEventListener("event", ({ detail }) => this.#draw[detail.type]?.(detail));
-    client.addEventListener("reset", () => this.#reset());
+    client.addEventListener("reset", ({ detail }) => this.#reset(detail));
     client.addEventListener("refused", ({ detail }) => this.#refused(detail));
     this.#listen();
     this.#follow(this.#at("scroller"), this.#at("column"));
@@ -247,20 +261,12 @@ class Page {
       item.querySelector(".note")?.remove();
       this.#log.append(item); // it may have waited further up
     },
-    agent_started: ({ run, agent, post }) => {
-      const item = element("li", "run", element("h3", "", agent));
-      item.ariaBusy = "true"; // a screen reader waits for the end instead of reading piece by piece
-      const message = this.#messages.get(post);
-      if (message) message.after(item);
-      else this.#log.append(item);
-      this.#runs.set(run, { item, calls: new Map() });
-      this.#stop.hidden = false;
-    },
+    agent_started: ({ run, agent, post }) => this.#begin(run, agent, this.#messages.get(post)),
     agent_thinking: ({ run, text }) => {
-      this.#runs.get(run).item.append(element("p", "thinking", text));
+      this.#run(run).item.append(element("p", "thinking", text));
     },
     tool_executing: ({ run, call, tool, arguments: given }) => {
-      const { item, calls } = this.#runs.get(run);
+      const { item, calls } = this.#run(run);
       const status = element("span", "status", "running");
       const card = element("section", "tool", element("h4", "", tool), status, element("div", "data", shown(given)));
       card.dataset.state = "running";
@@ -268,20 +274,21 @@ class Page {
       calls.set(call, card);
     },
     tool_completed: ({ run, call, result, error, seconds }) => {
-      const card = this.#runs.get(run).calls.get(call);
+      const card = this.#run(run).calls.get(call);
+      if (!card) return; // it began before what the log keeps
       card.dataset.state = error === undefined ? "done" : "failed";
       card.querySelector(".status").textContent = `${card.dataset.state} · ${duration(seconds)}`;
       const outcome = error ?? result ?? null;
       if (outcome !== null) card.append(element("div", "data result", shown(outcome)));
     },
     agent_message: ({ run, text }) => {
-      const { item } = this.#runs.get(run);
+      const { item } = this.#run(run);
       const last = item.lastElementChild;
       if (last.className === "answer") last.append(text);
       else item.append(element("p", "answer", text));
     },
     agent_completed: ({ run, outcome, error_id, seconds }) => {
-      const { item } = this.#runs.get(run);
+      const { item } = this.#run(run);
       item.ariaBusy = "false";
       if (outcome !== "success") {
         const reference = error_id === undefined ? "" : ` · error ${error_id}`;
@@ -292,6 +299,21 @@ class Page {
       this.#stop.hidden = this.#runs.size === 0;
     },
   };
+
+  #begin(run, agent, message) {
+    const item = element("li", "run", element("h3", "", agent));
+    item.ariaBusy = "true"; // a screen reader waits for the end instead of reading piece by piece
+    if (message) message.after(item);
+    else this.#log.append(item);
+    this.#runs.set(run, { item, calls: new Map() });
+    this.#stop.hidden = false;
+  }
+
+  /** A run in progress; where it began before what the log keeps, nobody knows of which agent. */
+  #run(run) {
+    if (!this.#runs.has(run)) this.#begin(run, "Agent");
+    return this.#runs.get(run);
+  }
 
   #message(id, text) {
     const item = element("li", "message", element("h3", "unseen", "You"), element("p", "", text));
@@ -307,8 +329,8 @@ class Page {
     this.#stop.disabled = state !== "connected";
   }
 
-  #reset() {
-    const note = element("p", "note", "The server has lost what was said here before.");
+  #reset({ reason }) {
+    const note = element("p", "note", RESETS[reason]);
     this.#log.replaceChildren(element("li", "", note), ...this.#unsent);
     this.#runs.clear();
     this.#messages.forEach((item, id) => this.#unsent.has(item) || this.#messages.delete(id));

@@ -127,7 +127,7 @@ async def test_a_restart_is_waited_for_and_loses_nothing(server: RedisServer) ->
 
 async def test_who_watches_hears_after_a_cut_what_was_missed(server: RedisServer, proxy: CuttingProxy) -> None:
     told = Told()
-    async with log_at(server.path) as one, log_at(proxy.path) as other:
+    async with log_at(server.path) as one, log_at(proxy.address) as other:
         epoch = (await one.open("c")).epoch
         await other.watch("c", told.hear)
         proxy.target = "/nowhere"
@@ -140,7 +140,7 @@ async def test_who_watches_hears_after_a_cut_what_was_missed(server: RedisServer
 
 
 async def test_a_connection_that_says_nothing_any_more_is_given_up(server: RedisServer, proxy: CuttingProxy) -> None:
-    async with log_at(proxy.path) as log:
+    async with log_at(proxy.address) as log:
         epoch = (await log.open("c")).epoch
         proxy.stalled = True
         async with trio.open_nursery() as nursery:
@@ -153,7 +153,7 @@ async def test_a_connection_that_says_nothing_any_more_is_given_up(server: Redis
 @pytest.mark.parametrize("leased", [True, False])
 async def test_what_is_said_again_is_known_again(server: RedisServer, proxy: CuttingProxy, leased: bool) -> None:
     """The answer is lost after Redis has done what was asked, for each kind of append, with what follows it."""
-    async with log_at(proxy.path) as log:
+    async with log_at(proxy.address) as log:
         epoch = (await log.open("c")).epoch
         lease: Lease | None = await log.claim("c") if leased else None
         for n in range(6):
@@ -215,7 +215,7 @@ async def test_another_server_takes_over(
     server: RedisServer, start: Callable[..., RedisServer], proxy: CuttingProxy, tmp_path: Path
 ) -> None:
     """As behind an address that moves: the other one has the data, and not the scripts."""
-    async with log_at(proxy.path) as log:
+    async with log_at(proxy.address) as log:
         epoch = (await log.open("c")).epoch
         await log.append("c", epoch, post("1"), "1")
         lease = await log.claim("c")

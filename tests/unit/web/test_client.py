@@ -27,6 +27,7 @@ class Server:
         self.heartbeat = 20.0
         self.refusal: dict[str, Any] | None = None
         self.seqs = count(1)
+        self.first = 1
         page.route("**/*", self.serve)
         page.route_web_socket(re.compile(r"/ws$"), self.accept)
 
@@ -55,7 +56,7 @@ class Server:
             if self.refusal:
                 self.say("error", **self.refusal)
             else:
-                self.say("opened", conversation=request["conversation"], epoch=self.epoch, head=0)
+                self.say("opened", conversation=request["conversation"], epoch=self.epoch, head=0, first=self.first)
 
     def say(self, type: str, **fields: Any) -> None:
         self.sockets[-1].send(json.dumps({"type": type, **fields}))
@@ -158,6 +159,32 @@ def test_a_log_that_is_shorter_than_what_was_seen_starts_over(page: Page, server
     server.wait(2)
     state(page, "Connected")
     assert server.asked("open")[-1] == {"type": "open", "conversation": "home", "after": 0}
+
+
+def test_what_the_log_does_not_keep_is_not_shown_as_if_it_were_all(page: Page, server: Server) -> None:
+    server.event("user_message", id="p", text="of old")
+    expect(page.locator(".message")).to_have_count(1)
+    server.close(1012)
+    server.first, server.seqs = 7, count(7)
+    server.wait(1)
+    expect(page.locator(".note")).to_have_text("The server does not keep what was said here earlier.")
+    expect(page.locator(".message")).to_have_count(0)
+    server.event("tool_completed", seconds=0.1, call="r.1", tool="t", result=1)  # in the middle of a run
+    server.event("agent_message", text="12")
+    expect(page.locator(".answer")).to_have_text("12")
+    server.event("agent_completed", outcome="success", seconds=1.0)
+    expect(page.locator(".run")).to_have_attribute("aria-busy", "false")
+
+
+def test_what_the_log_cannot_take_is_posted_again(page: Page, server: Server) -> None:
+    write(page, "hello")
+    (post,) = server.asked("post")
+    server.say("error", code="unavailable", message="the log does not answer", ref=post["id"])
+    assert server.asked("post") == [post]
+    server.wait(2)
+    assert server.asked("post") == [post, post]
+    server.say("posted", id=post["id"], conversation="home", seq=1)
+    expect(page.locator(".message .note")).to_have_count(0)
 
 
 def test_a_post_is_repeated_until_the_log_has_it(page: Page, server: Server) -> None:

@@ -1,0 +1,169 @@
+"""`tricorn chat` over a connection that breaks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+import trio.testing
+from trio_websocket import WebSocketRequest, serve_websocket
+
+from fixtures.cutting_proxy import CuttingProxy, cutting_proxy
+from tricorn.chat import Run, link, terminal
+from tricorn.chat.protocol import Closing, Opened, Welcome
+
+PATIENCE = 30  # seconds, for a whole test
+
+Chatting = Callable[..., AbstractAsyncContextManager[Any]]
+
+
+@pytest.fixture(autouse=True)
+def without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "FIRST_BACKOFF", 0.0)
+    monkeypatch.setattr(terminal, "POST_AGAIN", 0.0)
+
+
+async def talkative(run: Run) -> None:
+    for n in range(6):
+        await run.say(f"{n} ")
+        await trio.testing.wait_all_tasks_blocked()  # so that each piece is sent alone
+
+
+@asynccontextmanager
+async def through_proxy(server: Any) -> AsyncIterator[CuttingProxy]:
+    async with cutting_proxy(0, server.port) as proxy:
+        yield proxy
+
+
+async def talk(proxy: CuttingProxy, message: str = "hello", **options: Any) -> int:
+    url = f"ws://127.0.0.1:{proxy.address}/ws"
+    with trio.fail_after(PATIENCE):
+        return await terminal.chat(url, conversation="c", message=message, raw=True, **options)
+
+
+@pytest.mark.parametrize("answers", range(12))
+async def test_a_script_sees_its_run_once_wherever_the_connection_breaks(
+    chatting: Chatting, capfd: pytest.CaptureFixture[str], answers: int
+) -> None:
+    async with chatting(talkative) as server, through_proxy(server) as proxy:
+        # The first answers are the handshake's, `welcome` and `opened`: without those there is nothing to come back to.
+        proxy.answers_left = 3 + answers
+        assert await talk(proxy) == 0
+        recorded = await server.recorded()
+    out, err = capfd.readouterr()
+    assert [json.loads(line) for line in out.splitlines()] == recorded
+    assert [event["type"] for event in recorded].count("agent_completed") == 1
+    told = [line for line in err.splitlines() if line.startswith("tricorn: ")]
+    assert len(told) == proxy.connections - 1
+    assert all(line.endswith("; trying again in 0 s") for line in told)
+
+
+async def test_it_comes_back_after_a_restart_of_the_server_with_its_post(
+    chatting: Chatting, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The log has another epoch: what had been asked is asked again."""
+    started = trio.Event()
+
+    async def stuck(run: Run) -> None:
+        started.set()
+        await trio.sleep_forever()
+
+    async with trio.open_nursery() as nursery, chatting(stuck) as server, cutting_proxy(0, server.port) as proxy:
+        statuses: list[int] = []
+
+        async def script() -> None:
+            statuses.append(await talk(proxy))
+
+        nursery.start_soon(script)
+        await started.wait()
+        async with chatting(talkative) as other:
+            proxy.target = other.port
+            proxy.cut()
+            while not statuses:
+                await trio.testing.wait_all_tasks_blocked(0.01)
+            recorded = await other.recorded()
+    assert statuses == [0]
+    out, err = capfd.readouterr()
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert lines[-len(recorded) :] == recorded
+    assert "the server has lost what was said here before" in err
+
+
+async def test_a_server_that_is_gone_is_waited_for_only_so_long(
+    chatting: Chatting, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "PATIENCE", 0.05)
+
+    async def gone(run: Run) -> None:
+        proxy.target = 1  # nobody is there
+        proxy.cut()
+        await trio.sleep_forever()
+
+    async with chatting(gone) as server, through_proxy(server) as proxy:
+        assert await talk(proxy) == 1
+        address = proxy.address
+    *tries, last = capfd.readouterr().err.splitlines()
+    assert last.startswith(f"tricorn: ws://127.0.0.1:{address}/ws: ")
+    assert "trying again" not in last
+    assert all("trying again" in line for line in tries if line.startswith("tricorn: "))
+
+
+@pytest.mark.parametrize(("code", "tries"), [(1012, 3), (4000, 3), (4500, 1), (4501, 1)])
+async def test_it_does_not_come_back_where_that_would_change_nothing(
+    code: int, tries: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connections = 0
+
+    async def server(request: WebSocketRequest) -> None:
+        nonlocal connections
+        connections += 1
+        ws = await request.accept(subprotocol="tricorn.v1")
+        limits = dict.fromkeys(
+            ["message_bytes", "event_bytes", "text_characters", "open_conversations", "user_runs", "posts_per_minute"],
+            9,
+        )
+        for said in (
+            Welcome(connection="x", user="u", heartbeat=9.0, limits=limits),
+            Opened(conversation="c", epoch="e", head=0),
+            Closing(reason="busy", retry_after=0.0),
+        ):
+            await ws.send_message(msgspec.json.encode(said).decode())
+        await ws.aclose(code if connections < 3 else 4500, "because")
+
+    async with trio.open_nursery() as nursery:
+        serving = await nursery.start(partial(serve_websocket, server, "127.0.0.1", 0, None))
+        status = await terminal.chat(
+            f"ws://127.0.0.1:{serving.port}/ws", conversation="c", message="x", raw=True, token=None
+        )
+        nursery.cancel_scope.cancel()
+    assert status == 1
+    assert connections == tries
+    *told, last = capfd.readouterr().err.splitlines()
+    assert last.endswith(f"{code if tries == 1 else 4500} because")
+    assert [line.partition(": busy; ")[2] for line in told] == ["trying again in 0 s"] * (tries - 1)
+
+
+async def test_what_was_being_cancelled_is_cancelled_on_the_next_connection(chatting: Chatting) -> None:
+    """The person had pressed Ctrl-C, and the connection was lost with it."""
+    async with chatting(stuck) as server, through_proxy(server) as proxy:
+        client = terminal.Client(f"ws://127.0.0.1:{proxy.address}/ws", "c", "hello", True, None)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client.run)
+            with trio.fail_after(PATIENCE):
+                while client._turn is None or client._turn.run is None:
+                    await trio.testing.wait_all_tasks_blocked(0.005)
+                client._turn.cancelled = True
+                proxy.cut()
+        recorded = await server.recorded()
+    assert client.status == 1
+    assert recorded[-1]["outcome"] == "cancelled"
+
+
+async def stuck(run: Run) -> None:
+    await trio.sleep_forever()
