@@ -13,7 +13,6 @@ from contextlib import suppress
 from importlib.resources import files
 from logging import CRITICAL, getLogger
 from math import isinf
-from operator import attrgetter
 from secrets import token_hex
 from types import TracebackType
 from typing import Any, Self
@@ -147,8 +146,9 @@ class PostgresLog:
         elif key is None:
             key = f"once:{token_hex(8)}"  # to be known again if it has to be said again
         is_post = isinstance(event, UserMessage)
-        parameters = (conversation, epoch, before, behind, key, token, number, is_post, answered)
-        ((outcome, seq, json),) = await self._answer(self._appends, Request(conversation, "", parameters))
+        outcome, seq, json = await self._appends.ask(
+            conversation, epoch, before, behind, key, token, number, is_post, answered
+        )
         if outcome == "past":
             raise PastLost
         if outcome == "lease":
@@ -202,18 +202,8 @@ class PostgresLog:
     # Asking
 
     async def _ask(self, statement: str, *parameters: Any) -> list[Row]:
-        return await self._answer(self._others, Request("", statement, parameters))
-
-    async def _answer(self, requests: Requests, request: Request) -> list[Row]:
-        await checkpoint_if_cancelled()
-        requests.add(request)
-        try:
-            await request.answered.wait()
-        finally:
-            request.abandoned = True
-        if request.error is not None:
-            raise self._unavailable(_line(request.error)) from None
-        return request.rows
+        rows: list[Row] = await self._others.ask(statement, *parameters)
+        return rows
 
     def _unavailable(self, problem: str) -> Unavailable:
         return Unavailable(f"PostgreSQL at {self._where}: {problem}")
@@ -288,54 +278,56 @@ class PostgresLog:
 
     async def _serve_others(self, connection: TrioConnection) -> None:
         while True:
-            (request,) = await self._others.take(1)
-            await self._serve(connection, self._others, [request], request.statement, request.parameters)
+            requests = await self._others.take(1)
+            statement, *parameters = requests[0].what
+            rows = await self._answers(connection, self._others, requests, statement, parameters)
+            if rows is not None:
+                requests[0].answer(rows)
 
     async def _serve_appends(self, connection: TrioConnection) -> None:
+        alone = 0  # how many to try one by one: of a group that failed, one may be to blame
         while True:
-            requests = sorted(await self._appends.take(AT_ONCE), key=attrgetter("conversation"))
-            await self._serve_group(connection, requests)
+            requests = sorted(await self._appends.take(1 if alone else AT_ONCE), key=_conversation)
+            alone = max(0, alone - 1)
+            if not await self._append(connection, requests):
+                self._appends.put_back(requests)
+                alone = len(requests)
 
-    async def _serve_group(self, connection: TrioConnection, requests: list[Request]) -> None:
-        columns = map(list, zip(*(request.parameters for request in requests), strict=True))
+    async def _append(self, connection: TrioConnection, requests: list[Request]) -> bool:
+        columns = map(list, zip(*(request.what for request in requests), strict=True))
         parameters = (self._instance, *columns, *self._retention)
-        await self._serve(connection, self._appends, requests, _APPEND, parameters)
+        rows = await self._answers(connection, self._appends, requests, _APPEND, parameters)
+        for request, row in zip(requests, rows or (), strict=False):
+            request.answer(row)
+        return rows is not None or len(requests) == 1
 
-    async def _serve(
+    async def _answers(
         self,
         connection: TrioConnection,
         queue: Requests,
         requests: list[Request],
         statement: str,
         parameters: Sequence[Any],
-    ) -> None:
-        """Have requests answered. Where the connection cannot do it, they go back and the error goes on."""
+    ) -> list[Row] | None:
+        """What the server answers, or None. A request alone has failed then, of several none.
+
+        Where the connection is to blame they go back into the queue, and the error goes on.
+        """
         try:
             with fail_after(self._timeout):
-                rows = await _fetch(connection, statement, parameters)
+                return await _fetch(connection, statement, parameters)
         except (DeadlockDetected, SerializationFailure):
-            queue.put(requests)
+            return await self._answers(connection, queue, requests, statement, parameters)
         except TooSlowError:
-            queue.put(requests)
+            queue.put_back(requests)
             raise
         except Error as error:
             if connection.pgconn.status != ConnStatus.OK or isinstance(error, _PASSING):
-                queue.put(requests)
+                queue.put_back(requests)
                 raise
-            if len(requests) > 1:  # it is one of them, or all
-                for request in requests:
-                    await self._serve_group(connection, [request])
-                return
-            requests[0].error = error
-            requests[0].answered.set()
-        else:
-            if queue is self._others:
-                requests[0].rows = rows
-            else:
-                for request, row in zip(requests, rows, strict=True):
-                    request.rows = [row]
-            for request in requests:
-                request.answered.set()
+            if len(requests) == 1:
+                requests[0].fail(self._unavailable(_line(error)))
+            return None
 
     # Being alive, and hearing of others
 
@@ -420,6 +412,11 @@ async def _fetch(connection: TrioConnection, statement: str, parameters: Sequenc
     async with connection.cursor(binary=True) as cursor:
         await cursor.execute(statement, parameters)
         return await cursor.fetchall()
+
+
+def _conversation(request: Request) -> str:
+    key: str = request.what[0]
+    return key
 
 
 def _line(error: BaseException) -> str:
