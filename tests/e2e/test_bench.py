@@ -16,3 +16,9 @@ async def test_echo() -> None:
     printed = finished.stdout.decode()
     for program in (BENCH / "servers").glob("*.py"):
         assert f"\n{program.stem} " in printed
+
+
+async def test_log() -> None:
+    command = [sys.executable, BENCH / "log.py", "--events", "20", "--rounds", "1", "--readers", "1"]
+    finished = await trio.run_process(command, capture_stdout=True)
+    assert finished.stdout.decode().splitlines()[2].split() == ["memory", "sqlite"]
