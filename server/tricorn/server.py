@@ -11,6 +11,7 @@ from trio import current_time
 
 from .host.hypercorn import Hypercorn
 from .host.listener import Router, accept_forever, listen
+from .host.native import keep_alive
 from .host.readiness import best
 from .report import report_error
 from .settings import Settings
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from .host.native import NativeTransport
 
 DEFAULTS = Settings()
-
-LOOKS_PER_TIMEOUT = 4  # how often keepalive looks in its shortest time: it may be late by a quarter
 
 
 class Server:
@@ -94,24 +93,12 @@ class Server:
         with trio.CancelScope(shield=True):  # ends with the connections, and those have a deadline
             async with trio.open_nursery() as support:
                 await support.start(self._readiness.run)
-                support.start_soon(self._keep_alive)
+                support.start_soon(keep_alive, self._transports, self._settings)
                 with self._holding:
                     async with trio.open_nursery() as connections:
                         task_status.started(connections)
                         await trio.sleep_forever()
                 support.cancel_scope.cancel()
-
-    async def _keep_alive(self) -> None:
-        settings = self._settings
-        period = min(settings.ping_interval, settings.ping_timeout, settings.stall_timeout) / LOOKS_PER_TIMEOUT
-        while True:
-            await trio.sleep(period)
-            now = current_time()
-            for transport in list(self._transports):
-                try:
-                    transport.keep_alive(now)
-                except Exception as error:
-                    transport.failed(error)
 
     async def _run_drain(self) -> None:
         """Let the program's own `drain` and HTTP end what they have going, leaving `close_timeout` for the rest."""

@@ -52,9 +52,10 @@ def test_the_command_that_serves_is_there() -> None:
     assert test.endswith(" && .venv/bin/pytest")
 
 
-async def test_echo(serving: Serving) -> None:
+@pytest.mark.parametrize("example", ["echo.py", "trio_websocket_server.py"])
+async def test_echo(serving: Serving, example: str) -> None:
     async with (
-        serving(*on_a_free_port("echo.py")) as port,
+        serving(*on_a_free_port(example)) as port,
         connected(port) as ws,
     ):
         for message in ("hello", b"\0\xff"):

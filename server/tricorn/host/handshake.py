@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import h11
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n"  # RFC 9113 §3.4
 
@@ -75,12 +75,17 @@ class Head:
         if len(self.data) - len(self.rest) > self._max_bytes:  # h11 looks only at heads that are incomplete
             text = f"a request head may have at most {self._max_bytes} bytes"
             raise Refused(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, text)
-        headers: dict[str, str] = {}
-        for raw_name, raw_value in event.headers:
-            name, value = raw_name.decode("ascii"), raw_value.decode("latin-1")
-            headers[name] = f"{headers[name]}, {value}" if name in headers else value
-        path, _, query = event.target.decode("ascii").partition("?")
-        return Request(event.method.decode("ascii"), unquote(path), query, event.http_version.decode("ascii"), headers)
+        return as_request(event.method, event.target.decode("ascii"), event.http_version, event.headers)
+
+
+def as_request(method: bytes, target: str, http_version: bytes, raw_headers: Iterable[tuple[bytes, bytes]]) -> Request:
+    """A request of the parts that h11 has taken its head apart into."""
+    headers: dict[str, str] = {}
+    for raw_name, raw_value in raw_headers:
+        name, value = raw_name.decode("ascii"), raw_value.decode("latin-1")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    path, _, query = target.partition("?")
+    return Request(method.decode("ascii"), unquote(path), query, http_version.decode("ascii"), headers)
 
 
 def wants_websocket(request: Request) -> bool:

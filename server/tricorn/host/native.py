@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from socket import SHUT_WR, SO_LINGER, SOL_SOCKET
 from struct import pack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from trio import BrokenResourceError, Event
+from trio import BrokenResourceError, Event, current_time, sleep
 from trio.lowlevel import ParkingLot
 
 from ..close import ABNORMAL, NO_PONG, STALLED, TOO_BIG, Close
@@ -15,8 +15,7 @@ from ..metrics import LIMIT_HITS
 from .websocket import Opcode, Receiver, close_frame, frame
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from socket import socket as Socket
+    from collections.abc import Collection, Sequence
 
     from ..connection import WebSocket
     from ..settings import Settings
@@ -26,6 +25,23 @@ READ_SIZE = 65536  # bytes; what one read takes at most
 READ_AHEAD = 65536  # bytes; what is read while the connection has something to receive, before reading pauses
 RESET = pack("ii", 1, 0)  # for SO_LINGER: close with RST and keep nothing
 PUT_OFF = 65536  # bytes; what is put off at most to go out in one write
+LOOKS_PER_TIMEOUT = 4  # how often keepalive looks in its shortest time: it may be late by a quarter
+
+
+class Wire(Protocol):
+    """A non-blocking socket, or what acts like one."""
+
+    def fileno(self) -> int: ...
+
+    def recv(self, size: int, /) -> bytes: ...
+
+    def send(self, data: bytes | memoryview, /) -> int: ...
+
+    def setsockopt(self, level: int, option: int, value: bytes, /) -> None: ...
+
+    def shutdown(self, how: int, /) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class NativeTransport:
@@ -38,7 +54,7 @@ class NativeTransport:
     Reading pauses when the connection does not keep up: a busy handler is backpressure for its peer.
     """
 
-    def __init__(self, sock: Socket, rest: bytes, readiness: Readiness, settings: Settings) -> None:
+    def __init__(self, sock: Wire, rest: bytes, readiness: Readiness, settings: Settings) -> None:
         self.wants_read = True
         self.wants_write = False
         self.at_eof = False
@@ -97,12 +113,14 @@ class NativeTransport:
             self._readiness.flush_soon(self)
         else:
             self.flush()
-        if self._room and not self._unsent:
-            self._room.unpark()
 
     async def close(self, close: Close) -> None:
         self._closing = True
         self._room.unpark_all()
+        if close.code == ABNORMAL:
+            self.flush()
+            while self._unsent and not self._broken:  # the peer may have ended only its half of the stream
+                await self._room.park()
         if self._broken or close.code == ABNORMAL:
             return
         self._put_off.append(close_frame(close))
@@ -156,7 +174,6 @@ class NativeTransport:
         self._write(self._unsent)
         self.flush()
         if not self._unsent:
-            self._room.unpark()
             self._look_finished()
 
     def flush(self) -> None:
@@ -170,6 +187,8 @@ class NativeTransport:
             self._put_off = []
             self._put_off_bytes = 0
             self._write(frames[0] if len(frames) == 1 else b"".join(frames))
+        if self._room and not self._unsent:
+            self._room.unpark()  # one: the next when this one's is on its way, so that they go out in order
 
     def failed(self, error: Exception) -> None:
         """A bug, or no memory: it ends this connection and nothing else."""
@@ -285,3 +304,16 @@ class NativeTransport:
                 self._socket.shutdown(SHUT_WR)
             except OSError:
                 self._finished.set()
+
+
+async def keep_alive(transports: Collection[NativeTransport], settings: Settings) -> None:
+    """Keep the connections alive that there are at any time, or give them up. Runs until cancelled."""
+    period = min(settings.ping_interval, settings.ping_timeout, settings.stall_timeout) / LOOKS_PER_TIMEOUT
+    while True:
+        await sleep(period)
+        now = current_time()
+        for transport in list(transports):
+            try:
+                transport.keep_alive(now)
+            except Exception as error:
+                transport.failed(error)

@@ -70,7 +70,7 @@ class Readiness(Protocol):
         """Call `flush` once the tasks that are ready now have run."""
 
 
-class _Flusher:
+class Flusher:
     """Flushes, once a scheduler tick, what was put off in the last one."""
 
     def __init__(self) -> None:
@@ -99,7 +99,7 @@ class _Flusher:
         return Abort.SUCCEEDED
 
 
-class Epoll(_Flusher):
+class Epoll(Flusher):
     """One epoll for all sockets, itself watched by Trio. Linux only."""
 
     def __init__(self) -> None:
@@ -150,7 +150,7 @@ def _events(watched: Watched) -> int:
     return EPOLLRDHUP | (EPOLLIN if watched.wants_read else 0) | (EPOLLOUT if watched.wants_write else 0)
 
 
-class PerSocket(_Flusher):
+class PerSocket(Flusher):
     """At most two tasks for each socket, with nothing but what Trio has everywhere.
 
     A peer that hangs up while reading is not wanted is found out only when reading goes on.

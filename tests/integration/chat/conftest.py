@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -14,7 +15,8 @@ import pytest
 import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
 
-from tricorn import WebSocket, serve
+from fixtures.hosts import HOSTS, Host, native
+from tricorn import WebSocket
 from tricorn.auth import Gate
 from tricorn.chat import SUBPROTOCOLS, Agent, Chat, Run, ToolError
 from tricorn.chat.log.memory import MemoryLog
@@ -178,7 +180,9 @@ class Server:
 
 
 @asynccontextmanager
-async def chat_server(agent: Agent = worker, gate: Gate | None = None, **settings: Any) -> AsyncGenerator[Server]:
+async def chat_server(
+    agent: Agent = worker, gate: Gate | None = None, host: Host = native, **settings: Any
+) -> AsyncGenerator[Server]:
     log, scope, ended = MemoryLog(), trio.CancelScope(), trio.Event()
 
     async def session(ws: WebSocket) -> None:
@@ -187,11 +191,10 @@ async def chat_server(agent: Agent = worker, gate: Gate | None = None, **setting
         finally:
             ended.set()
 
-    async def serving(task_status: trio.TaskStatus[list[tuple[str, int]]]) -> None:
+    async def serving(task_status: trio.TaskStatus[int]) -> None:
         with scope:
-            await serve(
+            await host(
                 session,
-                0,
                 settings=chat.settings,
                 subprotocols=SUBPROTOCOLS,
                 path="/ws",
@@ -202,7 +205,7 @@ async def chat_server(agent: Agent = worker, gate: Gate | None = None, **setting
 
     with trio.fail_after(PATIENCE):
         async with Chat(agent, Settings(**settings), log, gate) as chat, trio.open_nursery() as nursery:
-            [(_, port)] = await nursery.start(serving)
+            port = await nursery.start(serving)
             yield Server(port, log, scope, ended)
             scope.cancel()
 
@@ -211,3 +214,9 @@ async def chat_server(agent: Agent = worker, gate: Gate | None = None, **setting
 def chatting() -> Callable[..., AbstractAsyncContextManager[Server]]:
     """`async with chatting(agent, **settings) as server, server.connect() as client`; ends with the block."""
     return chat_server
+
+
+@pytest.fixture(params=HOSTS)
+def chatting_anywhere(request: pytest.FixtureRequest) -> Callable[..., AbstractAsyncContextManager[Server]]:
+    """Like `chatting`, on every host."""
+    return partial(chat_server, host=request.param)

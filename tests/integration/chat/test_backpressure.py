@@ -15,8 +15,8 @@ from tricorn.chat.protocol import BATCH_SUBPROTOCOL, SUBPROTOCOL
 Chatting = Callable[..., Any]
 
 
-async def test_a_slow_reader_loses_nothing(chatting: Chatting) -> None:
-    async with chatting() as server, server.connect() as watcher:
+async def test_a_slow_reader_loses_nothing(chatting_anywhere: Chatting) -> None:
+    async with chatting_anywhere() as server, server.connect() as watcher:
         async with server.connect(receive_buffer=4096) as slow:
             await slow.send("open", conversation="c")
             await slow.answer("opened")
@@ -62,9 +62,12 @@ async def test_a_batch_may_hold_more_than_the_outbox(chatting: Chatting) -> None
             assert await client.receive() == {"type": "pong"}
 
 
-async def test_who_asks_without_reading_is_closed_with_4004(chatting: Chatting) -> None:
+async def test_who_asks_without_reading_is_closed_with_4004(chatting_anywhere: Chatting) -> None:
     settings = {"outbox": 64, "close_timeout": 20.0, "drain_timeout": 25.0}
-    async with chatting(**settings) as server, server.connect(BATCH_SUBPROTOCOL, receive_buffer=4096) as client:
+    async with (
+        chatting_anywhere(**settings) as server,
+        server.connect(BATCH_SUBPROTOCOL, receive_buffer=4096) as client,
+    ):
         flood = "\n".join([json.dumps({"type": "cancel", "conversation": "c" * 128, "run": "r" * 128})] * 1000)
         async with trio.open_nursery() as nursery:
 

@@ -49,7 +49,7 @@ async def test_a_cursor_gets_the_rest(chatting: Chatting, after: int) -> None:
             assert seen[:-1] == events[after:]
 
 
-async def test_coming_back_in_the_middle_of_a_run(chatting: Chatting) -> None:
+async def test_coming_back_in_the_middle_of_a_run(chatting_anywhere: Chatting) -> None:
     """Take in one event, break off, come back with the cursor, while the run goes on: all of them, once, in order."""
     next_step, steps = trio.open_memory_channel[None](inf)
 
@@ -59,7 +59,7 @@ async def test_coming_back_in_the_middle_of_a_run(chatting: Chatting) -> None:
             await steps.receive()
 
     seen: list[dict[str, Any]] = []
-    async with chatting(stepwise) as server:
+    async with chatting_anywhere(stepwise) as server:
         async with server.connect() as client:
             await client.post("go")
             await client.send("open", conversation="c")

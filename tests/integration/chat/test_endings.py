@@ -19,8 +19,8 @@ Chatting = Callable[..., Any]
 
 
 @pytest.mark.parametrize(("message", "tools", "text"), [("wait", 1, "Waiting. "), ("wait twice", 2, None)])
-async def test_cancel(chatting: Chatting, message: str, tools: int, text: str | None) -> None:
-    async with chatting() as server, server.connect() as client, server.connect() as other:
+async def test_cancel(chatting_anywhere: Chatting, message: str, tools: int, text: str | None) -> None:
+    async with chatting_anywhere() as server, server.connect() as client, server.connect() as other:
         await client.send("open", conversation="c")
         await client.post(message)
         for _ in range(tools):
@@ -105,9 +105,9 @@ async def test_what_a_tool_refuses_is_told(chatting: Chatting, capfd: pytest.Cap
 # The end of the server
 
 
-async def test_drain(chatting: Chatting) -> None:
+async def test_drain(chatting_anywhere: Chatting) -> None:
     """`closing`, the end of every run in the log and on the wire, 1012: in the same block for everybody."""
-    async with chatting() as server, server.connect() as busy, server.connect() as idle:
+    async with chatting_anywhere() as server, server.connect() as busy, server.connect() as idle:
         await busy.send("open", conversation="c")
         await busy.post("wait")
         await busy.until("tool_executing")
@@ -139,10 +139,10 @@ async def test_drain_ends_runs_that_nobody_watches(chatting: Chatting) -> None:
     events.check_end("interrupted", tool_error="interrupted", tools=2)
 
 
-async def test_drain_ends_though_a_client_does_not_read(chatting: Chatting) -> None:
+async def test_drain_ends_though_a_client_does_not_read(chatting_anywhere: Chatting) -> None:
     settings = {"drain_timeout": 0.5, "close_timeout": 0.2}
     async with (
-        chatting(**settings) as server,
+        chatting_anywhere(**settings) as server,
         server.connect() as watcher,
         server.connect(receive_buffer=4096) as stuck,
     ):

@@ -72,8 +72,8 @@ async def test_pages_come_from_the_same_port(chatting: Chatting, page: str) -> N
 # A run
 
 
-async def test_a_run_from_post_to_end(chatting: Chatting) -> None:
-    async with chatting() as server, server.connect() as client:
+async def test_a_run_from_post_to_end(chatting_anywhere: Chatting) -> None:
+    async with chatting_anywhere() as server, server.connect() as client:
         await client.send("open", conversation="c")
         opened = await client.receive()
         assert opened == {"type": "opened", "conversation": "c", "epoch": opened["epoch"], "head": 0}
@@ -311,8 +311,8 @@ async def test_an_unknown_type(chatting: Chatting) -> None:
         assert await client.receive() == {"type": "pong"}
 
 
-async def test_a_message_over_the_limit_closes_with_1009(chatting: Chatting) -> None:
-    async with chatting(max_message_bytes=1000) as server, server.connect() as client:
+async def test_a_message_over_the_limit_closes_with_1009(chatting_anywhere: Chatting) -> None:
+    async with chatting_anywhere(max_message_bytes=1000) as server, server.connect() as client:
         await client.ws.send_message(" " * 1001)
         assert await client.until_closed() == ([], 1009)
 

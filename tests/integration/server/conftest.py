@@ -1,4 +1,4 @@
-"""A server in the test's own Trio, over each kind of readiness, and a client that reads only when it is told to."""
+"""A server in the test's own Trio, on each host, and a client that reads only when it is told to."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from struct import pack
 from typing import Any
 
@@ -20,16 +21,20 @@ from websockets.frames import DATA_OPCODES, Close, Frame, Opcode
 from websockets.protocol import State
 from websockets.uri import parse_uri
 
-from tricorn import WebSocket, serve
+from fixtures.hosts import HOSTS, Handler, Host, native
 from tricorn.host.readiness import Epoll, PerSocket
 
 PATIENCE = 60  # seconds, for a whole test
 MOCK_PATIENCE = 1000  # seconds of a mock clock
 
 
-@pytest.fixture(
-    params=[pytest.param(Epoll, marks=pytest.mark.skipif(not hasattr(select, "epoll"), reason="no epoll")), PerSocket]
-)
+READINESSES = [
+    pytest.param(Epoll, marks=pytest.mark.skipif(not hasattr(select, "epoll"), reason="no epoll")),
+    PerSocket,
+]
+
+
+@pytest.fixture(params=READINESSES)
 def readiness(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """How the server waits for its sockets."""
     monkeypatch.setattr("tricorn.server.best", request.param)
@@ -176,19 +181,19 @@ class Server:
 
 
 @asynccontextmanager
-async def run_server(handler: Callable[[WebSocket], Any], **options: Any) -> AsyncGenerator[Server]:
+async def run_server(host: Host, handler: Handler, **options: Any) -> AsyncGenerator[Server]:
     server = Server(0, trio.CancelScope())
 
-    async def serving(task_status: trio.TaskStatus[list[tuple[str, int]]]) -> None:
+    async def serving(task_status: trio.TaskStatus[int]) -> None:
         with server.scope:
-            await serve(handler, 0, task_status=task_status, **options)
+            await host(handler, task_status=task_status, **options)
         server.over.set()
 
     before = left_over()
     mocked = isinstance(trio.lowlevel.current_clock(), MockClock)
     with trio.fail_after(MOCK_PATIENCE if mocked else PATIENCE):
         async with trio.open_nursery() as nursery:
-            [(_, server.port)] = await nursery.start(serving)
+            server.port = await nursery.start(serving)
             yield server
             server.scope.cancel()
     assert left_over() == before
@@ -201,8 +206,31 @@ def left_over() -> tuple[int, int]:
 
 @pytest.fixture
 def served(readiness: object) -> Callable[..., AbstractAsyncContextManager[Server]]:
-    """`async with served(handler, **options) as server, server.connect() as client`.
+    """`async with served(handler, **options) as server, server.connect() as client`: on the native host.
 
     The server is closed with the block, and everything that the clients had of it must be gone then.
     """
+    return partial(run_server, native)
+
+
+@pytest.fixture(params=[*READINESSES, *(host for host in HOSTS if host is not native)])
+def hosted(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., AbstractAsyncContextManager[Server]]:
+    """Like `served`, on every host, and on the native one over each kind of readiness."""
+    if request.param in HOSTS:
+        return partial(run_server, request.param)
+    monkeypatch.setattr("tricorn.server.best", request.param)
+    return partial(run_server, native)
+
+
+@pytest.fixture
+def running() -> Callable[..., AbstractAsyncContextManager[Server]]:
+    """Like `served`, on the host that is its first argument."""
     return run_server
+
+
+@pytest.fixture
+def misses_hang_ups(request: pytest.FixtureRequest, hosted: object) -> bool:
+    """Whether nothing tells of a hang-up while reading is paused, as there is no epoll."""
+    return request.node.callspec.params["hosted"] is not Epoll

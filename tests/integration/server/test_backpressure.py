@@ -22,7 +22,7 @@ SETTINGS = Settings(close_timeout=3, stall_timeout=8, ping_interval=1000, ping_t
 # A peer that does not read
 
 
-async def test_a_send_waits_until_the_peer_has_read(served: Served) -> None:
+async def test_a_send_waits_until_the_peer_has_read(hosted: Served) -> None:
     sent: list[bytes | str] = []
 
     async def handler(ws: WebSocket) -> None:
@@ -30,14 +30,14 @@ async def test_a_send_waits_until_the_peer_has_read(served: Served) -> None:
             await ws.send(message)
             sent.append(message)
 
-    async with served(handler) as server, server.connect() as client:
+    async with hosted(handler) as server, server.connect() as client:
         await wait_all_tasks_blocked()
         assert sent == [BIG]
         assert [await client.receive() for _ in range(3)] == [BIG, "next", "last"]
         assert await client.closed() == (1000, "")
 
 
-async def test_of_a_cancelled_send_nothing_is_sent(served: Served) -> None:
+async def test_of_a_cancelled_send_nothing_is_sent(hosted: Served) -> None:
     async def handler(ws: WebSocket) -> None:
         await ws.send(BIG)
         with trio.CancelScope() as scope:
@@ -56,21 +56,21 @@ async def test_of_a_cancelled_send_nothing_is_sent(served: Served) -> None:
         cancelled.set()
 
     cancelled = trio.Event()
-    async with served(handler) as server, server.connect() as client:
+    async with hosted(handler) as server, server.connect() as client:
         await cancelled.wait()
         assert [await client.receive() for _ in range(2)] == [BIG, "after"]
         assert await client.closed() == (1000, "")
 
 
 async def test_a_frame_that_cannot_be_finished_is_the_last_thing_on_the_stream(
-    served: Served, patient_clock: MockClock
+    hosted: Served, patient_clock: MockClock
 ) -> None:
     async def handler(ws: WebSocket) -> None:
         await ws.receive()
         await ws.send(BIG)
         await ws.send("never")
 
-    async with served(handler, settings=SETTINGS) as server, server.connect() as client:
+    async with hosted(handler, settings=SETTINGS) as server, server.connect() as client:
         await client.send("go")
         await wait_all_tasks_blocked()
         server.scope.cancel()
@@ -85,7 +85,7 @@ async def test_a_frame_that_cannot_be_finished_is_the_last_thing_on_the_stream(
 
 
 async def test_who_reads_nothing_is_given_up_after_the_stall_timeout(
-    served: Served, patient_clock: MockClock, records: Any
+    hosted: Served, patient_clock: MockClock, records: Any
 ) -> None:
     ends: list[object] = []
 
@@ -99,7 +99,7 @@ async def test_who_reads_nothing_is_given_up_after_the_stall_timeout(
             raise
 
     sockets: list[WebSocket] = []
-    async with served(handler, settings=SETTINGS) as server, server.connect():
+    async with hosted(handler, settings=SETTINGS) as server, server.connect():
         await wait_all_tasks_blocked()
         with pytest.raises(Disconnected, match="4001"):
             await sockets[0].send("waits outside")
@@ -109,7 +109,7 @@ async def test_who_reads_nothing_is_given_up_after_the_stall_timeout(
     assert (record["code"], record["reason"]) == (4001, "the peer stopped reading")
 
 
-async def test_who_was_given_up_is_not_read_any_more(served: Served, patient_clock: MockClock) -> None:
+async def test_who_was_given_up_is_not_read_any_more(hosted: Served, patient_clock: MockClock) -> None:
     sockets: list[WebSocket] = []
 
     async def handler(ws: WebSocket) -> None:
@@ -117,7 +117,7 @@ async def test_who_was_given_up_is_not_read_any_more(served: Served, patient_clo
         await ws.send(BIG)
         await trio.sleep_forever()
 
-    async with served(handler, settings=SETTINGS) as server, server.connect() as client:
+    async with hosted(handler, settings=SETTINGS) as server, server.connect() as client:
         await client.send("unread")
         await wait_all_tasks_blocked()
         await sockets[0].send("waits outside")  # until it is given up; no error yet, for there is something to receive
@@ -127,13 +127,13 @@ async def test_who_was_given_up_is_not_read_any_more(served: Served, patient_clo
         assert list(sockets[0].inbox) == ["unread"]
 
 
-async def test_who_reads_slowly_is_not_given_up(served: Served, patient_clock: MockClock) -> None:
+async def test_who_reads_slowly_is_not_given_up(hosted: Served, patient_clock: MockClock) -> None:
     async def handler(ws: WebSocket) -> None:
         for _ in range(2):
             await ws.send(BIG)
         await ws.receive()
 
-    async with served(handler, settings=SETTINGS) as server, server.connect() as client:
+    async with hosted(handler, settings=SETTINGS) as server, server.connect() as client:
         for _ in range(2):
             for _ in range(3):
                 await trio.sleep(7)
@@ -143,13 +143,13 @@ async def test_who_reads_slowly_is_not_given_up(served: Served, patient_clock: M
         assert trio.current_time() == 42
 
 
-async def test_of_the_pings_of_who_does_not_read_the_last_is_answered(served: Served) -> None:
+async def test_of_the_pings_of_who_does_not_read_the_last_is_answered(hosted: Served) -> None:
     async def handler(ws: WebSocket) -> None:
         await ws.send(BIG)
         await ws.receive()
         await ws.receive()
 
-    async with served(handler) as server, server.connect() as client:
+    async with hosted(handler) as server, server.connect() as client:
         await wait_all_tasks_blocked()
         for text in (b"1", b"2", b"3"):
             client.protocol.send_ping(text)
@@ -165,7 +165,7 @@ async def test_of_the_pings_of_who_does_not_read_the_last_is_answered(served: Se
 # Several who send
 
 
-async def test_the_messages_of_many_tasks_are_whole_and_each_tasks_in_order(served: Served) -> None:
+async def test_the_messages_of_many_tasks_are_whole_and_each_tasks_in_order(hosted: Served) -> None:
     tasks, count = 10, 20
 
     async def handler(ws: WebSocket) -> None:
@@ -177,7 +177,7 @@ async def test_the_messages_of_many_tasks_are_whole_and_each_tasks_in_order(serv
         for number in range(count):
             await ws.send(f"{task} {number} " + "x" * (task * number * 3000))
 
-    async with served(handler) as server, server.connect() as client:
+    async with hosted(handler) as server, server.connect() as client:
         await wait_all_tasks_blocked()
         numbers: dict[int, list[int]] = {task: [] for task in range(tasks)}
         for _ in range(tasks * count):
@@ -191,7 +191,7 @@ async def test_the_messages_of_many_tasks_are_whole_and_each_tasks_in_order(serv
 @pytest.mark.parametrize("cancelled", [set(), {0}, {1, 2}, {3}, {0, 1, 2}])
 @pytest.mark.parametrize("unread", [[], ["unread"]])
 async def test_who_waits_longest_sends_first_and_nobody_is_forgotten(
-    served: Served, cancelled: set[int], unread: list[str]
+    hosted: Served, cancelled: set[int], unread: list[str]
 ) -> None:
     """Also where answers are put off because there is something to receive, and where some of those before gave up."""
     ready = trio.Event()
@@ -213,7 +213,7 @@ async def test_who_waits_longest_sends_first_and_nobody_is_forgotten(
         with scope:
             await ws.send(f"{number}")
 
-    async with served(handler) as server, server.connect() as client:
+    async with hosted(handler) as server, server.connect() as client:
         await client.send("go", *unread)
         await ready.wait()
         assert await client.receive() == BIG
@@ -221,7 +221,7 @@ async def test_who_waits_longest_sends_first_and_nobody_is_forgotten(
         assert [await client.receive() for _ in expected] == expected
 
 
-async def test_who_waits_to_send_gets_to_know_of_the_end(served: Served) -> None:
+async def test_who_waits_to_send_gets_to_know_of_the_end(hosted: Served) -> None:
     sockets: list[WebSocket] = []
 
     async def handler(ws: WebSocket) -> None:
@@ -233,7 +233,7 @@ async def test_who_waits_to_send_gets_to_know_of_the_end(served: Served) -> None
         with pytest.raises(Disconnected, match="4321"):
             await sockets[0].send(text)
 
-    async with served(handler) as server, server.connect() as client, trio.open_nursery() as nursery:
+    async with hosted(handler) as server, server.connect() as client, trio.open_nursery() as nursery:
         await wait_all_tasks_blocked()
         for text in ("one", "two"):
             nursery.start_soon(send_outside, text)
@@ -247,7 +247,7 @@ async def test_who_waits_to_send_gets_to_know_of_the_end(served: Served) -> None
 # A handler that does not receive
 
 
-async def test_a_handler_that_does_not_receive_is_backpressure_and_no_memory(served: Served) -> None:
+async def test_a_handler_that_does_not_receive_is_backpressure_and_no_memory(hosted: Served) -> None:
     messages = [bytes(1000)] * 20_000
     sockets: list[WebSocket] = []
     resume, sent = trio.Event(), trio.Event()
@@ -262,7 +262,7 @@ async def test_a_handler_that_does_not_receive_is_backpressure_and_no_memory(ser
         await client.send(*messages)
         sent.set()
 
-    async with served(handler) as server, server.connect() as client, trio.open_nursery() as nursery:
+    async with hosted(handler) as server, server.connect() as client, trio.open_nursery() as nursery:
         nursery.start_soon(send, client)
         await wait_all_tasks_blocked()
         assert not sent.is_set()
@@ -275,7 +275,7 @@ async def test_a_handler_that_does_not_receive_is_backpressure_and_no_memory(ser
 
 
 async def test_a_handler_that_only_sends_ends_when_there_is_nobody_left_to_send_to(
-    served: Served, patient_clock: MockClock
+    hosted: Served, patient_clock: MockClock
 ) -> None:
     """Also where reading is paused, because of all that it does not receive."""
     ended = trio.Event()
@@ -288,7 +288,7 @@ async def test_a_handler_that_only_sends_ends_when_there_is_nobody_left_to_send_
         finally:
             ended.set()
 
-    async with served(handler, settings=SETTINGS) as server, server.connect() as client:
+    async with hosted(handler, settings=SETTINGS) as server, server.connect() as client:
         for count in (70, 10):
             await client.send(*[bytes(1000)] * count)
             await wait_all_tasks_blocked()

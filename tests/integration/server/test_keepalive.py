@@ -30,13 +30,13 @@ async def send_and_receive(ws: WebSocket) -> None:
     await ws.receive()
 
 
-async def test_a_silent_peer_is_pinged(served: Served, patient_clock: MockClock) -> None:
-    async with served(echo, settings=SETTINGS) as server, server.connect() as client:
+async def test_a_silent_peer_is_pinged(hosted: Served, patient_clock: MockClock) -> None:
+    async with hosted(echo, settings=SETTINGS) as server, server.connect() as client:
         assert await client.frame() == PING
         assert 20 <= trio.current_time() <= 25
 
 
-async def test_who_does_not_answer_is_given_up(served: Served, patient_clock: MockClock, records: Any) -> None:
+async def test_who_does_not_answer_is_given_up(hosted: Served, patient_clock: MockClock, records: Any) -> None:
     ends: list[Disconnected] = []
 
     async def handler(ws: WebSocket) -> None:
@@ -46,7 +46,7 @@ async def test_who_does_not_answer_is_given_up(served: Served, patient_clock: Mo
             ends.append(end)
             raise
 
-    async with served(handler, settings=SETTINGS) as server, server.connect() as client:
+    async with hosted(handler, settings=SETTINGS) as server, server.connect() as client:
         assert await client.frame(answer=False) == PING
         assert await client.closed(answer=False) == (4000, "no pong")
         assert 40 <= trio.current_time() <= 50 + SETTINGS.close_timeout
@@ -55,8 +55,8 @@ async def test_who_does_not_answer_is_given_up(served: Served, patient_clock: Mo
     assert (record["code"], record["reason"]) == (4000, "no pong")
 
 
-async def test_a_silent_peer_that_answers_stays(served: Served, patient_clock: MockClock) -> None:
-    async with served(echo, settings=SETTINGS) as server, server.connect() as client:
+async def test_a_silent_peer_that_answers_stays(hosted: Served, patient_clock: MockClock) -> None:
+    async with hosted(echo, settings=SETTINGS) as server, server.connect() as client:
         for _ in range(5):
             assert await client.frame() == PING
         assert trio.current_time() >= 100
@@ -64,17 +64,17 @@ async def test_a_silent_peer_that_answers_stays(served: Served, patient_clock: M
         assert await client.receive() == "still here"
 
 
-async def test_who_talks_is_not_pinged(served: Served, patient_clock: MockClock) -> None:
-    async with served(echo, settings=SETTINGS) as server, server.connect() as client:
+async def test_who_talks_is_not_pinged(hosted: Served, patient_clock: MockClock) -> None:
+    async with hosted(echo, settings=SETTINGS) as server, server.connect() as client:
         for _ in range(10):
             await client.send("talk")
             assert await client.receive() == "talk"
             await trio.sleep(14)
 
 
-async def test_without_times_there_are_no_pings(served: Served, patient_clock: MockClock) -> None:
+async def test_without_times_there_are_no_pings(hosted: Served, patient_clock: MockClock) -> None:
     never = Settings(ping_interval=inf, ping_timeout=inf, stall_timeout=inf)
-    async with served(echo, settings=never) as server, server.connect() as client:
+    async with hosted(echo, settings=never) as server, server.connect() as client:
         with trio.move_on_after(50):
             await client.frame()
         await client.send("still here")
@@ -82,9 +82,9 @@ async def test_without_times_there_are_no_pings(served: Served, patient_clock: M
 
 
 async def test_a_ping_waits_for_room_and_goes_out_behind_what_is_unsent(
-    served: Served, patient_clock: MockClock
+    hosted: Served, patient_clock: MockClock
 ) -> None:
-    async with served(send_and_receive, settings=SETTINGS) as server, server.connect() as client:
+    async with hosted(send_and_receive, settings=SETTINGS) as server, server.connect() as client:
         await trio.sleep(31)
         assert await client.receive() == BIG
         assert await client.frame() == PING
@@ -93,9 +93,9 @@ async def test_a_ping_waits_for_room_and_goes_out_behind_what_is_unsent(
 
 
 async def test_who_reads_slowly_cannot_answer_a_ping_that_it_has_not_got(
-    served: Served, patient_clock: MockClock
+    hosted: Served, patient_clock: MockClock
 ) -> None:
-    async with served(send_and_receive, settings=SETTINGS) as server, server.connect() as client:
+    async with hosted(send_and_receive, settings=SETTINGS) as server, server.connect() as client:
         await trio.sleep(55)
         assert await client.receive() == BIG
         assert await client.frame() == PING
@@ -103,8 +103,8 @@ async def test_who_reads_slowly_cannot_answer_a_ping_that_it_has_not_got(
         assert await client.closed() == (1000, "")
 
 
-async def test_who_has_got_the_ping_late_has_the_same_time_to_answer(served: Served, patient_clock: MockClock) -> None:
-    async with served(send_and_receive, settings=SETTINGS) as server, server.connect() as client:
+async def test_who_has_got_the_ping_late_has_the_same_time_to_answer(hosted: Served, patient_clock: MockClock) -> None:
+    async with hosted(send_and_receive, settings=SETTINGS) as server, server.connect() as client:
         await trio.sleep(31)
         assert await client.frame(answer=False) == Frame(Opcode.BINARY, BIG)
         await trio.sleep(15)
@@ -113,7 +113,7 @@ async def test_who_has_got_the_ping_late_has_the_same_time_to_answer(served: Ser
         assert await client.closed() == (1000, "")
 
 
-async def test_who_is_not_read_is_not_given_up(served: Served, patient_clock: MockClock) -> None:
+async def test_who_is_not_read_is_not_given_up(hosted: Served, patient_clock: MockClock) -> None:
     """Its answer to a ping may be among what is unread."""
 
     async def handler(ws: WebSocket) -> None:
@@ -122,7 +122,7 @@ async def test_who_is_not_read_is_not_given_up(served: Served, patient_clock: Mo
 
     messages = [bytes(1000)] * 70  # enough for reading to pause
     resume = trio.Event()
-    async with served(handler, settings=SETTINGS) as server, server.connect() as client:
+    async with hosted(handler, settings=SETTINGS) as server, server.connect() as client:
         await client.send(*messages)
         await trio.sleep(51)
         resume.set()
@@ -130,13 +130,13 @@ async def test_who_is_not_read_is_not_given_up(served: Served, patient_clock: Mo
 
 
 @pytest.mark.parametrize("ending", ["returns", "peer"])
-async def test_nothing_comes_behind_the_close_frame(served: Served, patient_clock: MockClock, ending: str) -> None:
+async def test_nothing_comes_behind_the_close_frame(hosted: Served, patient_clock: MockClock, ending: str) -> None:
     async def handler(ws: WebSocket) -> None:
         if ending == "peer":
             await ws.receive()
 
     often = Settings(ping_interval=1, ping_timeout=1, close_timeout=7)
-    async with served(handler, settings=often) as server, server.connect() as client:
+    async with hosted(handler, settings=often) as server, server.connect() as client:
         if ending == "peer":
             await client.close(4321)
         frame = await client.frame(answer=False)

@@ -17,7 +17,6 @@ from websockets.frames import Frame, Opcode
 from fixtures.clock import seconds
 from fixtures.handlers import MORE_THAN_SOCKETS_HOLD, echo, greet_and_sleep
 from tricorn import Disconnected, Settings, WebSocket
-from tricorn.host.readiness import PerSocket
 
 Served = Callable[..., AbstractAsyncContextManager[Any]]
 
@@ -58,7 +57,7 @@ WAYS = pytest.mark.parametrize(
 
 @WAYS
 async def test_a_handler_that_sleeps_is_cancelled_at_once(
-    served: Served, patient_clock: MockClock, records: Any, go: Any, code: int, reason: str
+    hosted: Served, patient_clock: MockClock, records: Any, go: Any, code: int, reason: str
 ) -> None:
     ended = trio.Event()
 
@@ -68,7 +67,7 @@ async def test_a_handler_that_sleeps_is_cancelled_at_once(
         finally:
             ended.set()
 
-    async with served(handler, settings=SETTINGS) as server, server.connect() as client:
+    async with hosted(handler, settings=SETTINGS) as server, server.connect() as client:
         assert await client.receive() == "hello"
         async with seconds(0):
             await go(client)
@@ -81,7 +80,7 @@ async def test_a_handler_that_sleeps_is_cancelled_at_once(
 
 @WAYS
 async def test_everything_that_was_sent_before_is_received_first(
-    served: Served, patient_clock: MockClock, go: Any, code: int, reason: str
+    hosted: Served, patient_clock: MockClock, go: Any, code: int, reason: str
 ) -> None:
     received: list[object] = []
     look = trio.Event()
@@ -99,7 +98,7 @@ async def test_everything_that_was_sent_before_is_received_first(
         finally:
             ended.set()
 
-    async with served(handler, settings=SETTINGS) as server, server.connect() as client:
+    async with hosted(handler, settings=SETTINGS) as server, server.connect() as client:
         await client.send("one", b"two", "three")
         await go(client)
         await wait_all_tasks_blocked()
@@ -111,7 +110,7 @@ async def test_everything_that_was_sent_before_is_received_first(
 
 @WAYS
 async def test_a_handler_that_waits_for_a_message_gets_to_know(
-    served: Served, patient_clock: MockClock, go: Any, code: int, reason: str
+    hosted: Served, patient_clock: MockClock, go: Any, code: int, reason: str
 ) -> None:
     ends: list[tuple[int, str]] = []
 
@@ -123,7 +122,7 @@ async def test_a_handler_that_waits_for_a_message_gets_to_know(
             ends.append((end.code, end.reason))
             raise  # and that is no error
 
-    async with served(handler, settings=SETTINGS) as server, server.connect() as client:
+    async with hosted(handler, settings=SETTINGS) as server, server.connect() as client:
         assert await client.receive() == "hello"
         await go(client)
         await wait_all_tasks_blocked()
@@ -131,7 +130,7 @@ async def test_a_handler_that_waits_for_a_message_gets_to_know(
 
 
 @WAYS
-async def test_iteration_ends_with_the_connection(served: Served, go: Any, code: int, reason: str) -> None:
+async def test_iteration_ends_with_the_connection(hosted: Served, go: Any, code: int, reason: str) -> None:
     received: list[object] = []
     ended = trio.Event()
 
@@ -139,7 +138,7 @@ async def test_iteration_ends_with_the_connection(served: Served, go: Any, code:
         received.extend([message async for message in ws])
         ended.set()
 
-    async with served(handler) as server, server.connect() as client:
+    async with hosted(handler) as server, server.connect() as client:
         await client.send("one", "two")
         await go(client)
         await ended.wait()
@@ -148,7 +147,7 @@ async def test_iteration_ends_with_the_connection(served: Served, go: Any, code:
 
 @WAYS
 async def test_a_handler_that_does_not_receive_what_is_there_has_the_close_timeout(
-    served: Served, patient_clock: MockClock, go: Any, code: int, reason: str
+    hosted: Served, patient_clock: MockClock, go: Any, code: int, reason: str
 ) -> None:
     ended = trio.Event()
 
@@ -158,28 +157,28 @@ async def test_a_handler_that_does_not_receive_what_is_there_has_the_close_timeo
         finally:
             ended.set()
 
-    async with served(handler, settings=SETTINGS) as server, server.connect() as client:
+    async with hosted(handler, settings=SETTINGS) as server, server.connect() as client:
         await client.send("unread")
         await go(client)
         async with seconds(3):
             await ended.wait()
 
 
-async def test_an_error_of_a_handler_that_saw_the_end_is_reported_but_not_told(served: Served, records: Any) -> None:
+async def test_an_error_of_a_handler_that_saw_the_end_is_reported_but_not_told(hosted: Served, records: Any) -> None:
     async def handler(ws: WebSocket) -> None:
         async for _ in ws:
             pass
         raise RuntimeError("cleaning up failed")
 
-    async with served(handler) as server, server.connect() as client:
+    async with hosted(handler) as server, server.connect() as client:
         await client.close(4321, "bye")
         assert await client.closed() == (4321, "bye")
         [record] = records.read("ERROR")
         assert "cleaning up failed" in record["stack_trace"]
 
 
-async def test_answers_to_the_last_messages_go_out_before_the_close_frame(served: Served) -> None:
-    async with served(echo) as server, server.connect() as client:
+async def test_answers_to_the_last_messages_go_out_before_the_close_frame(hosted: Served) -> None:
+    async with hosted(echo) as server, server.connect() as client:
         client.protocol.send_text(b"one")
         client.protocol.send_text(b"two")
         await client.close(4321, "bye")
@@ -187,8 +186,8 @@ async def test_answers_to_the_last_messages_go_out_before_the_close_frame(served
         assert await client.closed() == (4321, "bye")
 
 
-async def test_answers_to_the_last_messages_reach_who_ended_only_its_half_of_the_stream(served: Served) -> None:
-    async with served(echo) as server, server.connect() as client:
+async def test_answers_to_the_last_messages_reach_who_ended_only_its_half_of_the_stream(hosted: Served) -> None:
+    async with hosted(echo) as server, server.connect() as client:
         await client.send("one", "two")
         await client.stream.send_eof()
         assert [await client.receive() for _ in range(2)] == ["one", "two"]
@@ -196,25 +195,25 @@ async def test_answers_to_the_last_messages_reach_who_ended_only_its_half_of_the
 
 
 async def test_a_large_answer_reaches_who_ended_only_its_half_of_the_stream(
-    served: Served, patient_clock: MockClock
+    hosted: Served, patient_clock: MockClock
 ) -> None:
     async def handler(ws: WebSocket) -> None:
         await ws.receive()
         await ws.send(bytes(MORE_THAN_SOCKETS_HOLD))
         await trio.sleep_forever()
 
-    async with served(handler, settings=SETTINGS) as server, server.connect() as client:
+    async with hosted(handler, settings=SETTINGS) as server, server.connect() as client:
         await client.send("large", "unread")
         await client.stream.send_eof()
         assert await client.receive() == bytes(MORE_THAN_SOCKETS_HOLD)
 
 
-async def test_an_answer_that_is_put_off_goes_out_though_the_handler_stops_receiving(served: Served) -> None:
+async def test_an_answer_that_is_put_off_goes_out_though_the_handler_stops_receiving(hosted: Served) -> None:
     async def handler(ws: WebSocket) -> None:
         await ws.send(await ws.receive())
         await trio.sleep_forever()
 
-    async with served(handler) as server, server.connect() as client:
+    async with hosted(handler) as server, server.connect() as client:
         await client.send("one", "two")
         assert await client.receive() == "one"
 
@@ -231,7 +230,7 @@ async def send_until_paused(client: Any) -> None:
 
 
 @pytest.mark.parametrize("go", [close_with_reason, end_stream, reset])
-async def test_what_came_before_the_end_is_received_after_a_pause(served: Served, go: Any) -> None:
+async def test_what_came_before_the_end_is_received_after_a_pause(hosted: Served, go: Any) -> None:
     resume, ended = trio.Event(), trio.Event()
     received: list[object] = []
 
@@ -240,7 +239,7 @@ async def test_what_came_before_the_end_is_received_after_a_pause(served: Served
         received.extend([message async for message in ws])
         ended.set()
 
-    async with served(handler) as server, server.connect() as client:
+    async with hosted(handler) as server, server.connect() as client:
         await send_until_paused(client)
         await go(client)
         await client.stream.aclose()
@@ -252,9 +251,9 @@ async def test_what_came_before_the_end_is_received_after_a_pause(served: Served
 
 @pytest.mark.parametrize("go", [close_with_reason, end_stream, reset])
 async def test_who_goes_while_reading_is_paused_is_missed(
-    served: Served, readiness: object, patient_clock: MockClock, go: Any
+    hosted: Served, misses_hang_ups: bool, patient_clock: MockClock, go: Any
 ) -> None:
-    if readiness is PerSocket:
+    if misses_hang_ups:
         pytest.skip("nothing tells of it without epoll")
     ended = trio.Event()
 
@@ -264,7 +263,7 @@ async def test_who_goes_while_reading_is_paused_is_missed(
         finally:
             ended.set()
 
-    async with served(handler, settings=SETTINGS) as server, server.connect() as client:
+    async with hosted(handler, settings=SETTINGS) as server, server.connect() as client:
         await send_until_paused(client)
         await go(client)
         await client.stream.aclose()
@@ -289,10 +288,10 @@ async def test_who_goes_while_reading_is_paused_is_missed(
     ],
 )
 async def test_a_violation_is_answered_with_its_code_and_the_end_of_the_stream(
-    served: Served, patient_clock: MockClock, frames: list[Frame], code: int, reason: str | None
+    hosted: Served, patient_clock: MockClock, frames: list[Frame], code: int, reason: str | None
 ) -> None:
     async with (
-        served(echo, settings=Settings(max_message_bytes=100)) as server,
+        hosted(echo, settings=Settings(max_message_bytes=100)) as server,
         server.connect() as client,
         seconds(0),
     ):

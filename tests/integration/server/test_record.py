@@ -16,12 +16,12 @@ Served = Callable[..., AbstractAsyncContextManager[Any]]
 SETTINGS = Settings(close_timeout=3, drain_timeout=10)
 
 
-async def test_what_went_over_the_wire(served: Served, patient_clock: MockClock, records: Any) -> None:
+async def test_what_went_over_the_wire(hosted: Served, patient_clock: MockClock, records: Any) -> None:
     async def echo(ws: WebSocket) -> None:
         async for message in ws:
             await ws.send(message)
 
-    async with served(echo) as server, server.connect() as client:
+    async with hosted(echo) as server, server.connect() as client:
         await client.send("four", b"x" * 200)
         assert [await client.receive(), await client.receive()] == ["four", b"x" * 200]
         await client.close(1001, "bye")
@@ -36,13 +36,13 @@ async def test_what_went_over_the_wire(served: Served, patient_clock: MockClock,
 
 
 async def test_a_close_frame_that_did_not_get_out_was_not_sent(
-    served: Served, patient_clock: MockClock, records: Any
+    hosted: Served, patient_clock: MockClock, records: Any
 ) -> None:
     async def flood(ws: WebSocket) -> None:
         await ws.send(bytes(2**24))
         await trio.sleep_forever()
 
-    async with served(flood, settings=SETTINGS) as server, server.connect(receive_buffer=4096):
+    async with hosted(flood, settings=SETTINGS) as server, server.connect(receive_buffer=4096):
         await wait_all_tasks_blocked()
         server.scope.cancel()
         await trio.sleep(4)

@@ -27,31 +27,31 @@ async def sleep(ws: WebSocket) -> None:
 # Messages
 
 
-async def test_a_message_of_each_kind_and_size(served: Served) -> None:
+async def test_a_message_of_each_kind_and_size(hosted: Served) -> None:
     messages = ["text", b"\0\xff", "", b"", "x" * 125, "x" * 126, b"x" * 65535, b"x" * 65536, "é" * 100_000]
-    async with served(echo) as server, server.connect() as client:
+    async with hosted(echo) as server, server.connect() as client:
         for message in messages:
             await client.send(message)
             assert await client.receive() == message
 
 
-async def test_large_messages_both_ways_at_once(served: Served) -> None:
+async def test_large_messages_both_ways_at_once(hosted: Served) -> None:
     messages = ["é" * (LARGE // 2), bytes(range(256)) * (LARGE // 256)]
-    async with served(echo, settings=ROOMY) as server, server.connect() as client, trio.open_nursery() as nursery:
+    async with hosted(echo, settings=ROOMY) as server, server.connect() as client, trio.open_nursery() as nursery:
         nursery.start_soon(client.send, *messages)
         for message in messages:
             assert await client.receive() == message
 
 
-async def test_many_messages_in_one_write_are_answered_in_order(served: Served) -> None:
+async def test_many_messages_in_one_write_are_answered_in_order(hosted: Served) -> None:
     messages = [str(number) for number in range(5000)]
-    async with served(echo) as server, server.connect() as client, trio.open_nursery() as nursery:
+    async with hosted(echo) as server, server.connect() as client, trio.open_nursery() as nursery:
         nursery.start_soon(client.send, *messages)
         assert [await client.receive() for _ in messages] == messages
 
 
-async def test_frames_in_the_segment_of_the_request_head(served: Served) -> None:
-    async with served(echo) as server, server.open() as stream:
+async def test_frames_in_the_segment_of_the_request_head(hosted: Served) -> None:
+    async with hosted(echo) as server, server.open() as stream:
         client = server.client(stream)
         early = [Frame(Opcode.TEXT, text).serialize(mask=True) for text in (b"one", b"two")]
         await stream.send_all(client.request() + b"".join(early)[:-1])
@@ -61,8 +61,8 @@ async def test_frames_in_the_segment_of_the_request_head(served: Served) -> None
         assert await client.receive() == "two"
 
 
-async def test_a_close_frame_in_the_segment_of_the_request_head(served: Served) -> None:
-    async with served(echo) as server, server.open() as stream:
+async def test_a_close_frame_in_the_segment_of_the_request_head(hosted: Served) -> None:
+    async with hosted(echo) as server, server.open() as stream:
         client = server.client(stream)
         close = [Frame(Opcode.TEXT, b"bye"), Frame(Opcode.CLOSE, b"\x10\xe1")]
         await stream.send_all(client.request() + b"".join(each.serialize(mask=True) for each in close))
@@ -71,8 +71,8 @@ async def test_a_close_frame_in_the_segment_of_the_request_head(served: Served) 
         assert await client.closed(answer=False) == (4321, "")
 
 
-async def test_pings_are_answered_between_fragments(served: Served) -> None:
-    async with served(echo) as server, server.connect() as client:
+async def test_pings_are_answered_between_fragments(hosted: Served) -> None:
+    async with hosted(echo) as server, server.connect() as client:
         client.protocol.send_text("half é".encode()[:-1], fin=False)
         client.protocol.send_ping(b"between")
         await client.flush()
@@ -84,8 +84,8 @@ async def test_pings_are_answered_between_fragments(served: Served) -> None:
         assert await client.receive() == "half é and half"
 
 
-async def test_pings_are_answered_while_the_handler_is_busy(served: Served) -> None:
-    async with served(sleep) as server, server.connect() as client:
+async def test_pings_are_answered_while_the_handler_is_busy(hosted: Served) -> None:
+    async with hosted(sleep) as server, server.connect() as client:
         client.protocol.send_ping(b"1")
         client.protocol.send_text(b"unread")
         client.protocol.send_ping(b"2")
@@ -93,9 +93,9 @@ async def test_pings_are_answered_while_the_handler_is_busy(served: Served) -> N
         assert [await client.frame() for _ in range(2)] == [Frame(Opcode.PONG, data) for data in (b"1", b"2")]
 
 
-async def test_bytes_come_one_by_one(served: Served) -> None:
+async def test_bytes_come_one_by_one(hosted: Served) -> None:
     frames = Frame(Opcode.TEXT, b"slow").serialize(mask=True) + Frame(Opcode.BINARY, bytes(200)).serialize(mask=True)
-    async with served(echo) as server, server.connect() as client:
+    async with hosted(echo) as server, server.connect() as client:
         for byte in frames:
             await client.stream.send_all(bytes([byte]))
         assert await client.receive() == "slow"
@@ -103,25 +103,25 @@ async def test_bytes_come_one_by_one(served: Served) -> None:
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
-async def test_what_is_like_bytes_is_binary(served: Served, kind: Callable[[bytes], Any]) -> None:
+async def test_what_is_like_bytes_is_binary(hosted: Served, kind: Callable[[bytes], Any]) -> None:
     async def handler(ws: WebSocket) -> None:
         await ws.send(kind(b"\1\2"))
 
-    async with served(handler) as server, server.connect() as client:
+    async with hosted(handler) as server, server.connect() as client:
         assert await client.receive() == b"\1\2"
         assert await client.closed() == (1000, "")
 
 
-async def test_encoded_texts_go_out_each_as_one_message(served: Served) -> None:
+async def test_encoded_texts_go_out_each_as_one_message(hosted: Served) -> None:
     async def handler(ws: WebSocket) -> None:
         await ws.send_text(text.encode() for text in ("é", "", "b"))
 
-    async with served(handler) as server, server.connect() as client:
+    async with hosted(handler) as server, server.connect() as client:
         assert [await client.receive() for _ in range(3)] == ["é", "", "b"]
         assert await client.closed() == (1000, "")
 
 
-async def test_nothing_else_can_be_sent(served: Served) -> None:
+async def test_nothing_else_can_be_sent(hosted: Served) -> None:
     async def handler(ws: WebSocket) -> None:
         for wrong in (None, 1, ["text"]):
             with pytest.raises(TypeError, match="a message is str or bytes, not"):
@@ -129,11 +129,11 @@ async def test_nothing_else_can_be_sent(served: Served) -> None:
         with pytest.raises(UnicodeEncodeError):
             await ws.send("\ud800")
 
-    async with served(handler) as server, server.connect() as client:
+    async with hosted(handler) as server, server.connect() as client:
         assert await client.closed() == (1000, "")
 
 
-async def test_only_one_task_receives(served: Served) -> None:
+async def test_only_one_task_receives(hosted: Served) -> None:
     async def handler(ws: WebSocket) -> None:
         ws.nursery.start_soon(ws.receive)
         await wait_all_tasks_blocked()
@@ -142,11 +142,11 @@ async def test_only_one_task_receives(served: Served) -> None:
         await ws.send("busy")
         await trio.sleep_forever()
 
-    async with served(handler) as server, server.connect() as client:
+    async with hosted(handler) as server, server.connect() as client:
         assert await client.receive() == "busy"
 
 
-async def test_a_cancelled_receive_loses_nothing(served: Served) -> None:
+async def test_a_cancelled_receive_loses_nothing(hosted: Served) -> None:
     async def handler(ws: WebSocket) -> None:
         with trio.CancelScope() as scope:
             ws.nursery.start_soon(cancel_later, scope)
@@ -163,13 +163,13 @@ async def test_a_cancelled_receive_loses_nothing(served: Served) -> None:
         await wait_all_tasks_blocked()
         scope.cancel()
 
-    async with served(handler) as server, server.connect() as client:
+    async with hosted(handler) as server, server.connect() as client:
         assert await client.receive() == "cancelled"
         await client.send("one", "two")
         assert [await client.receive() for _ in range(2)] == ["one", "two"]
 
 
-async def test_receiving_checks_for_cancellation_where_a_message_waits(served: Served) -> None:
+async def test_receiving_checks_for_cancellation_where_a_message_waits(hosted: Served) -> None:
     async def handler(ws: WebSocket) -> None:
         assert await ws.receive() == "one"
         with trio.CancelScope() as scope:
@@ -178,7 +178,7 @@ async def test_receiving_checks_for_cancellation_where_a_message_waits(served: S
         assert scope.cancelled_caught
         assert await ws.receive() == "two"
 
-    async with served(handler) as server, server.connect() as client:
+    async with hosted(handler) as server, server.connect() as client:
         await client.send("one", "two")
         assert await client.closed() == (1000, "")
 
@@ -186,7 +186,7 @@ async def test_receiving_checks_for_cancellation_where_a_message_waits(served: S
 # How a handler ends
 
 
-async def test_a_handler_that_returns_closes_with_1000(served: Served) -> None:
+async def test_a_handler_that_returns_closes_with_1000(hosted: Served) -> None:
     ended = trio.Event()
 
     async def child() -> None:
@@ -199,7 +199,7 @@ async def test_a_handler_that_returns_closes_with_1000(served: Served) -> None:
         ws.nursery.start_soon(child)
         await ws.receive()
 
-    async with served(handler) as server, server.connect() as client:
+    async with hosted(handler) as server, server.connect() as client:
         await client.send("go")
         assert await client.closed() == (1000, "")
         assert ended.is_set()
@@ -229,12 +229,12 @@ async def fail_twice(ws: WebSocket) -> None:
 
 @pytest.mark.parametrize("handler", [fail, fail_in_a_task, fail_twice])
 async def test_a_handler_that_raises_closes_with_1011_and_disturbs_nobody(
-    served: Served, records: Any, handler: Any
+    hosted: Served, records: Any, handler: Any
 ) -> None:
     async def route(ws: WebSocket) -> None:
         await (echo if ws.path == "/echo" else handler)(ws)
 
-    async with served(route) as server, server.connect("/echo") as other, server.connect() as client:
+    async with hosted(route) as server, server.connect("/echo") as other, server.connect() as client:
         await client.send("go")
         code, error_id = await client.closed()
         [record] = records.read("ERROR")
@@ -248,11 +248,11 @@ async def test_a_handler_that_raises_closes_with_1011_and_disturbs_nobody(
         assert await other.receive() == "still here"
 
 
-async def test_what_the_end_of_another_connection_raises_is_an_error_like_any(served: Served, records: Any) -> None:
+async def test_what_the_end_of_another_connection_raises_is_an_error_like_any(hosted: Served, records: Any) -> None:
     async def handler(ws: WebSocket) -> None:
         raise Disconnected(1000, "somebody else's")
 
-    async with served(handler) as server, server.connect() as client:
+    async with hosted(handler) as server, server.connect() as client:
         code, error_id = await client.closed()
         [record] = records.read("ERROR")
         assert (code, error_id) == (1011, record["error_id"])
@@ -261,7 +261,7 @@ async def test_what_the_end_of_another_connection_raises_is_an_error_like_any(se
 # Closing
 
 
-async def test_close_does_not_return_inside_the_connection(served: Served) -> None:
+async def test_close_does_not_return_inside_the_connection(hosted: Served) -> None:
     went_on: list[str] = []
 
     async def handler(ws: WebSocket) -> None:
@@ -273,12 +273,12 @@ async def test_close_does_not_return_inside_the_connection(served: Served) -> No
             with pytest.raises(trio.Cancelled):
                 await ws.send("too late")
 
-    async with served(handler) as server, server.connect() as client:
+    async with hosted(handler) as server, server.connect() as client:
         assert await client.closed() == (4000, "enough é")
     assert went_on == []
 
 
-async def test_close_from_outside_returns_when_the_connection_is_closed(served: Served) -> None:
+async def test_close_from_outside_returns_when_the_connection_is_closed(hosted: Served) -> None:
     sockets: list[WebSocket] = []
 
     async def handler(ws: WebSocket) -> None:
@@ -286,7 +286,7 @@ async def test_close_from_outside_returns_when_the_connection_is_closed(served: 
         await ws.send("hello")
         await ws.receive()
 
-    async with served(handler) as server, server.connect() as client:
+    async with hosted(handler) as server, server.connect() as client:
         assert await client.receive() == "hello"
         async with trio.open_nursery() as nursery:
             nursery.start_soon(sockets[0].close, 3000, "from outside")
@@ -302,7 +302,7 @@ async def test_close_from_outside_returns_when_the_connection_is_closed(served: 
         assert repr(sockets[0]).endswith(f"127.0.0.1:{client.stream.socket.getsockname()[1]}, closed>")
 
 
-async def test_somebody_outside_who_receives_gets_to_know(served: Served) -> None:
+async def test_somebody_outside_who_receives_gets_to_know(hosted: Served) -> None:
     arrived: list[WebSocket] = []
     release = trio.Event()
 
@@ -315,7 +315,7 @@ async def test_somebody_outside_who_receives_gets_to_know(served: Served) -> Non
         with pytest.raises(Disconnected, match="1000"):
             await arrived[0].receive()
 
-    async with served(handler) as server, server.connect() as client, trio.open_nursery() as nursery:
+    async with hosted(handler) as server, server.connect() as client, trio.open_nursery() as nursery:
         assert await client.receive() == "hello"
         nursery.start_soon(receive_outside)
         await wait_all_tasks_blocked()
@@ -324,31 +324,31 @@ async def test_somebody_outside_who_receives_gets_to_know(served: Served) -> Non
 
 
 @pytest.mark.parametrize("code", [-1, 0, 999, 1004, 1005, 1006, 1015, 1016, 2999, 5000])
-async def test_codes_that_may_not_be_sent(served: Served, code: int) -> None:
+async def test_codes_that_may_not_be_sent(hosted: Served, code: int) -> None:
     async def handler(ws: WebSocket) -> None:
         with pytest.raises(ValueError, match=f"close code {code} may not be sent"):
             await ws.close(code)
         await ws.send("still open")
 
-    async with served(handler) as server, server.connect() as client:
+    async with hosted(handler) as server, server.connect() as client:
         assert await client.receive() == "still open"
 
 
 @pytest.mark.parametrize("code", [1000, 1001, 1003, 1007, 1014, 3000, 4999])
-async def test_codes_that_may_be_sent(served: Served, code: int) -> None:
+async def test_codes_that_may_be_sent(hosted: Served, code: int) -> None:
     async def handler(ws: WebSocket) -> None:
         with pytest.raises(ValueError, match="at most 123 bytes"):
             await ws.close(code, "é" * 62)
         await ws.close(code, "x" + "é" * 61)
 
-    async with served(handler) as server, server.connect() as client:
+    async with hosted(handler) as server, server.connect() as client:
         assert await client.closed() == (code, "x" + "é" * 61)
 
 
-async def test_a_handler_that_cancels_its_own_nursery_has_ended(served: Served) -> None:
+async def test_a_handler_that_cancels_its_own_nursery_has_ended(hosted: Served) -> None:
     async def handler(ws: WebSocket) -> None:
         ws.nursery.cancel_scope.cancel()
         await trio.sleep_forever()
 
-    async with served(handler) as server, server.connect() as client:
+    async with hosted(handler) as server, server.connect() as client:
         assert await client.closed() == (1000, "")

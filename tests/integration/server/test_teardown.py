@@ -39,9 +39,9 @@ async def set_deadline(server: Any) -> None:
 
 @pytest.mark.parametrize("end", [cancel, set_deadline])
 async def test_everybody_is_told_when_the_server_ends(
-    served: Served, patient_clock: MockClock, end: Callable[[Any], Awaitable[None]]
+    hosted: Served, patient_clock: MockClock, end: Callable[[Any], Awaitable[None]]
 ) -> None:
-    async with served(greet_and_sleep, settings=SETTINGS) as server, server.connect() as one, server.connect() as other:
+    async with hosted(greet_and_sleep, settings=SETTINGS) as server, server.connect() as one, server.connect() as other:
         for client in (one, other):
             assert await client.receive() == "hello"
         async with seconds(0):
@@ -51,15 +51,15 @@ async def test_everybody_is_told_when_the_server_ends(
 
 
 async def test_who_does_not_answer_the_close_frame_has_the_close_timeout(
-    served: Served, patient_clock: MockClock
+    hosted: Served, patient_clock: MockClock
 ) -> None:
-    async with served(greet_and_sleep, settings=SETTINGS) as server, server.connect() as client, seconds(3):
+    async with hosted(greet_and_sleep, settings=SETTINGS) as server, server.connect() as client, seconds(3):
         assert await client.receive() == "hello"
         server.scope.cancel()
         assert await client.closed(answer=False) == (1012, "")
 
 
-async def test_who_goes_on_sending_has_the_close_timeout(served: Served, patient_clock: MockClock) -> None:
+async def test_who_goes_on_sending_has_the_close_timeout(hosted: Served, patient_clock: MockClock) -> None:
     message = Frame(Opcode.TEXT, b"and another thing").serialize(mask=True)
 
     async def send_until_it_fails(stream: trio.SocketStream) -> None:
@@ -69,7 +69,7 @@ async def test_who_goes_on_sending_has_the_close_timeout(served: Served, patient
                 await trio.sleep(0.5)
 
     async with (
-        served(greet_and_sleep, settings=SETTINGS) as server,
+        hosted(greet_and_sleep, settings=SETTINGS) as server,
         server.connect() as client,
         trio.open_nursery() as nursery,
     ):
@@ -81,8 +81,8 @@ async def test_who_goes_on_sending_has_the_close_timeout(served: Served, patient
             await server.over.wait()
 
 
-async def test_who_does_not_read_has_the_close_timeout(served: Served, patient_clock: MockClock, records: Any) -> None:
-    async with served(flood, settings=SETTINGS) as server, server.connect(receive_buffer=4096) as client:
+async def test_who_does_not_read_has_the_close_timeout(hosted: Served, patient_clock: MockClock, records: Any) -> None:
+    async with hosted(flood, settings=SETTINGS) as server, server.connect(receive_buffer=4096) as client:
         await wait_all_tasks_blocked()
         async with seconds(3):
             server.scope.cancel()
@@ -101,7 +101,7 @@ async def everything(client: Any) -> None:
 
 
 async def test_who_does_not_read_does_not_delay_a_handler_that_returns(
-    served: Served, patient_clock: MockClock, records: Any
+    hosted: Served, patient_clock: MockClock, records: Any
 ) -> None:
     sockets: list[WebSocket] = []
 
@@ -109,7 +109,7 @@ async def test_who_does_not_read_does_not_delay_a_handler_that_returns(
         sockets.append(ws)
         await ws.send(bytes(MORE_THAN_SOCKETS_HOLD))
 
-    async with served(handler, settings=SETTINGS) as server, server.connect(receive_buffer=4096):
+    async with hosted(handler, settings=SETTINGS) as server, server.connect(receive_buffer=4096):
         await wait_all_tasks_blocked()
         async with seconds(3):
             await sockets[0].close()  # which returns when it is closed
@@ -202,7 +202,7 @@ async def test_the_server_forgets_connections_that_ended(served: Served) -> None
 
 @pytest.mark.parametrize("method", ["readable", "flush", "keep_alive"])
 async def test_a_bug_ends_one_connection_and_nothing_else(
-    served: Served, patient_clock: MockClock, monkeypatch: pytest.MonkeyPatch, records: Any, method: str
+    hosted: Served, patient_clock: MockClock, monkeypatch: pytest.MonkeyPatch, records: Any, method: str
 ) -> None:
     plain = getattr(NativeTransport, method)
     failures = [MemoryError("no memory")]
@@ -217,7 +217,7 @@ async def test_a_bug_ends_one_connection_and_nothing_else(
         await trio.sleep_forever()
 
     async with (
-        served(answer_once, settings=SETTINGS) as server,
+        hosted(answer_once, settings=SETTINGS) as server,
         server.connect("/good") as good,
         server.connect("/bad") as bad,
     ):
