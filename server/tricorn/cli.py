@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Collection, Iterator, Sequence
+from argparse import SUPPRESS, ArgumentParser, Namespace
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -20,7 +20,7 @@ from socket import socket as Socket
 from time import perf_counter, process_time, time
 from traceback import extract_tb
 from types import ModuleType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import trio
@@ -29,24 +29,32 @@ from tricorn.audit import Finding, audit, defines, locate, python_files
 from tricorn.auth import Everybody, Gate, ThisMachine, Tokens, check_exposure, make_token
 from tricorn.chat import Agent, Chat
 from tricorn.chat.link import what_failed
+from tricorn.chat.log.base import Log
+from tricorn.chat.log.memory import MemoryLog
 from tricorn.chat.protocol import SUBPROTOCOLS, Id
 from tricorn.chat.terminal import INTERRUPTED, chat, websocket_url
 from tricorn.drill import drill
-from tricorn.host.listener import listen
+from tricorn.host.listener import Address, listen
 from tricorn.imports import guarded
 from tricorn.keys import Keys, load, parse_for_signing
 from tricorn.server import Server, serve_until_signal
-from tricorn.settings import SettingError, Settings, parse_bind
+from tricorn.settings import SettingError, Settings, parse_bind, parse_count
 from tricorn.web.metrics import app as metrics_app
-from tricorn.web.metrics import no_websocket
+from tricorn.web.metrics import application, no_websocket
 from tricorn.web.pages import app
+from tricorn.workers import Supervisor, Worker, reserve
+
+if TYPE_CHECKING:
+    from tricorn.host.hypercorn import ASGIApp
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` (default: the process's own) asks for, and return the exit status."""
     if sys.__stderr__ is None:
         _open_stderr()
-    arguments = _parser().parse_args(argv)
+    if argv is None:
+        argv = sys.argv[1:]
+    arguments = _parser().parse_args(argv, Namespace(argv=argv))
     command: Callable[[Namespace], int] = arguments.command
     try:
         return command(arguments)
@@ -78,6 +86,8 @@ def _parser() -> ArgumentParser:
         default="warn",
         help="what to do where the agent breaks a rule of the error path; strict does not serve it (%(default)s)",
     )
+    serve.add_argument("--workers", metavar="N", help="how many processes serve; several need a shared log (1)")
+    serve.add_argument("--worker", metavar="DESCRIPTORS", help=SUPPRESS)  # what a supervisor starts
     serve.add_argument("--auth", choices=["none"], help="none: let everybody in, without a token")
 
     client = commands.add_parser("chat", help="chat in this terminal", description="Chat in this terminal.")
@@ -169,11 +179,28 @@ def _serve_command(arguments: Namespace) -> int:
         settings = msgspec.structs.replace(settings, host=host, port=port)
     if arguments.auth is not None:
         settings = msgspec.structs.replace(settings, auth=arguments.auth)
+    if arguments.workers is not None:
+        settings = msgspec.structs.replace(settings, workers=parse_count(arguments.workers, "--workers "))
     check_exposure(settings)
+    if arguments.worker is None and settings.workers > 1:
+        check_shared(MemoryLog, settings.workers)
+        if arguments.audit != "off":
+            _audit_agent(settings.agent, strict=arguments.audit == "strict")
+        command = [sys.executable, "-m", "tricorn", *arguments.argv, "--audit", "off"]
+        return trio.run(_supervise, command, settings)
     agent = load_agent(settings.agent)
     if arguments.audit != "off":
         _audit_agent(settings.agent, strict=arguments.audit == "strict")
-    return trio.run(_serve, agent, settings)
+    return trio.run(_serve, agent, settings, None if arguments.worker is None else Worker(arguments.worker))
+
+
+def check_shared(log: Log | type[Log], workers: int) -> None:
+    """Raise `SettingError` where so many workers would have a log each, and clients no way back to their own."""
+    if workers > 1 and not log.shared:
+        raise SettingError(
+            f"--workers {workers}: workers need a log that they can share, redis:// or postgresql://; "
+            "without one there must be 1"
+        )
 
 
 def _audit_agent(name: str, strict: bool) -> None:
@@ -235,23 +262,20 @@ def _settings(arguments: Namespace) -> Settings:
     return settings if arguments.agent is None else msgspec.structs.replace(settings, agent=arguments.agent)
 
 
-async def _serve(agent: Agent, settings: Settings) -> int:
+async def _serve(agent: Agent, settings: Settings, worker: Worker | None) -> int:
     keys, gate = await _gate(settings)
-    listeners = await _listen(settings.host, settings.port, "--bind ")
-    metrics = [] if settings.metrics is None else await _listen(*settings.metrics, "TRICORN_METRICS=")
+    listeners = [] if worker is not None else await _bound(listen, settings.host, settings.port, "--bind ")
+    metrics = await _listen_for_metrics(settings) if worker is None else []
     await drill()
     with guarded(settings.import_guard):
         async with trio.open_nursery() as support:
             support.start_soon(keys.stay_fresh)
-            if metrics:
-                exposing = Server(no_websocket, settings=settings, app=metrics_app)
-                addresses = await support.start(exposing.serve, metrics)
-                print(f"Metrics are at http://{_address(*addresses[0])}/metrics", flush=True)
+            await _show_metrics(support, metrics, metrics_app, settings)
             async with Chat(agent, settings=settings, gate=gate) as chats, trio.open_nursery() as nursery:
                 serve = partial(
                     serve_until_signal,
                     chats.session,
-                    listeners,
+                    listeners if worker is None else worker.listen(),
                     settings=settings,
                     subprotocols=SUBPROTOCOLS,
                     path="/ws",
@@ -259,14 +283,45 @@ async def _serve(agent: Agent, settings: Settings) -> int:
                     drain=chats.drain,
                 )
                 addresses = await nursery.start(serve)
-                print(f"Tricorn is listening on http://{_address(*addresses[0])}", flush=True)
+                if worker is None:
+                    _say_where(addresses)
+                else:
+                    support.start_soon(worker.obey)
             support.cancel_scope.cancel()
     return 0
 
 
-async def _listen(host: str, port: int, label: str) -> list[Socket]:
+async def _supervise(command: Sequence[str], settings: Settings) -> int:
+    reserved = await _bound(reserve, settings.host, settings.port, "--bind ")
+    metrics = await _listen_for_metrics(settings)
+    await drill()
+    with guarded(settings.import_guard):
+        async with trio.open_nursery() as support:
+            supervisor = Supervisor(command, settings.workers, reserved, drain_timeout=settings.drain_timeout)
+            await _show_metrics(support, metrics, application(supervisor.scrape), settings)
+            status = await supervisor.run(_say_where)
+            support.cancel_scope.cancel()
+    return status
+
+
+def _say_where(addresses: Sequence[Address]) -> None:
+    print(f"Tricorn is listening on http://{_address(*addresses[0])}", flush=True)
+
+
+async def _listen_for_metrics(settings: Settings) -> list[Socket]:
+    return [] if settings.metrics is None else await _bound(listen, *settings.metrics, "TRICORN_METRICS=")
+
+
+async def _show_metrics(nursery: trio.Nursery, listeners: list[Socket], show: ASGIApp, settings: Settings) -> None:
+    if listeners:
+        exposing = Server(no_websocket, settings=settings, app=show)
+        addresses = await nursery.start(exposing.serve, listeners)
+        print(f"Metrics are at http://{_address(*addresses[0])}/metrics", flush=True)
+
+
+async def _bound(bind: Callable[[int, str], Awaitable[list[Socket]]], host: str, port: int, label: str) -> list[Socket]:
     try:
-        return await listen(port, host)
+        return await bind(port, host)
     except OSError as error:
         raise SettingError(f"{label}{_address(host, port)}: {what_failed(error)}") from None
 

@@ -156,15 +156,66 @@ RUN_SECONDS = Histogram(
 APPENDED = Counter("events_appended", "Events put into logs, by type.", "type", EVENTS)
 LIMIT_HITS = Counter("limit_hits", "How often somebody ran into a limit, by its setting.", "limit", LIMITS)
 LATE_IMPORTS = Counter("late_imports", "Modules that were imported after start-up.")
+WORKER_ENDS = Counter("worker_ends", "Workers that ended by themselves and were replaced.")
 
 CONNECTIONS = Connections()
-COUNTERS = (OPENED, CLOSED, CONVERSATIONS, RUNS, WAITING, APPENDED, LIMIT_HITS, LATE_IMPORTS)
+COUNTERS = (OPENED, CLOSED, CONVERSATIONS, RUNS, WAITING, APPENDED, LIMIT_HITS, LATE_IMPORTS, WORKER_ENDS)
+HISTOGRAMS = (RUN_SECONDS,)
+
+Families = dict[str, dict[str, list[float]]]  # numbers by a label's value, by the metric's name
+
+
+class Numbers(NamedTuple):
+    """All that one process has counted, or several have."""
+
+    grown: Families  # what only grows: counters, and histograms as buckets with the sum behind
+    current: Families  # gauges
+
+
+NOTHING = Numbers({}, {})
+
+
+def numbers() -> Numbers:
+    """What this process has counted."""
+    traffic = CONNECTIONS.totals()
+    grown: Families = {
+        "errors_reported": {"": [counted["errors"]]},
+        "records_dropped": {"": [counted["records_dropped"]]},
+        "messages": {"received": [traffic.messages_received], "sent": [traffic.messages_sent]},
+        "bytes": {"received": [traffic.bytes_received], "sent": [traffic.bytes_sent]},
+    }
+    current: Families = {"connections": {"": [len(CONNECTIONS)]}}
+    for counter in COUNTERS:
+        families = current if isinstance(counter, Gauge) else grown
+        families[counter.name] = {value: [number] for value, number in counter.values.items()}
+    for histogram in HISTOGRAMS:
+        grown[histogram.name] = {
+            value: [*buckets, histogram.sums[value]] for value, buckets in histogram.buckets.items()
+        }
+    return Numbers(grown, current)
+
+
+def total(parts: Iterable[Numbers]) -> Numbers:
+    """The sum of what several processes have counted."""
+    grown, current = zip(*parts, strict=True)
+    return Numbers(_add(grown), _add(current))
+
+
+def _add(parts: Iterable[Families]) -> Families:
+    sums: Families = {}
+    for families in parts:
+        for name, family in families.items():
+            into = sums.setdefault(name, {})
+            for value, each in family.items():
+                into[value] = [*map(sum, zip(into[value], each, strict=True))] if value in into else each
+    return sums
 
 
 def forget() -> None:
     """Begin anew, as if nothing had been counted: after a rehearsal, when all is over."""
     for counter in COUNTERS:
         counter.values = dict.fromkeys(counter.values, 0.0)
-    RUN_SECONDS.forget()
+    for histogram in HISTOGRAMS:
+        histogram.forget()
     CONNECTIONS.forget()
     counted.update(dict.fromkeys(counted, 0))

@@ -64,6 +64,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     port: Port = 8080
     # The agent of the chat, as module:function.
     agent: AgentName = "tricorn.chat.agents.demo:demo"
+    # Processes that serve, all on one port. More than one need a log that they can share.
+    workers: Count = 1
 
     # Who may come in. The key that tokens are checked with: a secret, a PEM key, or a https: or file: URL where one of
     # these or a JWKS is, which is read again every `jwks_refresh` seconds.
@@ -202,6 +204,14 @@ def parse_bind(text: str, label: str = "") -> tuple[str, int]:
         return bare, convert(port, Port, strict=False)
     except ValidationError:
         raise SettingError(f"{label}{_shown(text)}: the port must be a whole number from 0 to 65535") from None
+
+
+def parse_count(text: str, label: str) -> int:
+    """Read a whole number above 0. Raises `SettingError`; its text begins with `label` and the text given."""
+    try:
+        return convert(text, Count, strict=False)
+    except ValidationError:
+        raise SettingError(f"{label}{_shown(text)}: must be {_description(Count)}") from None
 
 
 _PREFIX = "TRICORN_"

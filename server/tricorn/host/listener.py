@@ -46,7 +46,20 @@ SPARE = 128  # sockets beyond max_connections: to say so on, to read heads from,
 
 
 async def listen(port: int, host: str) -> list[socket.socket]:
-    """Bind and listen on every address that the host has.
+    """Bind and listen on every address that the host has. Raises OSError like `bind`."""
+    listeners = await bind(port, host)
+    try:
+        for listener in listeners:
+            listener.listen(BACKLOG)
+    except BaseException:
+        for listener in listeners:
+            listener.close()
+        raise
+    return listeners
+
+
+async def bind(port: int, host: str) -> list[socket.socket]:
+    """Bind every address that the host has.
 
     Raises:
         OSError: an address cannot be found or bound.
@@ -62,7 +75,6 @@ async def listen(port: int, host: str) -> list[socket.socket]:
             if family == socket.AF_INET6:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             listener.bind(address)
-            listener.listen(BACKLOG)
     except BaseException:
         for listener in listeners:
             listener.close()

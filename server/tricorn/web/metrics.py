@@ -5,78 +5,104 @@ Whoever gets there may read it, so it is served on an address of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from functools import partial
 from math import inf
+from os import getpid
+from typing import TYPE_CHECKING
 
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from tricorn.connection import WebSocket
-from tricorn.metrics import CONNECTIONS, COUNTERS, RUN_SECONDS, Counter, Gauge, Histogram
-from tricorn.report import counted
+from tricorn.metrics import COUNTERS, HISTOGRAMS, Gauge, Histogram, Numbers, numbers
 from tricorn.web.pages import TEXT, Event, Receive, Send, respond
+
+if TYPE_CHECKING:
+    from tricorn.host.hypercorn import ASGIApp
+
+Scrape = Callable[[], Awaitable[tuple[Numbers, Mapping[str, int]]]]
 
 
 class _Counted(Collector):
     """Turns what was counted into what `prometheus_client` writes."""
 
+    def __init__(self, numbers: Numbers) -> None:
+        self._numbers = {**numbers.grown, **numbers.current}
+
     def collect(self) -> Iterator[Metric]:
-        yield GaugeMetricFamily("tricorn_connections", "WebSockets that are open.", len(CONNECTIONS))
-        yield from _traffic()
-        yield CounterMetricFamily("tricorn_errors_reported", "Errors that were reported.", counted["errors"])
-        yield CounterMetricFamily(
-            "tricorn_records_dropped", "Records that stderr did not take.", counted["records_dropped"]
-        )
-        yield from map(_family, COUNTERS)
-        yield _histogram(RUN_SECONDS)
+        yield self._family(GaugeMetricFamily, "connections", "WebSockets that are open.")
+        yield self._family(CounterMetricFamily, "messages", "WebSocket messages.", "direction")
+        yield self._family(CounterMetricFamily, "bytes", "Bytes of WebSockets, behind their handshakes.", "direction")
+        yield self._family(CounterMetricFamily, "errors_reported", "Errors that were reported.")
+        yield self._family(CounterMetricFamily, "records_dropped", "Records that stderr did not take.")
+        for counter in COUNTERS:
+            kind = GaugeMetricFamily if isinstance(counter, Gauge) else CounterMetricFamily
+            yield self._family(kind, counter.name, counter.text, counter.label)
+        yield from map(self._histogram, HISTOGRAMS)
+
+    def _family(
+        self, kind: type[GaugeMetricFamily | CounterMetricFamily], name: str, text: str, label: str = ""
+    ) -> Metric:
+        family = kind(f"tricorn_{name}", text, labels=[label] if label else [])
+        for value, [number] in self._numbers[name].items():
+            family.add_metric([value] if label else [], number)
+        return family
+
+    def _histogram(self, histogram: Histogram) -> Metric:
+        family = HistogramMetricFamily(f"tricorn_{histogram.name}", histogram.text, labels=[histogram.label])
+        names = ["+Inf" if bound == inf else str(bound) for bound in histogram.bounds]
+        for value, [*buckets, size] in self._numbers[histogram.name].items():
+            family.add_metric([value], list(zip(names, buckets, strict=True)), size)
+        return family
 
 
-def _traffic() -> Iterator[Metric]:
-    traffic = CONNECTIONS.totals()
-    messages = CounterMetricFamily("tricorn_messages", "WebSocket messages.", labels=["direction"])
-    messages.add_metric(["received"], traffic.messages_received)
-    messages.add_metric(["sent"], traffic.messages_sent)
-    yield messages
-    sizes = CounterMetricFamily("tricorn_bytes", "Bytes of WebSockets, behind their handshakes.", labels=["direction"])
-    sizes.add_metric(["received"], traffic.bytes_received)
-    sizes.add_metric(["sent"], traffic.bytes_sent)
-    yield sizes
+class _Processes(Collector):
+    """Processor time, memory and open descriptors, with several processes by `worker`."""
+
+    def __init__(self, pids: Mapping[str, int]) -> None:
+        self._pids = pids
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for worker, pid in self._pids.items():
+            for family in ProcessCollector(pid=partial(str, pid), registry=None).collect():
+                labels = {"worker": worker} if len(self._pids) > 1 else {}
+                family.samples = [sample._replace(labels=labels) for sample in family.samples]
+                if family.name in families:
+                    families[family.name].samples += family.samples
+                else:
+                    families[family.name] = family
+        yield from families.values()
 
 
-def _family(counter: Counter) -> Metric:
-    kind = GaugeMetricFamily if isinstance(counter, Gauge) else CounterMetricFamily
-    family = kind(f"tricorn_{counter.name}", counter.text, labels=[counter.label] if counter.label else [])
-    for value, number in counter.values.items():
-        family.add_metric([value] if counter.label else [], number)
-    return family
+async def this_process() -> tuple[Numbers, Mapping[str, int]]:
+    """What there is to show where there is one process. Not a checkpoint."""
+    return numbers(), {"": getpid()}
 
 
-def _histogram(histogram: Histogram) -> Metric:
-    family = HistogramMetricFamily(f"tricorn_{histogram.name}", histogram.text, labels=[histogram.label])
-    for value, buckets in histogram.buckets.items():
-        named = [
-            ("+Inf" if bound == inf else str(bound), count)
-            for bound, count in zip(histogram.bounds, buckets, strict=True)
-        ]
-        family.add_metric([value], named, histogram.sums[value])
-    return family
+def application(scrape: Scrape) -> ASGIApp:
+    """An app that shows what `scrape` gives: what was counted, and the ids of the processes that did so."""
+
+    async def app(scope: Event, receive: Receive, send: Send) -> None:
+        """Answer GET and HEAD of `/metrics`."""
+        method = scope["method"]
+        if scope["path"] != "/metrics":
+            await respond(send, method, 404, TEXT, b"not found")
+        elif method not in ("GET", "HEAD"):
+            await respond(send, method, 405, TEXT, b"method not allowed", [(b"allow", b"GET, HEAD")])
+        else:
+            counted, pids = await scrape()
+            registry = CollectorRegistry()
+            registry.register(_Counted(counted))
+            registry.register(_Processes(pids))
+            await respond(send, method, 200, CONTENT_TYPE_PLAIN_0_0_4.encode(), generate_latest(registry))
+
+    return app
 
 
-_registry = CollectorRegistry()
-_registry.register(_Counted())
-ProcessCollector(registry=_registry)  # processor time, memory, open descriptors
-
-
-async def app(scope: Event, receive: Receive, send: Send) -> None:
-    """Answer GET and HEAD of `/metrics`. Waits only in `send`."""
-    method = scope["method"]
-    if scope["path"] != "/metrics":
-        await respond(send, method, 404, TEXT, b"not found")
-    elif method not in ("GET", "HEAD"):
-        await respond(send, method, 405, TEXT, b"method not allowed", [(b"allow", b"GET, HEAD")])
-    else:
-        await respond(send, method, 200, CONTENT_TYPE_PLAIN_0_0_4.encode(), generate_latest(_registry))
+app = application(this_process)
 
 
 async def no_websocket(ws: WebSocket) -> None:
