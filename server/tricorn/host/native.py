@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from socket import SHUT_WR, SO_LINGER, SOL_SOCKET
+from contextlib import suppress
+from socket import SHUT_RD, SHUT_WR, SO_LINGER, SOL_SOCKET
 from struct import pack
 from typing import TYPE_CHECKING, Protocol
 
@@ -273,6 +274,8 @@ class NativeTransport:
             sent = 0
         except OSError:
             self._break()
+            with suppress(OSError):  # not every error that a send may have ends the stream of what is read
+                self._socket.shutdown(SHUT_RD)
             self.idle()  # it is gone: what it left is bounded, so read that and find the end
             return
         self._progress = True
