@@ -1,0 +1,345 @@
+"""Nothing leaks and nothing is lost, whatever goes wrong at whichever step: see fixtures/checkpoints.py."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from random import Random
+from socket import AF_INET
+from typing import Any
+
+import pytest
+import trio
+from websockets.frames import DATA_OPCODES
+
+from fixtures.checkpoints import Case, Handler, Scenario, Service, every_step, play
+from fixtures.faults import FAULTS, Fault, explosion
+from fixtures.handlers import echo, greet_and_sleep
+from fixtures.wire import Peer, parse
+from tricorn import WebSocket
+from tricorn.chat import SUBPROTOCOLS, Chat, Run
+from tricorn.chat.chat import Chat as _Chat
+from tricorn.chat.log.memory import MemoryLog
+from tricorn.chat.protocol import SUBPROTOCOL
+from tricorn.close import ABNORMAL, NO_PONG, NORMAL, SERVICE_RESTART
+from tricorn.host.listener import Router
+from tricorn.report import report_error
+
+SEED = 20261125
+
+# The server
+
+
+async def shake_hands(case: Case) -> None:
+    peer = await case.dial()
+    await peer.handshake(pause=1)
+    await peer.read_to_end()
+    refused = await case.dial()
+    await refused.send_bytes(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\n\r\n")
+    await refused.read_to_end()
+
+
+async def do_nothing(ws: WebSocket) -> None:
+    pass
+
+
+async def talk(case: Case) -> None:
+    peer = await case.connect()
+    await peer.send("one")
+    assert await peer.receive() == "one"
+    await peer.send("two", "three")
+    assert [await peer.receive() for _ in range(2)] == ["two", "three"]
+    await peer.close()
+
+
+PIECES = [f"{number} ".ljust(3000, "x") for number in range(12)]
+
+
+async def echo_late(ws: WebSocket) -> None:
+    async for message in ws:
+        await trio.sleep(1.5)
+        await ws.send(message)
+
+
+async def talk_ahead(case: Case) -> None:
+    peer = await case.connect()
+    await peer.send(*PIECES[:6])
+    await peer.close()
+
+
+def is_piece(payload: bytes) -> bool:
+    return payload.decode() in PIECES
+
+
+async def stream(ws: WebSocket) -> None:
+    for piece in PIECES:
+        await ws.send(piece)
+
+
+async def read_slowly(case: Case) -> None:
+    peer = await case.connect()
+    for _ in range(sum(map(len, PIECES)) // 1500):
+        await peer.receive_bytes(1500)
+        await trio.sleep(0.1)
+    await peer.read_to_end()
+
+
+async def never_pong(case: Case) -> None:
+    peer = await case.connect()
+    await peer.read_to_end(answer=False)
+
+
+# The chat
+
+
+@dataclass
+class Talk:
+    """What a scenario of the chat has to know of its service."""
+
+    log: MemoryLog
+    chat: Chat
+    run: Run | None = None
+
+
+class ChatScenario(Scenario):
+    @asynccontextmanager
+    async def service(self, case: Case) -> AsyncGenerator[Service]:
+        async def agent(run: Run) -> None:
+            case.subject.run = run
+            try:
+                await worker(run, case)
+            finally:
+                case.subject.run = None
+
+        log = MemoryLog()
+        async with Chat(case.explosive("agent", agent), self.settings, log) as chat:
+            case.subject = Talk(log, chat)
+            options = {"drain": chat.drain, "subprotocols": SUBPROTOCOLS, "path": "/ws"}
+            yield case.explosive("handler", chat.session), options
+
+    async def judge(self, case: Case) -> None:
+        talk: Talk = case.subject
+        case.expect(not talk.chat._sessions, "a session is left")
+        case.expect(not talk.chat._conversations, "a conversation is left")
+        case.expect(not talk.log._watchers, "a subscription to the log is left")
+        logged = [json.loads(entry.json) for entry in await talk.log.read("local/c", 0, 1000)]
+        for post in (event["id"] for event in logged if event["type"] == "user_message"):
+            started = [event["run"] for event in logged if event.get("post") == post]
+            case.expect(len(started) == 1, f"the post {post} was answered by {len(started)} runs")
+        for run in dict.fromkeys(event["run"] for event in logged if "run" in event):
+            _judge_run(case, [event for event in logged if event.get("run") == run])
+        for connection in case.connections:
+            seqs = [event["seq"] for event in _events(bytes(connection.wire.stream))]
+            case.expect(seqs == list(range(seqs[0], seqs[0] + len(seqs))) if seqs else True, f"the client saw {seqs}")
+
+
+def _judge_run(case: Case, events: list[dict[str, Any]]) -> None:
+    types = [event["type"] for event in events]
+    case.expect(types[0] == "agent_started", f"a run begins with {types[0]}")
+    case.expect(types[-1] == "agent_completed" and Counter(types)["agent_completed"] == 1, f"a run is {types}")
+    calls = [
+        [event["call"] for event in events if event["type"] == f"tool_{end}"] for end in ("executing", "completed")
+    ]
+    case.expect(calls[0] == calls[1], f"tools began and ended: {calls}")
+
+
+def _events(stream: bytes) -> list[dict[str, Any]]:
+    objects = [json.loads(frame.data) for _, frame in parse(stream) if frame.opcode in DATA_OPCODES]
+    return [each for each in objects if "at" in each]
+
+
+async def worker(run: Run, case: Case) -> None:
+    async def measure() -> None:
+        await trio.sleep(0.1)
+        tool.result = len(run.message)
+
+    async with run.tool("length") as tool:
+        await case.explosive("tool", measure)()
+        if run.message == "wait":
+            await trio.sleep_forever()
+    for piece in ("It is ", f"{tool.result}"):
+        await run.say(piece)
+
+
+async def hear(peer: Peer, type_: str) -> dict[str, Any]:
+    """The next object of this type, which must come."""
+    while True:
+        heard: dict[str, Any] = json.loads(await peer.receive())
+        if heard["type"] == type_:
+            return heard
+
+
+async def say(peer: Peer, type_: str, **fields: Any) -> None:
+    await peer.send(json.dumps({"type": type_, "conversation": "c", **fields}))
+
+
+async def ask(case: Case, text: str) -> tuple[Peer, str]:
+    """A peer that has asked something, and the epoch."""
+    peer = await case.connect()
+    await say(peer, "open")
+    epoch = (await hear(peer, "opened"))["epoch"]
+    await say(peer, "post", id="1", text=text)
+    return peer, epoch
+
+
+async def chat(case: Case) -> None:
+    peer, _ = await ask(case, "hello")
+    completed = await hear(peer, "agent_completed")
+    assert completed["outcome"] == "success" or case.injected_at is not None
+    await peer.close()
+
+
+async def cancel(case: Case) -> None:
+    peer, _ = await ask(case, "wait")
+    run = (await hear(peer, "tool_executing"))["run"]
+    await say(peer, "cancel", run=run)
+    completed = await hear(peer, "agent_completed")
+    assert completed["outcome"] == "cancelled" or case.injected_at is not None
+    await peer.close()
+
+
+async def come_back(case: Case) -> None:
+    peer, epoch = await ask(case, "hello")
+    last = (await hear(peer, "tool_executing"))["seq"]
+    peer.leave_now()
+    peer = await case.connect()
+    await say(peer, "open", after=last, epoch=epoch)
+    await hear(peer, "agent_completed")
+    await peer.close()
+
+
+async def be_drained(case: Case) -> None:
+    peer, _ = await ask(case, "wait")
+    await hear(peer, "tool_executing")
+    case.server_scope.cancel()
+    completed = await hear(peer, "agent_completed")
+    assert completed["outcome"] == "interrupted" or case.injected_at is not None
+    await peer.read_to_end()
+
+
+RUN_CANCELLED = Fault(
+    "run cancelled", lambda case: case.subject.run.cancel(), lambda case: getattr(case.subject, "run", None)
+)
+
+CHAT: dict[str, Any] = {
+    "handler": do_nothing,  # the session of the chat is
+    "subprotocol": SUBPROTOCOL,
+    "payload": json.loads,
+    "faults": (*FAULTS, RUN_CANCELLED, explosion("agent"), explosion("tool")),
+    "roots": (Router.serve, _Chat._live),
+}
+
+SCENARIOS = (
+    Scenario(name="handshake", handler=do_nothing, peer=shake_hands, codes=(NORMAL,)),
+    Scenario(
+        name="echo",
+        handler=echo,
+        peer=talk,
+        codes=(NORMAL,),
+        payload=lambda payload: payload in (b"one", b"two", b"three"),
+    ),
+    Scenario(
+        name="busy handler", handler=echo_late, peer=talk_ahead, codes=(NORMAL,), payload=is_piece, send_buffer=4608
+    ),
+    Scenario(
+        name="slow reader",
+        handler=stream,
+        peer=read_slowly,
+        codes=(NORMAL,),
+        payload=is_piece,
+        send_buffer=4608,
+    ),
+    Scenario(name="ping time-out", handler=greet_and_sleep, peer=never_pong, codes=(NO_PONG,)),
+    ChatScenario(name="chat with a tool", peer=chat, codes=(NORMAL,), **CHAT),
+    ChatScenario(name="cancel", peer=cancel, codes=(NORMAL,), **CHAT),
+    ChatScenario(name="replay", peer=come_back, codes=(ABNORMAL, NORMAL), **CHAT),
+    ChatScenario(name="drain", peer=be_drained, codes=(SERVICE_RESTART,), **CHAT),
+)
+
+EACH = [(scenario, fault) for scenario in SCENARIOS for fault in scenario.faults]
+
+
+@pytest.mark.parametrize(("scenario", "fault"), EACH, ids=str)
+def test_at_every_step(scenario: Scenario, fault: Fault, checkpoint_cases: Counter[str]) -> None:
+    checkpoint_cases["in memory"] += every_step(scenario, fault)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
+def test_on_real_sockets_at_some_steps(scenario: Scenario, checkpoint_cases: Counter[str]) -> None:
+    sample = Random(SEED).sample
+    for fault in scenario.faults:
+        checkpoint_cases["over TCP"] += every_step(
+            scenario, fault, family=AF_INET, steps=lambda possible: sample(possible, min(2, len(possible)))
+        )
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
+def test_a_case_is_the_same_each_time(scenario: Scenario) -> None:
+    first = play(scenario, FAULTS[0], seed=SEED)
+    step = first.possible[len(first.possible) // 2]
+    assert play(scenario, FAULTS[0], step, seed=SEED).trace == play(scenario, FAULTS[0], step, seed=SEED).trace
+    assert play(scenario, FAULTS[0], seed=SEED).trace == first.trace
+
+
+# Handlers with a mistake, and what is said of it
+
+
+async def hold_on(ws: WebSocket) -> None:
+    with trio.CancelScope(shield=True):
+        await trio.sleep(3)
+
+
+async def leave_a_task(ws: WebSocket) -> None:
+    trio.lowlevel.spawn_system_task(trio.sleep_forever)
+
+
+async def leave_a_descriptor(ws: WebSocket) -> None:
+    os.dup(0)
+
+
+async def send_half_a_frame(ws: WebSocket) -> None:
+    ws._transport._socket.send(b"\x81\x05he")  # type: ignore[attr-defined]
+
+
+async def report_an_error(ws: WebSocket) -> None:
+    report_error(RuntimeError("nobody expects this"))
+
+
+async def swallow_cancellation(ws: WebSocket) -> None:
+    try:
+        await trio.sleep_forever()
+    except trio.Cancelled:  # noqa: ASYNC103
+        ws._transport._readiness = None  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("handler", "fault", "problem"),
+    [
+        (hold_on, "FIN", "seconds after"),
+        (leave_a_task, None, "tasks are left"),
+        (leave_a_descriptor, None, "a descriptor is left"),
+        (send_half_a_frame, None, "UnicodeDecodeError"),
+        (report_an_error, None, "nobody expects this"),
+        (swallow_cancellation, "FIN", "AttributeError"),
+    ],
+)
+def test_it_finds(handler: Handler, fault: str | None, problem: str) -> None:
+    scenario = Scenario(name="mistake", handler=handler, peer=listen, codes=(NORMAL,))
+    injected = next((each for each in FAULTS if each.name == fault), FAULTS[0])
+    descriptors = set(os.listdir("/proc/self/fd"))
+    try:
+        with pytest.raises(AssertionError, match=problem):
+            every_step(scenario, injected)
+    finally:
+        for left in set(os.listdir("/proc/self/fd")) - descriptors:
+            with suppress(OSError):
+                os.close(int(left))
+
+
+async def listen(case: Case) -> None:
+    peer = await case.connect()
+    await peer.read_to_end()
