@@ -11,7 +11,7 @@ import pytest
 
 from tricorn import close, metrics
 from tricorn.chat import protocol
-from tricorn.metrics import Connections, Counter, Histogram, Totals
+from tricorn.metrics import NOTHING, Connections, Counter, Histogram, Numbers, Totals, total
 from tricorn.settings import Settings
 from tricorn.web.metrics import app
 
@@ -52,6 +52,15 @@ def test_traffic_never_shrinks_when_a_connection_ends() -> None:
     assert len(connections) == 1
     second.messages = 5
     assert connections.totals() == (8, 0, 80, 0)
+
+
+def test_of_several_processes_everything_is_summed_and_of_those_that_ended_what_only_grows() -> None:
+    one = Numbers({"closed": {"1000": [1], "other": [2]}, "seconds": {"success": [1, 2, 2.5]}}, {"runs": {"": [3]}})
+    other = Numbers({"closed": {"1000": [10], "other": [0]}, "seconds": {"success": [0, 1, 9.5]}}, {"runs": {"": [4]}})
+    ended = Numbers(one.grown, {})
+    assert total([NOTHING, one, other, ended]) == Numbers(
+        {"closed": {"1000": [12], "other": [4]}, "seconds": {"success": [2, 5, 14.5]}}, {"runs": {"": [7]}}
+    )
 
 
 def test_the_labels_are_those_of_the_protocol_and_of_the_settings() -> None:

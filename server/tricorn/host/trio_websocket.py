@@ -12,10 +12,9 @@ from __future__ import annotations
 
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import trio
-from trio import move_on_after
 from trio_websocket import ConnectionClosed
 
 from ..connection import WebSocket
@@ -41,12 +40,12 @@ def adapt(
 ) -> Callable[[WebSocketRequest], Awaitable[None]]:
     """Make a handler for trio-websocket of one for Tricorn. The arguments are those of `tricorn.serve`.
 
-    What it returns raises no Exception. If it is cancelled, as by whatever cancels `serve_websocket`, the connection is
-    closed with 1012, within `settings.close_timeout`.
+    What it returns raises no Exception, but for a TypeError where the stream is not on a socket. If it is cancelled, as
+    by whatever cancels `serve_websocket`, the connection is closed with 1012, within `settings.close_timeout`.
 
-    What happens before the request is there is trio-websocket's: its `connect_timeout` holds and not
-    `handshake_timeout`; how large a head may be, and how many connections there may be, it does not bound. Of what
-    comes after it `max_message_size`, `message_queue_size` and `receive_buffer_size` mean nothing.
+    What happens before the request is there is trio-websocket's: its `connect_timeout` holds, not
+    `settings.handshake_timeout`, and it bounds neither heads nor how many connections there are. Of what comes after,
+    `max_message_size`, `message_queue_size` and `receive_buffer_size` mean nothing.
     """
 
     async def serve(request: WebSocketRequest) -> None:
@@ -59,7 +58,7 @@ def adapt(
                 await request.reject(refused.status, extra_headers=headers, body=f"{refused}\n".encode())
             return
         connection = request._connection
-        stream, connection._stream = connection._stream, _Gone()
+        stream, connection._stream = connection._stream, cast(trio.abc.Stream, _Gone())
         sock = _socket(stream)
         trio.lowlevel.notify_closing(sock)  # so that trio-websocket's reader ends; it stays open
         try:
@@ -74,10 +73,7 @@ def adapt(
     async def _serve(stream: _TakenOver, sock: trio.socket.SocketType, request: Request) -> None:
         peer = sock.getpeername()[:2]
         subprotocol = choose_subprotocol(request, subprotocols)
-        with move_on_after(settings.handshake_timeout) as answering:
-            await stream.send_all(accept(request, subprotocol))
-        if answering.cancelled_caught:
-            return
+        await stream.send_all(accept(request, subprotocol))  # nothing was sent before, so there is room
         wire = StreamSocket(stream, sock)
         transport = NativeTransport(wire, b"", wire, settings)
         websocket = WebSocket(
@@ -133,20 +129,11 @@ class _TakenOver:
         return await self._stream.receive_some(max_bytes)
 
 
-class _Gone(trio.abc.Stream):
+class _Gone:
     """What trio-websocket has instead of its stream: closed."""
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         raise trio.ClosedResourceError
-
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        raise trio.ClosedResourceError
-
-    async def wait_send_all_might_not_block(self) -> None:
-        raise trio.ClosedResourceError
-
-    async def aclose(self) -> None:
-        await trio.lowlevel.checkpoint()
 
 
 def _socket(stream: trio.abc.Stream) -> trio.socket.SocketType:

@@ -208,6 +208,25 @@ async def test_a_large_answer_reaches_who_ended_only_its_half_of_the_stream(
         assert await client.receive() == bytes(MORE_THAN_SOCKETS_HOLD)
 
 
+async def test_a_last_large_answer_reaches_who_ended_only_its_half_of_the_stream(
+    hosted: Served, patient_clock: MockClock
+) -> None:
+    ended = trio.Event()
+
+    async def handler(ws: WebSocket) -> None:
+        await ended.wait()
+        await ws.receive()
+        await ws.send(bytes(MORE_THAN_SOCKETS_HOLD))
+
+    async with hosted(handler, settings=SETTINGS) as server, server.connect() as client:
+        await client.send("large")
+        await client.stream.send_eof()
+        await wait_all_tasks_blocked()
+        ended.set()
+        assert await client.receive() == bytes(MORE_THAN_SOCKETS_HOLD)
+        assert await client.frame() is None
+
+
 async def test_an_answer_that_is_put_off_goes_out_though_the_handler_stops_receiving(hosted: Served) -> None:
     async def handler(ws: WebSocket) -> None:
         await ws.send(await ws.receive())

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
 import pytest
 import trio
 import trustme
-from trio.testing import MockClock, wait_all_tasks_blocked
-from trio_websocket import WebSocketRequest, serve_websocket
-from websockets.frames import Opcode
+from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
+from trio_websocket import WebSocketRequest, serve_websocket, wrap_server_stream
+from websockets.frames import Frame, Opcode
 
 from fixtures.handlers import echo, flood, greet_and_sleep
 from tricorn import Settings, WebSocket
+from tricorn.host.stream import StreamSocket
 from tricorn.host.trio_websocket import adapt
 
 Served = Callable[..., AbstractAsyncContextManager[Any]]
 
 SETTINGS = Settings(close_timeout=3, stall_timeout=8, ping_interval=1000, ping_timeout=1000)
+
+UPGRADE = (
+    b"GET / HTTP/1.1\r\nHost: h\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
 
 
 async def embedding(
@@ -137,28 +143,59 @@ async def test_the_handler_sees_the_request(embedded: Served) -> None:
         assert ws.peer == client.stream.socket.getsockname()
 
 
-async def test_who_goes_before_it_is_answered_disturbs_nobody(embedded: Served) -> None:
-    """Whatever the answer is: trio-websocket ends the server where a handler raises what a send did."""
+async def test_however_much_came_behind_the_head_is_not_lost(embedded: Served) -> None:
+    async with embedded(adapt(echo)) as server, server.open() as stream:
+        client = server.client(stream)
+        early = [Frame(Opcode.BINARY, bytes([number]) * 10_000) for number in range(5)]
+        await stream.send_all(client.request() + b"".join(each.serialize(mask=True) for each in early))
+        await client.handshake()
+        assert [await client.receive() for _ in early] == [each.data for each in early]
+
+
+@pytest.mark.parametrize("origin", [None, "https://evil.example"])
+async def test_who_goes_before_it_is_answered_disturbs_nobody(embedded: Served, origin: str | None) -> None:
+    """Whether it is accepted or refused."""
     gone = trio.Event()
-    adapted = adapt(echo, path="/")
+    adapted = adapt(echo)
 
     async def late(request: WebSocketRequest) -> None:
-        if request.path != "/":
+        if request.path == "/late":
             await gone.wait()
-            await wait_all_tasks_blocked()
         await adapted(request)
 
     async with embedded(late) as server, server.connect() as other:
-        for path in ("/nowhere", "//"):
-            async with server.open() as stream:
-                client = server.client(stream, path)
-                await stream.send_all(client.request())
-                await wait_all_tasks_blocked()
-                client.reset()
+        async with server.open() as stream:
+            client = server.client(stream, "/late", origin=origin)
+            await stream.send_all(client.request())
+            await wait_all_tasks_blocked()
+            client.reset()
+        await wait_all_tasks_blocked()
         gone.set()
         await wait_all_tasks_blocked()
         await other.send("undisturbed")
         assert await other.receive() == "undisturbed"
+
+
+async def test_a_bug_ends_one_connection_and_nothing_else(
+    embedded: Served, monkeypatch: pytest.MonkeyPatch, records: Any
+) -> None:
+    async with embedded(adapt(echo)) as server, server.connect() as other:
+        with monkeypatch.context() as broken, suppress(trio.BrokenResourceError):
+            broken.setattr(StreamSocket, "__init__", lambda *_: 1 / 0)
+            async with server.connect() as client:
+                assert await client.frame() is None
+        [record] = records.read("ERROR")
+        assert record["path"] == "/"
+        await other.send("undisturbed")
+        assert await other.receive() == "undisturbed"
+
+
+async def test_what_is_not_on_a_socket_is_refused(nursery: trio.Nursery) -> None:
+    ours, theirs = memory_stream_pair()
+    nursery.start_soon(ours.send_all, UPGRADE)
+    request = await wrap_server_stream(nursery, theirs)
+    with pytest.raises(TypeError, match="are on sockets, with TLS or without, not on a StapledStream"):
+        await adapt(echo)(request)
 
 
 # The program around it
