@@ -180,6 +180,7 @@ async def test_a_bug_ends_one_connection_and_nothing_else(
     embedded: Served, monkeypatch: pytest.MonkeyPatch, records: Any
 ) -> None:
     async with embedded(adapt(echo)) as server, server.connect() as other:
+        await wait_all_tasks_blocked()  # the server has gone on behind the response
         with monkeypatch.context() as broken, suppress(trio.BrokenResourceError):
             broken.setattr(StreamSocket, "__init__", lambda *_: 1 / 0)
             async with server.connect() as client:
