@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import trio
+from trio.lowlevel import checkpoint, notify_closing
 from trio_websocket import ConnectionClosed
 
 from ..connection import WebSocket
@@ -60,7 +61,7 @@ def adapt(
         connection = request._connection
         stream, connection._stream = connection._stream, cast(trio.abc.Stream, _Gone())
         sock = _socket(stream)
-        trio.lowlevel.notify_closing(sock)  # so that trio-websocket's reader ends; it stays open
+        notify_closing(sock)  # so that trio-websocket's reader ends; it stays open
         try:
             await _serve(_TakenOver(stream, connection), sock, asked)
         except* (OSError, trio.BrokenResourceError):
@@ -134,6 +135,9 @@ class _Gone:
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         raise trio.ClosedResourceError
+
+    async def aclose(self) -> None:
+        await checkpoint()
 
 
 def _socket(stream: trio.abc.Stream) -> trio.socket.SocketType:

@@ -17,7 +17,6 @@ from websockets.frames import Frame, Opcode
 
 from fixtures.handlers import echo, flood, greet_and_sleep
 from tricorn import Settings, WebSocket
-from tricorn.host.stream import StreamSocket
 from tricorn.host.trio_websocket import adapt
 
 Served = Callable[..., AbstractAsyncContextManager[Any]]
@@ -179,12 +178,15 @@ async def test_who_goes_before_it_is_answered_disturbs_nobody(embedded: Served, 
 async def test_a_bug_ends_one_connection_and_nothing_else(
     embedded: Served, monkeypatch: pytest.MonkeyPatch, records: Any
 ) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a bug")
+
     async with embedded(adapt(echo)) as server, server.connect() as other:
-        await wait_all_tasks_blocked()  # the server has gone on behind the response
         with monkeypatch.context() as broken, suppress(trio.BrokenResourceError):
-            broken.setattr(StreamSocket, "__init__", lambda *_: 1 / 0)
-            async with server.connect() as client:
-                assert await client.frame() is None
+            broken.setattr("tricorn.host.trio_websocket.choose_subprotocol", fail)
+            async with server.open() as stream:
+                await stream.send_all(UPGRADE)
+                assert await stream.receive_some() == b""
         [record] = records.read("ERROR")
         assert record["path"] == "/"
         await other.send("undisturbed")
