@@ -14,6 +14,7 @@ TESTS = Path(__file__).parent
 LAYERS = ("unit", "integration", "e2e", "mission_critical")
 SERVICES = ("replica", "tricorn")
 WIDTH = 64  # characters of a verdict
+CONFORMANCE: list[str] = []
 OUTCOMES = ("passed", "failed", "error", "skipped")
 
 
@@ -21,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("Tricorn")
     group.addoption("--category", choices=LAYERS, help="run the tests of one layer, and those that always run")
     group.addoption("--real-services", action="store_true", help="fail, not skip, where PostgreSQL or Redis is missing")
+    group.addoption("--all-cases", action="store_true", help="run all 517 cases of the conformance suite, for minutes")
     group.addoption("--real-llm", action="store_true", help="run the tests that ask a real model, which costs")
 
 
@@ -47,7 +49,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print what each test of the incident found, on the replica and on Tricorn."""
+    """Print what the conformance suite found, and what each test of the incident did, on the replica and on Tricorn."""
+    if CONFORMANCE:
+        terminalreporter.section("RFC 6455 and RFC 7692, by kosoku")
+        terminalreporter.write_line(*CONFORMANCE)
     rows: dict[str, dict[str, str]] = {}
     for name, service, verdict in verdicts(terminalreporter):
         rows.setdefault(name, {})[service] = verdict
@@ -71,6 +76,12 @@ def verdicts(terminalreporter: pytest.TerminalReporter) -> Iterator[tuple[str, s
                 name = re.sub(rf"\[{service}\]|{service}-", "", report.nodeid.rpartition("::")[2])
                 verdict = properties.get("verdict", outcome) if outcome == "passed" else outcome.upper()
                 yield name, service, verdict if len(verdict) <= WIDTH else f"{verdict[:WIDTH]}…"
+
+
+@pytest.fixture
+def conformance() -> list[str]:
+    """What is to be said of the conformance suite at the end."""
+    return CONFORMANCE
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -21,6 +21,7 @@ EventBytes = Annotated[int, Meta(ge=4096, description="a whole number, 4096 or m
 Port = Annotated[int, Meta(ge=0, le=65535, description="a whole number from 0 to 65535")]
 Host = Annotated[str, Meta(min_length=1, description="an address or a host name")]
 ImportGuard = Annotated[Literal["off", "count", "report", "deny"], Meta(description="off, count, report or deny")]
+Deflate = Annotated[Literal["off", "takeover", "no-takeover"], Meta(description="off, takeover or no-takeover")]
 Bind = Annotated[tuple[Host, Port] | None, Meta(description="HOST:PORT, for example 127.0.0.1:9090")]
 AgentName = Annotated[str, Meta(min_length=1, description="module:function")]
 Auth = Annotated[Literal["none"] | None, Meta(description="none, which lets everybody in, or not set")]
@@ -118,6 +119,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     # Bytes of an HTTP request head, and of one WebSocket message.
     max_head_bytes: Count = 16384
     max_message_bytes: Count = 1048576
+    # Compression of messages: none, with what went before remembered, or each message by itself.
+    deflate: Deflate = "off"
     # Characters (Unicode code points) of one post.
     text_characters: Count = 32000
     # Conversations that one connection may have open.

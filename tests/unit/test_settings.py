@@ -23,9 +23,16 @@ def test_every_field_is_a_variable_or_has_another_way_in(field: msgspec.structs.
         "revision": {"K_REVISION": "3"},
         "import_guard": {"TRICORN_IMPORT_GUARD": "deny"},
         "auth": {"TRICORN_AUTH": "none"},
+        "deflate": {"TRICORN_DEFLATE": "takeover"},
         "origins": {"TRICORN_ORIGINS": "https://3.example"},
     }
-    values = {"host": "example.org", "auth": "none", "import_guard": "deny", "origins": ("https://3.example",)}
+    values = {
+        "host": "example.org",
+        "auth": "none",
+        "deflate": "takeover",
+        "import_guard": "deny",
+        "origins": ("https://3.example",),
+    }
     environ = ways.get(field.name, {f"TRICORN_{field.name.upper()}": "3"})
     value = getattr(Settings.from_environ(environ), field.name)
     if isinstance(value, Secret):

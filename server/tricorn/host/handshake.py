@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from base64 import b64decode, b64encode
 from binascii import Error as Base64Error
+from collections.abc import Sequence
 from hashlib import sha1
 from http import HTTPStatus
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote
 
 import h11
+from websockets.exceptions import InvalidHeaderFormat
+from websockets.headers import parse_extension
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n"  # RFC 9113 §3.4
+
+Offer = tuple[str, Sequence[tuple[str, str | None]]]  # of an extension: its name and its parameters
+
+_ABSOLUTE = re.compile(r"https?://([^/?#]*)", re.IGNORECASE)  # the beginning of an absolute-form, RFC 9112 §3.2.2
+_HOST = re.compile(r"(?:\[[0-9a-fA-F:.]+\]|[\w.~!$&'()*+;=%-]*)(?::[0-9]*)?", re.ASCII)  # RFC 9110 §7.2
 
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 §1.3
 
@@ -69,12 +78,17 @@ class Head:
             self._h11.receive_data(data)
             event = self._h11.next_event()
         except h11.RemoteProtocolError as error:
-            raise Refused(HTTPStatus(error.error_status_hint), f"bad request head: {error}") from None
+            status = HTTPStatus(error.error_status_hint)
+            if status is HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE and b"\n" not in self.data:
+                status = HTTPStatus.REQUEST_URI_TOO_LONG
+            raise Refused(status, f"bad request head: {error}") from None
         if not isinstance(event, h11.Request):
             return None
         if len(self.data) - len(self.rest) > self._max_bytes:  # h11 looks only at heads that are incomplete
             text = f"a request head may have at most {self._max_bytes} bytes"
             raise Refused(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, text)
+        if not event.http_version.startswith(b"1."):
+            raise Refused(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "this server speaks HTTP/1.1")
         return as_request(event.method, event.target.decode("ascii"), event.http_version, event.headers)
 
 
@@ -84,13 +98,16 @@ def as_request(method: bytes, target: str, http_version: bytes, raw_headers: Ite
     for raw_name, raw_value in raw_headers:
         name, value = raw_name.decode("ascii"), raw_value.decode("latin-1")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    if absolute := _ABSOLUTE.match(target):
+        headers["host"] = absolute[1]  # whatever the header says (RFC 9112 §3.2.2)
+        target = target[absolute.end() :]
     path, _, query = target.partition("?")
-    return Request(method.decode("ascii"), unquote(path), query, http_version.decode("ascii"), headers)
+    return Request(method.decode("ascii"), unquote(path) or "/", query, http_version.decode("ascii"), headers)
 
 
 def wants_websocket(request: Request) -> bool:
-    """Whether the request asks for an upgrade to WebSocket."""
-    return "websocket" in _tokens(request.headers.get("upgrade", ""))
+    """Whether the request asks for an upgrade to WebSocket. One of HTTP/1.0 cannot (RFC 9110 §7.8)."""
+    return request.http_version != "1.0" and "websocket" in _tokens(request.headers.get("upgrade", ""))
 
 
 def check(request: Request, path: str | None, origins: Sequence[str] = ()) -> None:
@@ -106,12 +123,12 @@ def check(request: Request, path: str | None, origins: Sequence[str] = ()) -> No
         raise Refused(HTTPStatus.NOT_FOUND, f"no WebSocket here; there is one at {path}")
     if request.method != "GET":
         raise Refused(HTTPStatus.METHOD_NOT_ALLOWED, "a WebSocket upgrade is a GET request", {"Allow": "GET"})
-    if request.http_version != "1.1":
-        raise Refused(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "a WebSocket upgrade needs HTTP/1.1")
+    if not _HOST.fullmatch(headers.get("host", "")):
+        raise Refused(HTTPStatus.BAD_REQUEST, "the Host must be a name or an address, with or without a port")
     if "upgrade" not in _tokens(headers.get("connection", "")):
         raise Refused(HTTPStatus.BAD_REQUEST, "the Connection header must name Upgrade")
-    if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
-        raise Refused(HTTPStatus.BAD_REQUEST, "a WebSocket upgrade has no body")
+    if int(headers.get("content-length", "0")) or "transfer-encoding" in headers:
+        raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "a WebSocket upgrade has no body")
     if headers.get("sec-websocket-version") != "13":
         text = "the Sec-WebSocket-Version must be 13"
         raise Refused(HTTPStatus.UPGRADE_REQUIRED, text, {"Sec-WebSocket-Version": "13", **UPGRADE})
@@ -150,7 +167,20 @@ def choose_subprotocol(request: Request, known: Sequence[str]) -> str | None:
     return next((name for name in map(str.strip, offered) if name in known), None)
 
 
-def accept(request: Request, subprotocol: str | None) -> bytes:
+def offered_extensions(request: Request) -> Sequence[Offer]:
+    """What the client would have, the best first.
+
+    Raises:
+        Refused: the header is malformed, which RFC 6455 §9.1 lets nobody overlook.
+    """
+    header = request.headers.get("sec-websocket-extensions")
+    try:
+        return () if header is None else parse_extension(header)
+    except InvalidHeaderFormat as error:
+        raise Refused(HTTPStatus.BAD_REQUEST, f"bad Sec-WebSocket-Extensions: {error}") from None
+
+
+def accept(request: Request, subprotocol: str | None, extensions: str | None = None) -> bytes:
     """The 101 response (RFC 6455 §4.2.2)."""
     digest = sha1(request.headers["sec-websocket-key"].encode() + _GUID, usedforsecurity=False).digest()
     lines = [
@@ -161,10 +191,12 @@ def accept(request: Request, subprotocol: str | None) -> bytes:
     ]
     if subprotocol is not None:
         lines.append(b"Sec-WebSocket-Protocol: " + subprotocol.encode())
+    if extensions is not None:
+        lines.append(b"Sec-WebSocket-Extensions: " + extensions.encode())
     return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
-def refuse(refused: Refused) -> bytes:
+def refuse(refused: Refused, head: Head) -> bytes:
     """The response to a request that is refused; the connection is closed behind it."""
     body = f"{refused}\n".encode()
     headers = {
@@ -174,7 +206,8 @@ def refuse(refused: Refused) -> bytes:
         **refused.headers,
     }
     lines = [f"HTTP/1.1 {refused.status.value} {refused.status.phrase}", *(f"{k}: {v}" for k, v in headers.items())]
-    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+    response = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
+    return response if head.data.startswith(b"HEAD ") else response + body  # RFC 9110 §9.3.2
 
 
 def _tokens(header: str) -> list[str]:

@@ -16,6 +16,7 @@ from ..close import FULL
 from ..connection import WebSocket
 from ..metrics import LIMIT_HITS
 from ..report import report, report_error
+from .deflate import negotiate
 from .handshake import (
     UPGRADE,
     Head,
@@ -23,10 +24,11 @@ from .handshake import (
     accept,
     check,
     choose_subprotocol,
+    offered_extensions,
     refuse,
     wants_websocket,
 )
-from .native import READ_SIZE, NativeTransport
+from .native import READ_DEFLATED, READ_SIZE, NativeTransport
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 Address = tuple[str, int]
 
 BACKLOG = 4096
+READ_HEAD = READ_DEFLATED  # bytes: behind the head there may be messages already
 ACCEPT_AT_ONCE = 64  # then others get their turn
 PAUSE = 0.1  # seconds without accepting when descriptors or memory ran out
 SPARE = 128  # sockets beyond max_connections: to say so on, to read heads from, and for pages and health
@@ -157,7 +160,7 @@ class Router:
             except Refused as refused:
                 if refused.status is HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
                     LIMIT_HITS.add("max_head_bytes")
-                await self._refuse(sock, refuse(refused))
+                await self._refuse(sock, refuse(refused, head))
         except OSError:
             pass  # the peer is gone
         except Exception as error:  # a bug of ours: it ends this connection and nothing else
@@ -171,7 +174,7 @@ class Router:
         with move_on_after(self._settings.handshake_timeout):
             while True:
                 await wait_readable(sock)
-                data = sock.recv(READ_SIZE)
+                data = sock.recv(READ_HEAD)
                 if not data:
                     return None
                 request = head.receive_data(data)
@@ -183,9 +186,14 @@ class Router:
 
     async def _upgrade(self, sock: socket.socket, peer: Address, request: Request, rest: bytes) -> None:
         subprotocol = choose_subprotocol(request, self._subprotocols)
+        agreement = None
+        offers = offered_extensions(request)
+        if self._settings.deflate != "off":
+            agreement = negotiate(offers, takeover=self._settings.deflate == "takeover")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.send(accept(request, subprotocol))  # nothing was sent before, so there is room
-        transport = NativeTransport(sock, rest, self._readiness, self._settings)
+        extensions = agreement.header() if agreement else None
+        sock.send(accept(request, subprotocol, extensions))  # nothing was sent before, so there is room
+        transport = NativeTransport(sock, rest, self._readiness, self._settings, agreement)
         websocket = WebSocket(
             transport,
             peer=peer,

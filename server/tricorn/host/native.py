@@ -13,6 +13,7 @@ from trio.lowlevel import ParkingLot
 from ..close import ABNORMAL, NO_PONG, STALLED, TOO_BIG, Close
 from ..connection import Traffic
 from ..metrics import LIMIT_HITS
+from .deflate import Deflater, Inflater
 from .websocket import Opcode, Receiver, close_frame, frame
 
 if TYPE_CHECKING:
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
 
     from ..connection import WebSocket
     from ..settings import Settings
+    from .deflate import Agreement
     from .readiness import Readiness
 
 READ_SIZE = 65536  # bytes; what one read takes at most
+READ_DEFLATED = 4096  # bytes; the same where they may inflate, to a thousand times as much
 READ_AHEAD = 65536  # bytes; what is read while the connection has something to receive, before reading pauses
 RESET = pack("ii", 1, 0)  # for SO_LINGER: close with RST and keep nothing
 PUT_OFF = 65536  # bytes; what is put off at most to go out in one write
@@ -55,7 +58,9 @@ class NativeTransport:
     Reading pauses when the connection does not keep up: a busy handler is backpressure for its peer.
     """
 
-    def __init__(self, sock: Wire, rest: bytes, readiness: Readiness, settings: Settings) -> None:
+    def __init__(
+        self, sock: Wire, rest: bytes, readiness: Readiness, settings: Settings, agreement: Agreement | None = None
+    ) -> None:
         self.wants_read = True
         self.wants_write = False
         self.at_eof = False
@@ -64,8 +69,11 @@ class NativeTransport:
         self._readiness = readiness
         self._settings = settings
         self._connection: WebSocket
-        self._codec = Receiver(settings.max_message_bytes)
-        self._unread = 0  # bytes read while the connection had something to receive
+        self._inflates = agreement is not None
+        self._codec = Receiver(settings.max_message_bytes, Inflater(agreement) if agreement else None)
+        self._frame = Deflater(agreement).frame if agreement else frame
+        self._read_size = READ_DEFLATED if agreement else READ_SIZE
+        self._unread = 0  # bytes read, or inflated, while the connection had something to receive
         self._put_off: list[bytes] = []  # frames
         self._put_off_bytes = 0
         self._pong = b""  # the answer to the last ping that came while something was unsent
@@ -107,7 +115,7 @@ class NativeTransport:
             raise BrokenResourceError("the connection is over")
         opcode = Opcode.TEXT if text else Opcode.BINARY
         for payload in payloads:
-            data = frame(opcode, payload)
+            data = self._frame(opcode, payload)
             self._put_off.append(data)
             self._put_off_bytes += len(data)
         if self._connection.inbox and self._put_off_bytes < PUT_OFF:
@@ -156,10 +164,13 @@ class NativeTransport:
 
     def readable(self) -> None:
         if not self.wants_read:  # the peer hung up: what it left is bounded, so read that and find the end
+            if self._inflates and self._unread > self._settings.max_message_bytes + READ_AHEAD:
+                self._end_of_stream("no close frame within what could be inflated")
+                return
             self.wants_read = True
             self._readiness.change(self)
         try:
-            data = self._socket.recv(READ_SIZE)
+            data = self._socket.recv(self._read_size)
         except BlockingIOError:
             return
         except OSError as error:
@@ -245,7 +256,7 @@ class NativeTransport:
             self._look_finished()
             connection.end(over)
         elif connection.inbox:
-            self._unread += len(data)
+            self._unread += sum(map(len, messages)) if self._inflates else len(data)
             if self._unread > READ_AHEAD and not self._broken:
                 self.wants_read = False
                 self._readiness.change(self)

@@ -1,6 +1,6 @@
 """RFC 6455 for the server's side of a connection, Sans-I/O: bytes in, messages out.
 
-The receiving half is `Receiver`. The sending half is stateless: `frame` and `close_frame`.
+The receiving half is `Receiver`. The sending half is stateless: `frame` and `close_frame`. RFC 7692 is in `deflate`.
 """
 
 from __future__ import annotations
@@ -8,10 +8,15 @@ from __future__ import annotations
 import codecs
 from enum import IntEnum
 from struct import Struct
+from typing import TYPE_CHECKING
+from zlib import error as DeflateError
 
 from websockets.frames import apply_mask  # type: ignore[attr-defined]
 
 from ..close import INVALID_DATA, NO_STATUS, PROTOCOL_ERROR, TOO_BIG, Close, may_be_sent
+
+if TYPE_CHECKING:
+    from .deflate import Inflater
 
 Message = str | bytes
 
@@ -28,6 +33,7 @@ class Opcode(IntEnum):
 
 
 MAX_CONTROL_PAYLOAD = 125  # RFC 6455 §5.5
+RSV1 = 0x40  # a compressed message begins, RFC 7692 §6
 
 _FIN = 0x80
 _RSV = 0x70
@@ -38,12 +44,15 @@ _OPCODES = frozenset(Opcode)
 
 _header16 = Struct("!BBH").pack
 _header64 = Struct("!BBQ").pack
-_SHORT_HEADERS = {opcode: [bytes((_FIN | opcode, size)) for size in range(126)] for opcode in Opcode}
+_SHORT_HEADERS = {
+    first: [bytes((_FIN | first, size)) for size in range(126)]
+    for first in (*Opcode, RSV1 | Opcode.TEXT, RSV1 | Opcode.BINARY)
+}
 _utf8_decoder = codecs.getincrementaldecoder("utf-8")
 
 
-def frame(opcode: Opcode, payload: bytes) -> bytes:
-    """One whole unmasked frame, its length in the shortest form (RFC 6455 §5.2)."""
+def frame(opcode: int, payload: bytes) -> bytes:
+    """One whole unmasked frame, its length in the shortest form (RFC 6455 §5.2). `opcode` may have `RSV1` with it."""
     size = len(payload)
     if size < 126:
         return _SHORT_HEADERS[opcode][size] + payload
@@ -73,13 +82,17 @@ class Receiver:
     A message is refused as soon as a frame's header says that it would pass `max_message_bytes`, before any of it is
     kept, and text at its first byte that is not UTF-8. Of a frame that comes in pieces, each is used at once: what is
     kept is the message so far and at most one incomplete frame header.
+
+    With an `Inflater` messages may be compressed. Then what counts is what they inflate to, and one that passes the
+    limit is refused at the byte that does.
     """
 
-    def __init__(self, max_message_bytes: int) -> None:
+    def __init__(self, max_message_bytes: int, inflater: Inflater | None = None) -> None:
         self.pings: list[bytes] = []  # payloads of pings; whoever answers them clears the list
         self.closed: Close | None = None  # the peer's close frame
         self.violation: Close | None = None  # what the peer did wrong, as the close to answer with
         self._max = max_message_bytes
+        self._inflater = inflater
         self._buffer = b""  # an incomplete frame header
         self._opcode = Opcode.CONTINUATION  # of the frame on its way
         self._fin = False
@@ -87,6 +100,7 @@ class Receiver:
         self._mask = b""  # turned to where that payload goes on
         self._control = b""
         self._message = Opcode.CONTINUATION  # of the message on its way: TEXT, BINARY, or CONTINUATION for none
+        self._inflating: Inflater | None = None  # if that message is compressed
         self._parts = bytearray()
         self._utf8 = _utf8_decoder()
 
@@ -103,6 +117,8 @@ class Receiver:
                 self.violation = violation.close
             except UnicodeDecodeError as error:
                 self.violation = Close(INVALID_DATA, f"not UTF-8: {error.reason}")
+            except DeflateError:
+                self.violation = Close(INVALID_DATA, "what came cannot be inflated")
         return messages
 
     def _receive(self, data: bytes, messages: list[Message]) -> None:
@@ -129,8 +145,8 @@ class Receiver:
             if length > 125:
                 length = _extended_length(data[position + 2 : start - 4])
             mask = data[start - 4 : start]
-            if length + len(self._parts) > self._max and not first & 8:
-                raise _Violation(TOO_BIG, f"a message may have at most {self._max} bytes")
+            if length + len(self._parts) > self._max and not (first & 8 or first & RSV1 or self._inflating):
+                raise self._too_big()
             end = start + length
             if end <= size and not self._message:  # the plain case: a whole frame
                 payload = apply_mask(data[start:end], mask)
@@ -148,6 +164,7 @@ class Receiver:
             self._mask = mask
             if self._opcode < 8 and self._opcode:
                 self._message = self._opcode
+                self._inflating = self._inflater if first & RSV1 else None
             position = self._go_on(data, start, messages)
         if self.closed is None:
             self._buffer = data[position:]
@@ -155,8 +172,9 @@ class Receiver:
     def _check(self, first: int, length: int) -> None:
         """Refuse what §5.2, §5.4 and §5.5 forbid in the first two bytes of a frame."""
         opcode = first & 0x0F
-        if first & _RSV:
-            raise _Violation(PROTOCOL_ERROR, "a reserved bit is set and no extension was negotiated")
+        reserved = first & _RSV
+        if reserved and (reserved != RSV1 or self._inflater is None or opcode not in (Opcode.TEXT, Opcode.BINARY)):
+            raise _Violation(PROTOCOL_ERROR, "a reserved bit is set that no extension gives a meaning here")
         if opcode not in _OPCODES:
             raise _Violation(PROTOCOL_ERROR, f"opcode {opcode} is not defined")
         if opcode >= 8:
@@ -185,6 +203,11 @@ class Receiver:
                 self._control_frame(payload)
             return end
         finished = self._fin and not self._left
+        if self._inflating:
+            room = self._max - len(self._parts)
+            payload = self._inflating.inflate(payload, room + 1, last=finished)
+            if len(payload) > room:
+                raise self._too_big()
         if self._message == Opcode.TEXT:
             self._utf8.decode(payload, finished)
             if b"\xed\xa0" <= self._utf8.getstate()[0] < b"\xee":  # which the decoder lets pass until its third byte
@@ -193,8 +216,12 @@ class Receiver:
         if finished:
             messages.append(self._parts.decode() if self._message == Opcode.TEXT else bytes(self._parts))
             self._message = Opcode.CONTINUATION
+            self._inflating = None
             self._parts = bytearray()
         return end
+
+    def _too_big(self) -> _Violation:
+        return _Violation(TOO_BIG, f"a message may have at most {self._max} bytes")
 
     def _control_frame(self, payload: bytes) -> None:
         if self._opcode == Opcode.PING:

@@ -127,6 +127,10 @@ def test_wants_websocket(upgrade: str, wants: bool) -> None:
     assert wants_websocket(request(upgrade=upgrade)) == wants
 
 
+def test_http_1_0_knows_no_upgrade() -> None:
+    assert not wants_websocket(request(version="1.0"))
+
+
 def test_who_names_no_protocol_wants_no_websocket() -> None:
     assert not wants_websocket(request(upgrade=None))
 
@@ -152,11 +156,11 @@ def test_what_is_upgraded(good: Request) -> None:
     [
         (request(path="/other"), 404, "no WebSocket here; there is one at /ws"),
         (request("POST", path="/ws"), 405, "a WebSocket upgrade is a GET request"),
-        (request(version="1.0", path="/ws"), 505, "a WebSocket upgrade needs HTTP/1.1"),
         (request(connection="keep-alive", path="/ws"), 400, "the Connection header must name Upgrade"),
         (request(connection=None, path="/ws"), 400, "the Connection header must name Upgrade"),
-        (request(content_length="1", path="/ws"), 400, "a WebSocket upgrade has no body"),
-        (request(transfer_encoding="chunked", path="/ws"), 400, "a WebSocket upgrade has no body"),
+        (request(host="a b", path="/ws"), 400, "the Host must be a name or an address, with or without a port"),
+        (request(content_length="1", path="/ws"), 413, "a WebSocket upgrade has no body"),
+        (request(transfer_encoding="chunked", path="/ws"), 413, "a WebSocket upgrade has no body"),
         (request(sec_websocket_version="8", path="/ws"), 426, "the Sec-WebSocket-Version must be 13"),
         (request(sec_websocket_version=None, path="/ws"), 426, "the Sec-WebSocket-Version must be 13"),
         *(
@@ -222,7 +226,7 @@ def test_accept_names_the_subprotocol() -> None:
 
 
 def test_refuse() -> None:
-    assert refuse(Refused(HTTPStatus.METHOD_NOT_ALLOWED, "a é", {"Allow": "GET"})) == (
+    assert refuse(Refused(HTTPStatus.METHOD_NOT_ALLOWED, "a é", {"Allow": "GET"}), Head(1000)) == (
         b"HTTP/1.1 405 Method Not Allowed\r\n"
         b"Connection: close\r\n"
         b"Content-Type: text/plain; charset=utf-8\r\n"
