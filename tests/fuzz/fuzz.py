@@ -1,0 +1,73 @@
+"""Coverage-guided fuzzing of what reads bytes of strangers, by atheris (libFuzzer).
+
+    python tests/fuzz/fuzz.py codec -max_total_time=600 tests/fuzz/corpus/codec
+    python tests/fuzz/fuzz.py handshake -max_total_time=600 tests/fuzz/corpus/handshake
+
+Whatever comes, nothing may raise but what says so, and cutting the bytes elsewhere may change nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import atheris
+
+with atheris.instrument_imports(include=["tricorn.host"]):
+    from tricorn.host.deflate import Agreement, Inflater, negotiate
+    from tricorn.host.handshake import (
+        Head,
+        Refused,
+        accept,
+        check,
+        choose_subprotocol,
+        offered_extensions,
+        refuse,
+        wants_websocket,
+    )
+    from tricorn.host.websocket import Receiver
+
+LIMIT = 4096
+AGREEMENT = Agreement(server_takeover=True, client_takeover=True, server_bits=12, client_bits=15)
+
+
+def codec(data: bytes) -> None:
+    """The first byte says whether messages may be compressed, and the second where the rest is cut."""
+    deflate, cut, stream = data[:1] > b"\x7f", data[1:2], data[2:]
+    at = len(stream) * (cut[0] if cut else 0) // 256
+    assert _receive(deflate, stream) == _receive(deflate, stream[:at], stream[at:])
+
+
+def _receive(deflate: bool, *reads: bytes) -> object:
+    receiver = Receiver(LIMIT, Inflater(AGREEMENT) if deflate else None)
+    messages = [message for read in reads for message in receiver.receive_data(read)]
+    assert all(len(message) <= LIMIT for message in messages)
+    assert receiver.closed is None or receiver.violation is None
+    code = None if receiver.violation is None else receiver.violation.code
+    return messages, receiver.pings, receiver.closed, code
+
+
+def handshake(data: bytes) -> None:
+    at = len(data) * data[0] // 256 if data else 0
+    assert _answer(data) == _answer(*filter(None, (data[:at], data[at:])))  # what is empty is the end of a stream
+
+
+def _answer(*reads: bytes) -> bytes | None:
+    head = Head(LIMIT)
+    try:
+        request = None
+        for read in reads:
+            if request is None and not head.is_http2:
+                request = head.receive_data(read)
+        if request is None or not wants_websocket(request):
+            return None
+        check(request, None)
+        agreement = negotiate(offered_extensions(request), takeover=True)
+        return accept(request, choose_subprotocol(request, ("tricorn.v1",)), agreement.header() if agreement else None)
+    except Refused as refused:
+        return refuse(refused, head)[:12]  # the status: which of several faults is told may depend on what came first
+
+
+if __name__ == "__main__":
+    target = {"codec": codec, "handshake": handshake}[sys.argv.pop(1)]
+    atheris.Setup(sys.argv, target)
+    atheris.Fuzz()
