@@ -9,7 +9,7 @@ import os
 import sys
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from functools import partial
 from importlib import import_module
 from inspect import iscoroutinefunction, signature
@@ -29,8 +29,8 @@ from tricorn.audit import Finding, audit, defines, locate, python_files
 from tricorn.auth import Everybody, Gate, ThisMachine, Tokens, check_exposure, make_token
 from tricorn.chat import Agent, Chat
 from tricorn.chat.link import what_failed
-from tricorn.chat.log.base import Log
-from tricorn.chat.log.memory import MemoryLog
+from tricorn.chat.log import connect as connect_log
+from tricorn.chat.log.base import Log, Unavailable
 from tricorn.chat.protocol import SUBPROTOCOLS, Id
 from tricorn.chat.terminal import INTERRUPTED, chat, websocket_url
 from tricorn.drill import drill
@@ -38,7 +38,7 @@ from tricorn.host.listener import Address, listen
 from tricorn.imports import guarded
 from tricorn.keys import Keys, load, parse_for_signing
 from tricorn.server import Server, serve_until_signal
-from tricorn.settings import SettingError, Settings, parse_bind, parse_count
+from tricorn.settings import Secret, SettingError, Settings, parse_bind, parse_count
 from tricorn.web.metrics import app as metrics_app
 from tricorn.web.metrics import application, no_websocket
 from tricorn.web.pages import app
@@ -88,6 +88,7 @@ def _parser() -> ArgumentParser:
     )
     serve.add_argument("--workers", metavar="N", help="how many processes serve; several need a shared log (1)")
     serve.add_argument("--worker", metavar="DESCRIPTORS", help=SUPPRESS)  # what a supervisor starts
+    serve.add_argument("--log", metavar="URL", help="where conversations are kept (sqlite:///tricorn.db)")
     serve.add_argument("--auth", choices=["none"], help="none: let everybody in, without a token")
 
     client = commands.add_parser("chat", help="chat in this terminal", description="Chat in this terminal.")
@@ -179,11 +180,14 @@ def _serve_command(arguments: Namespace) -> int:
         settings = msgspec.structs.replace(settings, host=host, port=port)
     if arguments.auth is not None:
         settings = msgspec.structs.replace(settings, auth=arguments.auth)
+    if arguments.log is not None:
+        settings = msgspec.structs.replace(settings, log=Secret(arguments.log))
     if arguments.workers is not None:
         settings = msgspec.structs.replace(settings, workers=parse_count(arguments.workers, "--workers "))
     check_exposure(settings)
+    log = connect_log(settings.log.reveal() if settings.log else "memory:", settings)
     if arguments.worker is None and settings.workers > 1:
-        check_shared(MemoryLog, settings.workers)
+        check_shared(log, settings.workers)
         if arguments.audit != "off":
             _audit_agent(settings.agent, strict=arguments.audit == "strict")
         command = [sys.executable, "-m", "tricorn", *arguments.argv, "--audit", "off"]
@@ -191,10 +195,10 @@ def _serve_command(arguments: Namespace) -> int:
     agent = load_agent(settings.agent)
     if arguments.audit != "off":
         _audit_agent(settings.agent, strict=arguments.audit == "strict")
-    return trio.run(_serve, agent, settings, None if arguments.worker is None else Worker(arguments.worker))
+    return trio.run(_serve, agent, settings, log, None if arguments.worker is None else Worker(arguments.worker))
 
 
-def check_shared(log: Log | type[Log], workers: int) -> None:
+def check_shared(log: Log, workers: int) -> None:
     """Raise `SettingError` where so many workers would have a log each, and clients no way back to their own."""
     if workers > 1 and not log.shared:
         raise SettingError(
@@ -262,7 +266,18 @@ def _settings(arguments: Namespace) -> Settings:
     return settings if arguments.agent is None else msgspec.structs.replace(settings, agent=arguments.agent)
 
 
-async def _serve(agent: Agent, settings: Settings, worker: Worker | None) -> int:
+async def _serve(agent: Agent, settings: Settings, log: Log, worker: Worker | None) -> int:
+    try:
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(log)
+            return await _serve_chat(agent, settings, log, worker)
+    except* Unavailable as errors:
+        problem = errors.exceptions[0]
+    print(f"tricorn: {problem}", file=sys.stderr)
+    return 1
+
+
+async def _serve_chat(agent: Agent, settings: Settings, log: Log, worker: Worker | None) -> int:
     keys, gate = await _gate(settings)
     listeners = [] if worker is not None else await _bound(listen, settings.host, settings.port, "--bind ")
     metrics = await _listen_for_metrics(settings) if worker is None else []
@@ -271,7 +286,7 @@ async def _serve(agent: Agent, settings: Settings, worker: Worker | None) -> int
         async with trio.open_nursery() as support:
             support.start_soon(keys.stay_fresh)
             await _show_metrics(support, metrics, metrics_app, settings)
-            async with Chat(agent, settings=settings, gate=gate) as chats, trio.open_nursery() as nursery:
+            async with Chat(agent, settings=settings, log=log, gate=gate) as chats, trio.open_nursery() as nursery:
                 serve = partial(
                     serve_until_signal,
                     chats.session,

@@ -42,6 +42,12 @@ class Secret:
     def __bool__(self) -> bool:
         return bool(self._text)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and other._text == self._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
     def reveal(self) -> str:
         """The text."""
         return self._text
@@ -101,7 +107,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     # The chat: how long a run may take.
     run_timeout: Seconds = 300.0
     # Where conversations are kept: memory:, sqlite:///PATH, redis://… or postgresql://…
-    log: Hidden = None
+    log: Hidden = Secret("sqlite:///tricorn.db")
     # How long a run of an instance that died keeps others from answering in its conversation.
     lease: Seconds = 15.0
     # How long the log may take to do what it is asked.
@@ -109,7 +115,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     # What the log may forget: all but so many events of a conversation, and what is older than so many seconds.
     retention_events: Events = inf
     retention_seconds: Seconds = inf
-    # How long a conversation stays in memory with nobody attached and nothing running.
+    # How long a conversation, and what is being answered in it, goes on with nobody attached.
     linger: Linger = 30.0
     # Between two messages to a client that has nothing else to hear.
     heartbeat: Heartbeat = 20.0

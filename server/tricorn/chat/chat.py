@@ -5,27 +5,33 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from trio import open_nursery
+from trio import CancelScope, open_nursery, sleep
 from trio.lowlevel import checkpoint
 
 from tricorn.auth import Gate, ThisMachine
 from tricorn.chat.allowance import Allowances
 from tricorn.chat.conversation import Conversation
-from tricorn.chat.log.base import Log
+from tricorn.chat.log.base import Log, Unavailable
 from tricorn.chat.log.memory import MemoryLog
 from tricorn.chat.run import Agent
 from tricorn.chat.session import Session
+from tricorn.chat.transcript import patience
 from tricorn.metrics import CONVERSATIONS
+from tricorn.report import report_error
 from tricorn.settings import Settings
 
 if TYPE_CHECKING:
     from tricorn.connection import WebSocket
 
+LOOKS_PER_LEASE = 4
+LOOK_AT_ONCE = 100  # conversations
+
 
 class Chat:
     """Conversations with an agent: `async with Chat(agent) as chat`, and `chat.session` is the handler for a server.
 
-    Leaving the block ends the conversations; runs end as interrupted. As with a nursery, what the block raises comes
+    Leaving the block ends the conversations; runs end as interrupted, and posts that wait are left to whoever opens the
+    log next. As with a nursery, what the block raises comes
     out in an ExceptionGroup.
 
     `gate` decides who may come in; without one it is who is on this machine.
@@ -42,16 +48,19 @@ class Chat:
         self._opening = open_nursery()
         self._conversations: dict[str, Conversation] = {}
         self._sessions: set[Session] = set()
+        self._looking = CancelScope()
         self.closing = False
 
     async def __aenter__(self) -> Self:
         self._nursery = await self._opening.__aenter__()
+        self._nursery.start_soon(self._look_after, self._looking)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
         self._end_conversations()
+        self._looking.cancel()
         return await self._opening.__aexit__(kind, error, traceback)
 
     async def session(self, ws: WebSocket) -> None:
@@ -91,15 +100,26 @@ class Chat:
                 self._nursery.start_soon(self._live, conversation)
         return conversation
 
-    def cancel(self, key: str, run: str) -> bool:
-        """Cancel a run of the conversation of this key; False if it does not go on."""
-        found = self._conversations.get(key)
-        return found is not None and found.cancel(run)
-
     def _end_conversations(self) -> None:
         self.closing = True
         for conversation in self._conversations.values():
             conversation.end()
+
+    async def _look_after(self, scope: CancelScope) -> None:
+        """Answer where nobody does, as behind an instance that has died: now, and then often enough for `lease`."""
+        with scope:
+            while True:
+                try:
+                    with patience(self.settings.log_timeout):
+                        keys = await self._log.unanswered(LOOK_AT_ONCE)
+                except Unavailable:  # who asks for something will be told
+                    keys = []
+                except Exception as error:
+                    report_error(error)
+                    keys = []
+                for key in keys:
+                    self.conversation(key).nudge()
+                await sleep(self.settings.lease / LOOKS_PER_LEASE)
 
     async def _live(self, conversation: Conversation) -> None:
         CONVERSATIONS.add()

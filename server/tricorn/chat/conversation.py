@@ -1,25 +1,25 @@
-"""One conversation: its log, its runs one after the other, and those who follow it."""
+"""One conversation at one instance: those who follow it here, its posts, and how long it lives."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import islice
 from math import inf
 
-from trio import CancelScope, Event, Lock, current_time, move_on_after
+from trio import CancelScope, Event, current_time, move_on_after, move_on_at, open_nursery, sleep
 
 from tricorn.chat.allowance import Allowance
-from tricorn.chat.log.base import Entry, Log
-from tricorn.chat.protocol import AnyEvent, UserMessage
-from tricorn.chat.run import LAST_WORDS, Agent, Run, perform
-from tricorn.metrics import APPENDED, RUNS, WAITING
-from tricorn.report import report_error
+from tricorn.chat.answering import Answering
+from tricorn.chat.log.base import Entry, Log, PastLost, Unavailable
+from tricorn.chat.protocol import UserMessage
+from tricorn.chat.run import LAST_WORDS, Agent
+from tricorn.chat.transcript import Transcript, patience
+from tricorn.metrics import WAITING
+from tricorn.report import report, report_error
 from tricorn.settings import Settings
 
-# Entries kept in memory: who is not further behind than that is served without asking the log.
-TAIL = 256
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds before a log that did not answer is asked again
+RECHECK = 1.0  # seconds at least between two looks whether somebody follows elsewhere
 
 
 class Ended(Exception):
@@ -44,40 +44,53 @@ class Cursor:
 
 
 class Conversation:
-    """Lives while somebody follows it or a run goes on, then for `settings.linger` more seconds.
+    """Lives while somebody follows it, or posts, then for `settings.linger` more seconds; so do its runs.
 
     `key` tells it from every other, and is what the log knows it as; `id`, which is what stands behind the slash, is
     its user's name for it.
 
-    `epoch` and `head`, the seq of the last entry, are known after `open`.
+    `over`: it takes no more posts, even where its task has not ended yet. `lost`: because the log has lost entries.
     """
 
     def __init__(self, key: str, agent: Agent, log: Log, settings: Settings) -> None:
         self.key = key
         self.id = key.rpartition("/")[2]
-        self.epoch = ""
-        self.head = 0
+        self.over = False
+        self.lost = False
         self.ended = Event()
-        self._agent = agent
         self._log = log
         self._settings = settings
-        self._scope = CancelScope()  # its deadline is the end of the lingering
+        self._transcript = Transcript(key, log, settings.log_timeout, self._changed)
+        self._answering = Answering(self._transcript, agent, log, settings)
+        self._scope = CancelScope()
+        self._news = Event()  # something to catch up with, or to tell the log
+        self._work = Event()  # something to answer
+        self._idle = Event()  # nothing is being answered here
+        self._pushed = Event()  # the end of the lingering is another one
+        self._lingers_until = current_time() + settings.linger
         self._holds = 0
-        self._lock = Lock()  # keeps appends in one order
-        self._tail: deque[Entry] = deque(maxlen=TAIL)
         self._cursors: set[Cursor] = set()
-        self._waiting: deque[tuple[Run, ExitStack]] = deque()  # with what is to be undone when the run is over
-        self._posted = Event()
-        self._running: Run | None = None
+        self._notified = 0  # the head that cursors were last told of
+        self._attending = False  # as the log was told
+        self._counted: dict[int, ExitStack] = {}  # posts that count for their users, by seq, and how to end that
+        self._posting = 0
+        self._waiting = 0  # as the gauge was told
 
     @property
-    def over(self) -> bool:
-        """It will take no more posts, even where its task has not ended yet."""
-        return self._scope.cancel_called
+    def epoch(self) -> str:
+        return self._transcript.epoch
+
+    @property
+    def first(self) -> int:
+        return self._transcript.first
+
+    @property
+    def head(self) -> int:
+        return self._transcript.head
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep the conversation from lingering out."""
+        """Keep the conversation and its runs from lingering out."""
         self._hold()
         try:
             yield
@@ -86,145 +99,259 @@ class Conversation:
 
     async def open(self) -> None:
         """Learn from the log where it stands, once. A checkpoint; if cancelled or failed, it can be tried again."""
-        async with self._lock:
-            if not self.epoch:
-                state = await self._log.open(self.key)
-                self.epoch, self.head = state.epoch, state.head
+        await self._transcript.open()
 
     def attach(self, cursor: Cursor) -> None:
-        """Have `cursor.notify` called after every append."""
+        """Have `cursor.notify` called after every entry, and when the conversation is lost."""
         self._cursors.add(cursor)
         self._hold()
+        self._news.set()
 
     def detach(self, cursor: Cursor) -> None:
         """Undo `attach`."""
         self._cursors.remove(cursor)
         self._release()
+        self._news.set()
 
     async def post(self, id: str, text: str, by: Allowance) -> int:
         """Log what somebody wrote and have the agent answer; a repeated id has no effect. Return its seq.
 
         A checkpoint before the commit and none after it, so that the caller can say so before anybody reads the event.
-        If this is cancelled, the post may be in the log, or not. Raises Ended, and Full.
+        If this is cancelled, the post may be in the log, or not. Raises Ended, Full, Unavailable and PastLost.
         """
-        settings, key = self._settings, f"post:{by.user}/{id}"
+        key = f"post:{by.user}/{id}"
         with self.held():
             await self.open()
-            async with self._lock:
-                if self.over:
-                    raise Ended
-                full = self._full(by)
-                if full is not None:
-                    found = await self._log.find(self.key, key)
-                    if found is None:
-                        raise full
-                    return found.seq
-                with ExitStack() as run_over:
-                    run_over.enter_context(by.one_run())
-                    run_over.enter_context(self.held())
-                    event = UserMessage(conversation=self.id, seq=0, at=0.0, id=id, text=text)
-                    entry, repeated = await self._commit(event, key)
-                    if not repeated:
-                        run = Run(self.id, by.user, text, id, settings.run_timeout, self.append, settings.event_bytes)
-                        self._waiting.append((run, run_over.pop_all()))
-                        WAITING.add()
-                        self._posted.set()
-                return entry.seq
-
-    async def append(self, event: AnyEvent, key: str | None = None) -> None:
-        """Put an event into the log and notify who follows. If cancelled, it may be in the log, or not."""
-        async with self._lock:
-            await self._commit(event, key)
+            if self.over:
+                raise Ended
+            full = self._full(by)
+            if full is not None:
+                found = await self._transcript.find(key)
+                if found is None:
+                    raise full
+                return found.seq
+            with ExitStack() as counted:
+                counted.enter_context(by.one_run())
+                self._posting += 1
+                try:
+                    event = UserMessage(conversation=self.id, seq=0, at=0.0, id=id, user=by.user, text=text)
+                    entry, repeated = await self._transcript.append(event, key)
+                finally:
+                    self._posting -= 1
+                if not repeated and entry.seq > self._transcript.progress.answered:
+                    self._counted[entry.seq] = counted.pop_all()
+            self.nudge()
+            return entry.seq
 
     async def read(self, after: int, limit: int) -> list[Entry]:
         """Return at most `limit` entries that follow seq `after`. No checkpoint where they are still in memory."""
-        first = self._tail[0].seq if self._tail else inf
-        if after + 1 < first:
-            return await self._log.read(self.key, after, limit)
-        start = after + 1 - self._tail[0].seq
-        return list(islice(self._tail, start, start + limit))
+        return await self._transcript.read(after, limit)
 
-    def cancel(self, run: str) -> bool:
-        """Cancel the run of this id; False if it is not the one that goes on."""
-        if self._running is None or self._running.id != run:
-            return False
-        self._running.cancel()
-        return True
+    async def cancel(self, run: str) -> bool:
+        """Cancel the run of this id, wherever it goes on; False if no such run does. Raises Unavailable."""
+        with self.held():
+            await self.open()
+            if self._cancel_here(run):
+                return True
+            going_on = self._transcript.progress.run
+            if going_on is None or going_on.id != run:
+                return False
+            with patience(self._settings.log_timeout):
+                await self._log.cancel(self.key, run)
+            return True
+
+    def nudge(self) -> None:
+        """See whether there is something to answer, and nobody else who does."""
+        self._work.set()
 
     def end(self) -> None:
-        """Take no more posts, interrupt the run that goes on, and end the task."""
-        if self._running is not None:
-            self._running.cancel("interrupted")
+        """Take no more posts, interrupt the run that goes on, and end the task. What waits is left to whoever comes."""
+        self.over = True
+        if self._answering.run is not None:
+            self._answering.run.cancel("interrupted")
         self._scope.cancel()
 
     async def live(self) -> None:
-        """Answer posts, one after the other, until the conversation has lingered out or is ended.
+        """Follow the log and answer posts until the conversation has lingered out, is ended, or its log is lost.
 
-        Whatever ends this, also its cancellation: every post in the log gets its run, if only an interrupted one.
+        If cancelled, the run that goes on ends as interrupted; posts that wait are left to whoever comes next.
         """
         try:
             with self._scope:
-                while True:
-                    while self._waiting:
-                        await self._perform(*self._next())
-                    self._posted = Event()
-                    await self._posted.wait()
+                await self._watch()
+                async with open_nursery() as nursery:
+                    nursery.start_soon(self._follow)
+                    nursery.start_soon(self._answer)
+                    await self._linger()
+                    nursery.cancel_scope.cancel()
         finally:
-            await self._interrupt_waiting()
+            self.over = True
+            self._log.unwatch(self.key)
+            with move_on_after(LAST_WORDS, shield=True):
+                await self._leave()
+            self._count(over=True)
             self.ended.set()
 
-    async def _interrupt_waiting(self) -> None:
-        self._scope.cancel()
-        with move_on_after(LAST_WORDS, shield=True):
-            async with self._lock:  # who is in it may be a post on its way
-                pass
-            while self._waiting:
-                run, run_over = self._next()
-                run.cancel("interrupted")
-                await self._perform(run, run_over)
+    # The tasks
 
-    def _next(self) -> tuple[Run, ExitStack]:
-        WAITING.add(amount=-1)
-        return self._waiting.popleft()
+    async def _watch(self) -> None:
+        """Hear of what others do. Where the log does not answer, that is asked for again."""
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                with patience(self._settings.log_timeout):
+                    await self._log.watch(self.key, self._hear)
+                return
+            except Exception as error:
+                pause = await self._pause(error, pause)
 
-    async def _perform(self, run: Run, run_over: ExitStack) -> None:
-        self._running = run
-        RUNS.add()
+    async def _follow(self) -> None:
+        """Read what others wrote, and tell the log whether somebody follows here."""
+        pause = FIRST_PAUSE
+        while True:
+            self._news = Event()
+            try:
+                await self._transcript.catch_up()
+                attending = bool(self._cursors)
+                if attending != self._attending:
+                    with patience(self._settings.log_timeout):
+                        await self._log.attend(self.key, attending)
+                    self._attending = attending
+            except PastLost:
+                self._lose()
+                return
+            except Exception as error:
+                pause = await self._pause(error, pause)
+                continue
+            pause = FIRST_PAUSE
+            await self._news.wait()
+
+    async def _answer(self) -> None:
+        pause = FIRST_PAUSE
+        while True:
+            self._work = Event()
+            try:
+                await self.open()
+                if self._answering.due:
+                    await self._answering.answer()
+            except PastLost:
+                self._lose()
+                return
+            except Exception as error:
+                pause = await self._pause(error, pause)
+                continue
+            pause = FIRST_PAUSE
+            self._idle.set()
+            await self._work.wait()
+            self._idle = Event()
+
+    async def _linger(self) -> None:
+        """Return when nobody has followed for `linger` anywhere, and nothing is left to answer."""
+        while True:
+            self._pushed = Event()
+            with move_on_at(inf if self._holds else self._lingers_until):
+                await self._pushed.wait()
+                continue
+            try:
+                if await self._is_over():
+                    return
+            except Exception as error:
+                await self._pause(error, FIRST_PAUSE)
+
+    async def _is_over(self) -> bool:
+        if self._answering.may_hold:
+            with patience(self._settings.log_timeout):
+                followed = await self._log.attended(self.key)
+            if self._holds:
+                return False
+            if followed:
+                self._lingers_until = current_time() + max(RECHECK, self._settings.linger)
+                return False
+            self._answering.give_up()
+            await self._idle.wait()
+            if self._holds or not await self._answering.let_go():
+                self.nudge()
+                return False
+        self.over = not self._holds  # at once: who comes from now on gets another one
+        return self.over
+
+    async def _leave(self) -> None:
+        """Let go of the lease, for others to answer what waits, and of following."""
         try:
-            with run_over:
-                await perform(run, self._agent)
-        except Exception as error:  # a bug of ours: it ends this run and nothing else
-            report_error(error, conversation=self.key, run=run.id)
-        finally:
-            self._running = None
-            RUNS.add(amount=-1)
+            await self._answering.let_go(unanswered=True)
+            if self._attending:
+                await self._log.attend(self.key, False)
+        except Unavailable:
+            pass  # both run out by themselves
+        except Exception as error:
+            report_error(error, conversation=self.key)
+
+    async def _pause(self, error: Exception, seconds: float) -> float:
+        """Wait before the log is asked again; the first time in a row that is reported. Returns the next pause."""
+        if not isinstance(error, Unavailable):  # a bug: it holds up this conversation and nothing else
+            report_error(error, conversation=self.key)
+        elif seconds == FIRST_PAUSE:
+            report("WARNING", f"the log is not available: {error}", conversation=self.key)
+        await sleep(seconds)
+        return min(2 * seconds, LONGEST_PAUSE)
+
+    # What happens
+
+    def _hear(self, head: int, cancelled: str) -> None:
+        self._transcript.hear(head)
+        if cancelled:
+            self._cancel_here(cancelled)
+
+    def _cancel_here(self, run: str) -> bool:
+        if self._answering.run is None or self._answering.run.id != run:
+            return False
+        self._answering.run.cancel()
+        return True
+
+    def _changed(self) -> None:
+        """Entries were added, or there may be more."""
+        if self._transcript.head > self._notified:
+            self._notified = self._transcript.head
+            for cursor in self._cursors:
+                cursor.notify(cursor)
+            self._answering.follow()
+            self._count()
+        if self._transcript.is_behind:
+            self._news.set()
+        if self._answering.may_hold and self._answering.due:
+            self._work.set()
+
+    def _lose(self) -> None:
+        """The log has lost entries: those who follow must begin anew."""
+        self.over = self.lost = True
+        for cursor in self._cursors:
+            cursor.notify(cursor)
+        self._scope.cancel()
+
+    def _count(self, *, over: bool = False) -> None:
+        """Have posts count no more that are answered, and say how many wait for the agent here."""
+        progress = self._transcript.progress
+        for seq in [seq for seq in self._counted if over or seq <= progress.answered]:
+            self._counted.pop(seq).close()
+        waiting = progress.waiting if self._answering.may_hold and not over else 0
+        WAITING.add(amount=waiting - self._waiting)
+        self._waiting = waiting
 
     def _full(self, by: Allowance) -> Full | None:
         settings = self._settings
         if by.runs >= settings.user_runs:
             return Full("user_runs", f"{by.runs} of your posts are not answered yet; post again later")
-        if len(self._waiting) >= settings.waiting_posts:
-            return Full("waiting_posts", f"{len(self._waiting)} posts wait in this conversation; post again later")
+        waiting = self._transcript.progress.waiting + self._posting
+        if waiting >= settings.waiting_posts:
+            return Full("waiting_posts", f"{waiting} posts wait in this conversation; post again later")
         return None
-
-    async def _commit(self, event: AnyEvent, key: str | None) -> tuple[Entry, bool]:
-        entry, repeated = await self._log.append(self.key, self.epoch, event, key)
-        if not repeated:
-            APPENDED.add(str(event.__struct_config__.tag))
-        if entry.seq > self.head:
-            if entry.seq > self.head + 1:  # others write to this log too: the tail must not have holes
-                self._tail.clear()
-            self._tail.append(entry)
-            self.head = entry.seq
-            for cursor in self._cursors:
-                cursor.notify(cursor)
-        return entry, repeated
 
     def _hold(self) -> None:
         self._holds += 1
-        self._scope.deadline = inf
+        self._pushed.set()
 
     def _release(self) -> None:
         self._holds -= 1
         if not self._holds:
-            self._scope.deadline = current_time() + self._settings.linger
+            self._lingers_until = current_time() + self._settings.linger
+        self._pushed.set()

@@ -194,17 +194,19 @@ class RunEvent(Event, kw_only=True):
 
 
 class UserMessage(Event, tag="user_message", kw_only=True):
-    """What a person wrote; `id` is the id of the post."""
+    """What a person wrote; `id` is the id of the post, new for each of the `user`'s."""
 
     id: str
+    user: str
     text: str
 
 
 class AgentStarted(RunEvent, tag="agent_started", kw_only=True):
-    """First of a run; `post` is the id of the post that it answers."""
+    """First of a run; `post` is the id of the post that it answers, `post_seq` its place in the log."""
 
     agent: str
     post: str
+    post_seq: int
 
 
 class AgentThinking(RunEvent, tag="agent_thinking", kw_only=True):

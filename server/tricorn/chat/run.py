@@ -14,7 +14,6 @@ from msgspec.json import Encoder
 from trio import (
     Cancelled,
     CancelScope,
-    TooSlowError,
     current_effective_deadline,
     current_time,
     fail_after,
@@ -22,6 +21,7 @@ from trio import (
 )
 from trio.lowlevel import checkpoint, checkpoint_if_cancelled
 
+from tricorn.chat.progress import Asked, completed_key, started_key
 from tricorn.chat.protocol import (
     ENVELOPE,
     AgentCompleted,
@@ -59,30 +59,31 @@ class ToolError(Exception):
 class Run:
     """What an agent gets: what it was asked, and the ways to show its work, for at most `seconds`.
 
-    Every method but `cancel` and `tool` is a checkpoint and returns once the event is in the log. If one is cancelled,
-    the event may be there or not. After the end of the run they raise RuntimeError, and ValueError where the event
-    would be longer than `event_bytes`.
+    `append` puts an event with its key into the log, where it is once, however often that is asked for.
+
+    Every method but `cancel`, `abandon` and `tool` is a checkpoint and returns once the event is in the log. If one is
+    cancelled, the event may be there or not. After the end of the run they raise RuntimeError, and ValueError where the
+    event would be longer than `event_bytes`.
     """
 
     def __init__(
         self,
         conversation: str,
-        user: str,
-        message: str,
-        post: str,
+        asked: Asked,
         seconds: float,
         append: Callable[[AnyEvent, str | None], Awaitable[object]],
         event_bytes: int,
     ) -> None:
         self.id = token_hex(8)
         self.conversation = conversation
-        self.user = user
-        self.message = message
-        self._post = post
+        self.user = asked.user
+        self.message = asked.text
+        self.asked = asked
         self._append = append
         self._scope = CancelScope(relative_deadline=seconds)
         self._cause: Literal["cancelled", "interrupted"] | None = None
         self._sealed = False
+        self._abandoned = False
         self._room = event_bytes - ENVELOPE
         self._answer: list[str] = []
         self._answer_characters = 0
@@ -111,6 +112,16 @@ class Run:
         if not self._scope.cancel_called:
             self._cause = cause
             self._scope.cancel()
+
+    @property
+    def over(self) -> bool:
+        """It takes no more events from the agent; its last may still be on their way."""
+        return self._sealed
+
+    def abandon(self) -> None:
+        """End the run early, and leave it to another instance to say so."""
+        self._abandoned = True
+        self.cancel("interrupted")
 
     def _ending(self) -> Outcome | None:
         """Why the run does not end by itself, where it knows: of the scopes around it, it does not."""
@@ -220,7 +231,7 @@ class Tool:
         completed = ToolCompleted(
             **stamp, call=self._call, tool=self._name, seconds=seconds, result=result, error=error
         )
-        return f"{self._call}:completed", completed
+        return completed_key(self._call), completed
 
     def _shown(self, error: BaseException) -> str:
         """What people may see of the exception that ended the tool."""
@@ -242,7 +253,7 @@ async def perform(run: Run, agent: Agent) -> None:
     """Let an agent work, from `agent_started` to `agent_completed`, whatever it does.
 
     What it raises is reported and ends here. If this is cancelled the run ends as interrupted, and what is then still
-    owed to the log has `LAST_WORDS` seconds.
+    owed to the log has `LAST_WORDS` seconds. Where that is not enough, or the log fails, there is no end in it.
     """
     began = current_time()
     outcome: Outcome = "success"
@@ -250,7 +261,9 @@ async def perform(run: Run, agent: Agent) -> None:
     name = getattr(agent, "__name__", type(agent).__name__)
     try:
         with run._scope:
-            await run._record(f"{run.id}:started", AgentStarted(**run._stamp(), agent=name, post=run._post))
+            post = run.asked
+            started = AgentStarted(**run._stamp(), agent=name, post=post.id, post_seq=post.seq)
+            await run._record(started_key(post.seq), started)
             await agent(run)
         if run._scope.cancelled_caught:
             outcome = run._ending() or outcome
@@ -272,6 +285,8 @@ async def _seal(run: Run, outcome: Outcome, seconds: float, error_id: str | None
     """Say all that is owed, and the last word."""
     run._sealed = True
     RUN_SECONDS.observe(outcome, seconds)
+    if run._abandoned:
+        return
     for tool in run._tools:
         key, completed = tool._completed(error=TOOL_ENDED.get(outcome, TOOL_LEFT_OPEN))
         run._owed[key] = completed
@@ -279,22 +294,15 @@ async def _seal(run: Run, outcome: Outcome, seconds: float, error_id: str | None
     answer = "".join(run._answer)
     if len(_encode(answer)) > run._room:
         answer = ""
-    run._owed[f"{run.id}:completed"] = AgentCompleted(
+    run._owed[completed_key(run.id)] = AgentCompleted(
         **run._stamp(), outcome=outcome, seconds=seconds, text=answer or None, error_id=error_id
     )
     try:
         with fail_after(LAST_WORDS, shield=True):
             for key, event in list(run._owed.items()):
-                await _try_to_append(run, event, key)
-    except TooSlowError as error:
-        report_error(error, conversation=run.conversation, run=run.id)
-
-
-async def _try_to_append(run: Run, event: AnyEvent, key: str) -> None:
-    """Append, or report why not: the events that follow are still due."""
-    try:
-        await run._append(event, key)
-    except Exception as error:
+                if not run._abandoned:
+                    await run._append(event, key)
+    except Exception as error:  # what is missing keeps what would follow it from the log
         report_error(error, conversation=run.conversation, run=run.id)
 
 

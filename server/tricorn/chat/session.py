@@ -15,7 +15,8 @@ from trio.lowlevel import checkpoint
 
 from tricorn.auth import Identity, NotAdmitted, handshake_token
 from tricorn.chat.allowance import Allowance
-from tricorn.chat.conversation import Cursor, Ended, Full
+from tricorn.chat.conversation import Conversation, Cursor, Ended, Full
+from tricorn.chat.log.base import PastLost, Unavailable
 from tricorn.chat.protocol import (
     BATCH_SUBPROTOCOL,
     ENVELOPE,
@@ -39,6 +40,7 @@ from tricorn.chat.protocol import (
 from tricorn.close import (
     FORBIDDEN,
     OUTBOX_OVERFLOW,
+    SERVICE_RESTART,
     TOKEN_EXPIRED,
     TOO_FAST,
     TOO_MANY_CONNECTIONS,
@@ -57,6 +59,8 @@ EVENTS_PER_TURN = 256
 BATCH_BYTES = 64 * 1024
 
 RETRY_AFTER = 1.0  # seconds
+READ_AGAIN = 1.0  # seconds, where the log did not answer
+PAST_LOST = (SERVICE_RESTART, "the log has lost its past")
 EXPIRY_NOTICE = 30.0  # seconds from the notice to the end
 
 
@@ -220,12 +224,17 @@ class Session:
                 case Post():
                     return await self._post(request, who, allowance)
                 case Cancel():
-                    return self._cancel(request, who)
+                    return await self._cancel(request, who)
                 case Leave():
                     self._leave(request.conversation)
                     return None
                 case Ping():
                     return Pong()
+        except Unavailable:
+            return Error(code="unavailable", message="the log does not answer; try again later", ref=ref)
+        except PastLost:
+            await self._ws.close(*PAST_LOST)
+            return None
         except Exception as error:
             error_id = report_error(error, **self._ws.context, request=request.__class__.__name__)
             return Error(code="internal", message="this did not work", ref=ref, error_id=error_id)
@@ -262,10 +271,10 @@ class Session:
                 message = f"there is no event {after}: the last one is {conversation.head}"
                 return Error(code="not_found", message=message, ref=id)
             self._leave(id)
-            cursor = self._cursors[id] = Cursor(conversation, after, self._notify)
+            cursor = self._cursors[id] = Cursor(conversation, max(after, conversation.first - 1), self._notify)
             conversation.attach(cursor)
             self._notify(cursor)
-            return Opened(conversation=id, epoch=conversation.epoch, head=conversation.head)
+            return _opened(conversation)
 
     async def _post(self, request: Post, who: Identity, allowance: Allowance) -> Reply:
         id, text = request.id, request.text
@@ -294,8 +303,8 @@ class Session:
             return Error(code="closing", message="the server is shutting down; post again later", ref=id)
         return Posted(id=id, conversation=request.conversation, seq=seq)
 
-    def _cancel(self, request: Cancel, who: Identity) -> Error | None:
-        if self._chat.cancel(who.key(request.conversation), request.run):
+    async def _cancel(self, request: Cancel, who: Identity) -> Error | None:
+        if await self._chat.conversation(who.key(request.conversation)).cancel(request.run):
             return None
         message = f"no run {request.run} goes on in this conversation"
         return Error(code="not_found", message=message, ref=request.conversation)
@@ -318,9 +327,10 @@ class Session:
                 continue
             if self._flushing:
                 self._flushed.set()
-            with move_on_after(self._chat.settings.heartbeat) as silence:
+            heartbeat = self._chat.settings.heartbeat
+            with move_on_after(min(heartbeat, READ_AGAIN) if self._behind else heartbeat) as silence:
                 await self._wake.wait()
-            if silence.cancelled_caught:
+            if silence.cancelled_caught and not self._behind:
                 self._put(Heartbeat())
 
     async def _take(self) -> list[bytes]:
@@ -332,14 +342,29 @@ class Session:
         self._outbox.clear()
         turn = [(cursor, cursor.conversation.head) for cursor in self._behind]
         for cursor, head in turn:
+            if cursor.conversation.lost:
+                await self._ws.close(*PAST_LOST)
             limit = min(head - cursor.seq, max(1, EVENTS_PER_TURN // len(turn)))
-            if limit:
-                entries = await cursor.conversation.read(cursor.seq, limit)
-                cursor.seq = entries[-1].seq  # IndexError, not an endless loop, where the log has lost its end
+            if limit > 0:
+                try:
+                    entries = await cursor.conversation.read(cursor.seq, limit)
+                except Unavailable:  # it stays behind, and reads on when the log answers again
+                    continue
+                if cursor not in self._behind:
+                    continue  # the client has left it meanwhile
+                if not entries or entries[0].seq > cursor.seq + 1:  # retention was faster than the client
+                    payloads.append(_encode(_opened(cursor.conversation)))
+                cursor.seq = entries[-1].seq if entries else head
                 payloads += [entry.json for entry in entries]
-            if cursor.seq == cursor.conversation.head:
+            if cursor.seq >= cursor.conversation.head:
                 self._behind.pop(cursor, None)
         return payloads
+
+
+def _opened(conversation: Conversation) -> Opened:
+    return Opened(
+        conversation=conversation.id, epoch=conversation.epoch, head=conversation.head, first=conversation.first
+    )
 
 
 def decode(message: str | bytes) -> Request | Error:

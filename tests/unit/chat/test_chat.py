@@ -94,7 +94,7 @@ async def test_a_conversation_is_forgotten_when_it_has_lingered_out_but_not_its_
     assert [each["seq"] for each in heard if "at" in each] == list(range(1, 9))
 
 
-async def test_a_conversation_whose_time_has_just_run_out_makes_room_for_a_new_one(
+async def test_a_conversation_whose_time_has_just_run_out_goes_on_for_who_comes(
     mock_clock: trio.testing.MockClock,
 ) -> None:
     async with Chat(echo, Settings(linger=5.0)) as chat:
@@ -103,9 +103,8 @@ async def test_a_conversation_whose_time_has_just_run_out_makes_room_for_a_new_o
             await trio.testing.wait_all_tasks_blocked()
         mock_clock.jump(6)
         second = chat.conversation("c")  # the task of the first has not noticed yet
-        assert second is not first
+        assert second is first
         with second.held():
-            await first.ended.wait()
             await trio.testing.wait_all_tasks_blocked()
             assert chat.conversation("c") is second
             await second.post("p", "x", Allowance("local", Settings()))
@@ -124,14 +123,13 @@ async def test_drain_says_closing_interrupts_runs_and_sends_all_that_is_in_the_l
         await client.hear_until("user_message")
         await chat.drain()
         writes = client.writes
-        closing, completed, last, started, never = await client.hear_all()
+        closing, completed, last = await client.hear_all()  # what waits is left to whoever has the log next
         assert client.writes == writes  # nothing came after the drain
         assert types(await other.hear_all()) == ["closing"]
     assert (closing["type"], closing["retry_after"]) == ("closing", 1.0)
     assert closing["reason"]
     assert (completed["type"], completed["error"]) == ("tool_completed", "interrupted")
     assert (last["type"], last["outcome"]) == ("agent_completed", "interrupted")
-    assert (started["post"], never["outcome"]) == ("waiting", "interrupted")
 
 
 async def test_while_it_is_closing_a_chat_can_be_read_but_not_posted_to(connect: Connect) -> None:

@@ -10,6 +10,7 @@ import pytest
 import trio
 import trio.testing
 
+from tricorn.chat.progress import Asked
 from tricorn.chat.protocol import AnyEvent
 from tricorn.chat.run import LAST_WORDS, Agent, Run, ToolError, perform
 
@@ -57,7 +58,7 @@ def events() -> Events:
 @pytest.fixture
 def new_run(events: Events) -> Callable[..., Run]:
     def new(seconds: float = 300) -> Run:
-        return Run("c", "local", "hello", "post-1", seconds, events.append, 10_000)
+        return Run("c", Asked(1, "post-1", "local", "hello"), seconds, events.append, 10_000)
 
     return new
 

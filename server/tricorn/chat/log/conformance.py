@@ -37,7 +37,7 @@ class Stores(Protocol):
 
 
 def post(text: str = "hello", id: str = "p") -> UserMessage:
-    return UserMessage(conversation="c", seq=0, at=0.0, id=id, text=text)
+    return UserMessage(conversation="c", seq=0, at=0.0, id=id, user="ann", text=text)
 
 
 def thought(text: str) -> AgentThinking:
@@ -125,6 +125,7 @@ async def it_sets_seq_and_time_and_encodes(stores: Stores) -> None:
             "conversation": "c",
             "seq": 2,
             "id": "p",
+            "user": "ann",
             "text": 'two ☃ "seq":0 \\ \0 \'',
         }
         assert (await log.open("c"))[1:] == (1, 2, 0)

@@ -17,6 +17,7 @@ from trio.lowlevel import checkpoint
 
 from tricorn.chat.log.base import KEEP_EVERYTHING, Entry, Hear, Lease, LeaseLost, PastLost, Retention, State, draft
 from tricorn.chat.protocol import AnyEvent, UserMessage
+from tricorn.settings import SettingError, Settings
 
 
 class MemoryLog:
@@ -138,6 +139,14 @@ class MemoryLog:
             hear = other._watchers.get(conversation)
             if hear is not None and other is not self:
                 hear(past.head, past.cancelled)
+
+
+def connect(url: str, settings: Settings) -> MemoryLog:
+    """A log of its own. Raises SettingError where the URL says more than `memory:`."""
+    if url != "memory:":
+        raise SettingError("log: there is nothing behind memory:")
+    retention = Retention(settings.retention_events, settings.retention_seconds)
+    return MemoryLog(retention=retention, lease=settings.lease)
 
 
 def _alive(instance: object) -> bool:
