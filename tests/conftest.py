@@ -85,8 +85,9 @@ def conformance() -> list[str]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def deny_late_imports() -> Iterator[None]:
-    """Have every `tricorn serve` that a test starts fail at what it would import after start-up."""
+def environment_of_servers() -> Iterator[None]:
+    """Have every `tricorn serve` that a test starts fail at what it would import late, and keep its log to itself."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("TRICORN_IMPORT_GUARD", "deny")
+        environment.setenv("TRICORN_LOG", "memory:")  # no test leaves a file behind, or finds another's
         yield
