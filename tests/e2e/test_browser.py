@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from subprocess import PIPE, Popen
 from typing import Protocol
 
@@ -20,8 +23,8 @@ class Serving(Protocol):
 
 
 @contextmanager
-def serving(bind: str = "127.0.0.1:0") -> Iterator[str]:
-    """`tricorn serve` until the end of the block, where SIGTERM ends it with status 0. Gives its address."""
+def serving(bind: str = "127.0.0.1:0", status: int = 0) -> Iterator[str]:
+    """`tricorn serve` until the end of the block, where SIGTERM ends it with this status. Gives its address."""
     with Popen([sys.executable, "-m", "tricorn", "serve", "--bind", bind], stdout=PIPE, text=True) as process:
         try:
             line = process.stdout.readline() if process.stdout else ""
@@ -31,7 +34,14 @@ def serving(bind: str = "127.0.0.1:0") -> Iterator[str]:
         finally:
             process.terminate()
             process.wait(20)
-    assert process.returncode == 0
+    assert process.returncode == status
+
+
+def kill_children() -> None:
+    """Kill this process's `tricorn serve`; the browser is a child, too."""
+    for pid in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
+        if b"serve" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+            os.kill(int(pid), signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +197,27 @@ def test_what_is_written_while_the_server_is_away_is_answered_when_it_is_back(pa
         expect(page.get_by_role("status")).to_have_text("Connected", timeout=30_000)
         expect(run(page).locator(".answer")).to_have_text("12*(7+5)^2 = 1728")
         expect(page.locator(".message[data-state=sent] > p").last).to_have_text("12*(7+5)^2")
+        page.close()
+
+
+def test_the_page_goes_on_after_the_server_was_killed(
+    page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In mid-answer, by SIGKILL; the next process has the same log, and goes on with what waits."""
+    monkeypatch.setenv("TRICORN_LOG", f"sqlite:///{tmp_path}/log.db")
+    with serving(status=-signal.SIGKILL) as address:
+        visit(page, address)
+        write(page, "slow 60")
+        expect(run(page).locator(".tool .status")).to_have_text("running")
+        write(page, "12*(7+5)^2")
+        expect(page.locator(".message[data-state=sent]")).to_have_count(2)
+        kill_children()
+        expect(page.get_by_role("status")).to_have_text(re.compile("^Reconnecting"))
+    with serving(address.removeprefix("http://")):
+        expect(page.get_by_role("status")).to_have_text("Connected", timeout=30_000)
+        expect(page.locator(".run").first.locator(".outcome")).to_have_text(re.compile("^The server stopped before"))
+        expect(page.locator(".run").last.locator(".answer")).to_have_text("12*(7+5)^2 = 1728")
+        expect(page.locator(".message > p")).to_have_text(["slow 60", "12*(7+5)^2"])
         page.close()
 
 

@@ -117,8 +117,8 @@ async def test_staging_environment_detection_during_imports(service: Service) ->
 async def test_container_scaling_import_disruption(service: Service) -> None:
     """Instances come and go under load; one is stopped in the middle of its imports.
 
-    From an instance that stops everybody hears all there is, to the end of every run; then the next one serves them.
-    Its log is its own, so it starts over, and says so by its epoch.
+    From an instance that stops everybody hears all there is, to the end of the run that goes on; then the next one
+    serves them. Its log is its own, so it starts over, and says so by its epoch.
     """
     (service.directory / "never_ready.py").write_text(NEVER_READY)
     instance = await service.start()
@@ -161,7 +161,7 @@ async def stream(
 def check_heard(answer: Answer) -> None:
     """Everything to the last event of the last run, each once and in order, and a word before the end."""
     ends = [each["outcome"] for each in answer.objects if each["type"] == "agent_completed"]
-    assert ends == ["interrupted"] * answer.types.count("posted") == ["interrupted"] * 2
+    assert ends == ["interrupted"]  # what waits is left to whoever has the log next: tests/e2e/test_instances.py
     assert answer.seqs == [*range(1, len(answer.seqs) + 1)]
     assert answer.last["type"] == "agent_completed"
     assert "closing" in answer.types

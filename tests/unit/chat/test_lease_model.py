@@ -1,0 +1,258 @@
+"""The protocol of lease and resume, tried out: every order in which two instances can act, with crashes in between.
+
+What the store does is the store's own code (`Past`), and what an instance knows is its own fold (`Progress`); the steps
+of an instance are those of `Answering`, cut where another one may act in between. Every state that can be reached with
+two posts, two instances and two crashes, real ones or only seeming so, is visited; in each the log must be one that a
+client may see.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, deque
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import dataclass, field
+
+import pytest
+
+from tricorn.chat.log.base import Lease, LeaseLost
+from tricorn.chat.log.memory import Past
+from tricorn.chat.progress import Progress, completed_key, started_key
+from tricorn.chat.protocol import AgentCompleted, AgentMessage, AgentStarted, AnyEvent, UserMessage
+
+INSTANCES = ("a", "b")
+POSTS = 2
+CRASHES = 2
+EPOCH = "e"
+CLAIMS = 6  # two that are both thought dead could take the lease from each other for ever
+STATES = 27803
+
+
+@dataclass
+class Instance:
+    """What one instance has in memory. One that died comes back with nothing of it, under another name."""
+
+    name: str
+    lease: Lease | None = None
+    run: tuple[str, int] | None = None  # its own run, and the post that this answers
+    said: bool = False
+
+    def key(self) -> object:
+        return (self.name, self.lease and self.lease.token, self.run, self.said)
+
+
+@dataclass
+class World:
+    past: Past = field(default_factory=lambda: Past(epoch=EPOCH))
+    instances: list[Instance] = field(default_factory=lambda: [Instance(name) for name in INSTANCES])
+    dead: set[str] = field(default_factory=set)  # whose leases have run out; who is slow may be among them
+    posts: int = 0
+    crashes: int = 0
+    runs: int = 0
+
+    def key(self) -> object:
+        past = self.past
+        log = tuple(kept.key for kept in past.entries)
+        return (
+            log,
+            past.answered,
+            past.token,
+            past.holder,
+            tuple(instance.key() for instance in self.instances),
+            frozenset(self.dead),
+            self.posts,
+            self.crashes,
+        )
+
+    def copy(self) -> World:
+        """One whose changes do not show here."""
+        other = copy(self)
+        other.past = copy(self.past)
+        other.past.entries = self.past.entries.copy()
+        other.past.keys = self.past.keys.copy()
+        other.instances = [copy(instance) for instance in self.instances]
+        other.dead = self.dead.copy()
+        return other
+
+    def progress(self) -> Progress:
+        progress = Progress(self.past.state())
+        for kept in self.past.entries:
+            if kept.entry.seq > progress.seq:
+                progress.fold(kept.entry)
+        return progress
+
+    def append(self, instance: Instance, event: AnyEvent, key: str, answered: int | None = None) -> None:
+        self.past.append(instance.name, EPOCH, event, key, instance.lease, answered)
+
+
+def stamp(run: str) -> dict[str, object]:
+    return {"conversation": "c", "seq": 0, "at": 0.0, "run": run}
+
+
+def nexts(world: World) -> Iterator[World]:
+    """All that can happen next, each in a world of its own."""
+    if world.posts < POSTS:
+        other = world.copy()
+        other.posts += 1
+        post = UserMessage(conversation="c", seq=0, at=0.0, id=f"{other.posts}", user="u", text="x")
+        other.past.append("client", EPOCH, post, f"post:{other.posts}", None, None)
+        yield other
+    for index in range(len(world.instances)):
+        yield from acts(world, index)
+        if world.crashes < CRASHES:
+            name = world.instances[index].name
+            slow = world.copy()  # it seems dead, and is not: all it does from now on comes too late
+            slow.crashes += 1
+            slow.dead.add(name)
+            if name not in world.dead:
+                yield slow
+            gone = world.copy()
+            gone.crashes += 1
+            gone.dead.add(name)
+            gone.instances[index] = Instance(f"{name}{gone.crashes}")
+            yield gone
+
+
+def acts(world: World, index: int) -> Iterator[World]:
+    """The next step of one instance."""
+    other = world.copy()
+    instance = other.instances[index]
+    try:
+        if instance.run is not None:
+            run, post = instance.run
+            if not instance.said:
+                instance.said = True
+                other.append(instance, AgentMessage(**stamp(run), text="x"), f"{run}:1")
+            else:
+                instance.run = None
+                completed = AgentCompleted(**stamp(run), outcome="success", seconds=0.0)
+                other.append(instance, completed, completed_key(run), post)
+            yield other
+            return
+        progress = other.progress()
+        if instance.lease is None:
+            if (progress.posts or progress.run is not None) and other.past.token < CLAIMS:
+                instance.lease = other.past.claim(instance.name, lambda holder: holder not in other.dead)
+                if instance.lease is not None:
+                    yield other
+        elif progress.run is not None:
+            going_on = progress.run
+            completed = AgentCompleted(**stamp(going_on.id), outcome="interrupted", seconds=0.0)
+            other.append(instance, completed, completed_key(going_on.id), going_on.post)
+            yield other
+        elif progress.posts:
+            post = progress.posts[0].seq
+            other.runs += 1
+            run = f"r{post}.{instance.lease.token}"
+            started = AgentStarted(**stamp(run), agent="x", post=progress.posts[0].id, post_seq=post)
+            other.append(instance, started, started_key(post))
+            instance.run, instance.said = (run, post), False
+            yield other
+        else:
+            if other.past.release(instance.name, instance.lease, unanswered=False):
+                instance.lease = None
+            yield other
+    except LeaseLost:
+        instance.lease = instance.run = None
+        yield other
+
+
+def check(world: World) -> None:
+    """No client may ever see a log in which this does not hold."""
+    events = [json.loads(kept.entry.json) for kept in world.past.entries]
+    assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
+    posts = [event["seq"] for event in events if event["type"] == "user_message"]
+    started = [event["post_seq"] for event in events if event["type"] == "agent_started"]
+    assert started == posts[: len(started)], "posts are answered once, and in order"
+    ended = Counter(event["run"] for event in events if event["type"] == "agent_completed")
+    assert set(ended.values()) <= {1}
+    going_on = None
+    for event in events:
+        if event["type"] == "agent_started":
+            assert going_on is None, "one run at a time"
+            going_on = event["run"]
+        elif "run" in event:
+            assert event["run"] == going_on, "nothing is said behind the end of a run"
+            if event["type"] == "agent_completed":
+                going_on = None
+
+
+def is_settled(world: World) -> bool:
+    progress = world.progress()
+    return world.posts == POSTS and not progress.posts and progress.run is None
+
+
+def explore() -> int:
+    """Visit every world; the number of them. From each, answering must still be possible."""
+    seen: dict[object, set[object]] = {}  # which worlds lead to this one
+    settled: list[object] = []
+    first = World()
+    waiting = deque([first])
+    seen[first.key()] = set()
+    while waiting:
+        world = waiting.popleft()
+        check(world)
+        if is_settled(world):
+            settled.append(world.key())
+            assert len({kept.key for kept in world.past.entries if (kept.key or "").startswith("run:")}) == POSTS
+        elif world.past.token == CLAIMS:  # beyond it nothing is tried
+            settled.append(world.key())
+        for other in nexts(world):
+            key = other.key()
+            if key not in seen:
+                seen[key] = set()
+                waiting.append(other)
+            seen[key].add(world.key())
+    can_end = set(settled)
+    back = deque(settled)
+    while back:
+        for before in seen[back.popleft()]:
+            if before not in can_end:
+                can_end.add(before)
+                back.append(before)
+    stuck = len(seen) - len(can_end)
+    assert not stuck, f"from {stuck} of {len(seen)} states nobody can answer any more"
+    return len(seen)
+
+
+def test_every_order_of_two_instances_with_crashes() -> None:
+    assert explore() == STATES
+
+
+# It finds what is wrong
+
+
+def test_it_finds_a_store_that_does_not_look_at_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    append = Past.append
+
+    def careless(self: Past, instance: object, epoch: str, event: AnyEvent, key: str | None, *rest: object) -> object:
+        return append(self, instance, epoch, event, key, None, rest[1])  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Past, "append", careless)
+    with pytest.raises(AssertionError):
+        explore()
+
+
+def test_it_finds_a_start_that_can_come_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a fold that knows of the run that goes on, posts are answered again."""
+    fold = Progress.fold
+
+    def forgetful(self: Progress, entry: object) -> None:
+        fold(self, entry)  # type: ignore[arg-type]
+        self.run = None
+
+    monkeypatch.setattr(Progress, "fold", forgetful)
+    with pytest.raises(AssertionError):
+        explore()
+
+
+def test_it_finds_a_store_that_forgets_how_far_it_was_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    append = Past.append
+
+    def forgetful(self: Past, instance: object, epoch: str, event: AnyEvent, key: str | None, *rest: object) -> object:
+        return append(self, instance, epoch, event, key, rest[0], POSTS + 9 if rest[1] else None)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Past, "append", forgetful)
+    with pytest.raises(AssertionError):
+        explore()
