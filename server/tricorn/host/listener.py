@@ -43,6 +43,7 @@ Address = tuple[str, int]
 
 BACKLOG = 4096
 READ_HEAD = READ_DEFLATED  # bytes: behind the head there may be messages already
+HEAD_TOO_LARGE = (HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, HTTPStatus.REQUEST_URI_TOO_LONG)
 ACCEPT_AT_ONCE = 64  # then others get their turn
 PAUSE = 0.1  # seconds without accepting when descriptors or memory ran out
 SPARE = 128  # sockets beyond max_connections: to say so on, to read heads from, and for pages and health
@@ -158,7 +159,7 @@ class Router:
                 else:
                     raise Refused(HTTPStatus.UPGRADE_REQUIRED, "this is a WebSocket server", UPGRADE)
             except Refused as refused:
-                if refused.status is HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
+                if refused.status in HEAD_TOO_LARGE:
                     LIMIT_HITS.add("max_head_bytes")
                 await self._refuse(sock, refuse(refused, head))
         except OSError:
