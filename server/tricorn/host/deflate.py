@@ -12,7 +12,7 @@ from .websocket import RSV1, frame
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from zlib import _Compress
+    from zlib import _Compress, _Decompress
 
     from .handshake import Offer
     from .websocket import Opcode
@@ -103,12 +103,15 @@ class Deflater:
 
 
 class Inflater:
-    """The receiving half. Never makes more than it is asked for, however little that was made from."""
+    """The receiving half. Never makes more than it is asked for, however little that was made from.
+
+    What it remembers is made with the first message that comes compressed.
+    """
 
     def __init__(self, agreement: Agreement) -> None:
         self._bits = agreement.client_bits
         self._takeover = agreement.client_takeover
-        self._zlib = decompressobj(-self._bits)
+        self._zlib: _Decompress | None = None
 
     def inflate(self, data: bytes, limit: int, *, last: bool) -> bytes:
         """What comes of the next piece of a message, cut off at `limit` bytes, which must be above 0.
@@ -120,10 +123,11 @@ class Inflater:
         """
         inflated = self._feed(data, limit)
         if last:
-            if not self._zlib.eof and len(inflated) < limit:
+            ended = self._zlib is not None and self._zlib.eof  # by a final block: the empty one would begin anew
+            if not ended and len(inflated) < limit:
                 inflated += self._feed(_EMPTY_BLOCK, limit - len(inflated))
             if not self._takeover:
-                self._zlib = decompressobj(-self._bits)
+                self._zlib = None
         return inflated
 
     def _feed(self, data: bytes, limit: int) -> bytes:
@@ -135,11 +139,13 @@ class Inflater:
         inflated = b""
         rest = memoryview(data)
         step = len(data)
+        zlib = self._zlib
         while rest and len(inflated) < limit:
-            if self._zlib.eof:
-                self._zlib = decompressobj(-self._bits)
-                step = _STEP
+            if zlib is None or zlib.eof:
+                zlib = self._zlib = decompressobj(-self._bits)
             piece = rest[:step]
-            inflated += self._zlib.decompress(piece, limit - len(inflated))
-            rest = rest[len(piece) - len(self._zlib.unused_data) :]
+            inflated += zlib.decompress(piece, limit - len(inflated))
+            rest = rest[len(piece) - len(zlib.unused_data) :]
+            if zlib.eof:
+                step = _STEP
         return inflated
