@@ -1,4 +1,4 @@
-"""RFC 6455 in `tricorn.host.websocket`: by section, then as properties, with `websockets` as the second opinion."""
+"""RFC 6455 in `tricorn.host.websocket`: by section, then as properties, with frames made by `websockets`."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from sys import getsizeof
 from typing import NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from websockets.client import ClientProtocol
 from websockets.frames import Close as TheirClose
 from websockets.frames import Frame as TheirFrame
 from websockets.frames import Opcode as TheirOpcode
 from websockets.protocol import State
-from websockets.server import ServerProtocol
 from websockets.uri import parse_uri
 
+from fixtures.frames import FIN, KEY, head, is_prefix_of_utf8, is_utf8, masked, one_by_one
 from tricorn.close import (
     INTERNAL_ERROR,
     INVALID_DATA,
@@ -29,8 +29,6 @@ from tricorn.close import (
 )
 from tricorn.host.websocket import Message, Opcode, Receiver, close_frame, frame
 
-KEY = b"\x37\xfa\x21\x3d"  # the masking key of the examples in RFC 6455 §5.7
-FIN = 0x80
 LIMIT = 1 << 20
 TEXT, BINARY, CONTINUATION = FIN | Opcode.TEXT, FIN | Opcode.BINARY, FIN | Opcode.CONTINUATION
 CLOSE, PING, PONG = FIN | Opcode.CLOSE, FIN | Opcode.PING, FIN | Opcode.PONG
@@ -56,37 +54,6 @@ def receive(*reads: bytes, limit: int = LIMIT) -> Seen:
     receiver = Receiver(limit)
     messages = [message for read in reads for message in receiver.receive_data(read)]
     return Seen(messages, receiver.pings, receiver.closed, receiver.violation)
-
-
-def one_by_one(data: bytes) -> list[bytes]:
-    return [data[i : i + 1] for i in range(len(data))]
-
-
-def head(first: int, length: int, *, width: int | None = None) -> bytes:
-    """The head of a masked frame, its length in 0, 2 or 8 extra bytes: the fewest, if not told."""
-    if width is None:
-        width = 0 if length < 126 else 2 if length < 1 << 16 else 8
-    if width == 0:
-        return bytes((first, 0x80 | length)) + KEY
-    return bytes((first, 0x80 | (126 if width == 2 else 127))) + length.to_bytes(width, "big") + KEY
-
-
-def masked(first: int, payload: bytes = b"", *, width: int | None = None) -> bytes:
-    return head(first, len(payload), width=width) + bytes(byte ^ KEY[i % 4] for i, byte in enumerate(payload))
-
-
-def is_utf8(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def is_prefix_of_utf8(data: bytes) -> bool:
-    """Whether some text begins with these bytes. It only ever decodes whole texts."""
-    rests = [first + b"\x80" * more for first in (b"\x80", b"\x90", b"\xa0") for more in range(3)]
-    return any(is_utf8(data + rest) for rest in [b"", *rests])
 
 
 # §5.2 and §5.7: what is sent
@@ -592,124 +559,3 @@ def test_what_came_before_a_violation_in_the_same_read_counts(script: Script, fl
     seen = receive(b"".join([*script.frames, invalid, *later.frames]))
     assert seen[:3] == script.seen[:3]
     assert seen.code == code
-
-
-# The second opinion
-
-
-class Raw(NamedTuple):
-    """A frame that need not be valid."""
-
-    first: int
-    payload: bytes
-    is_masked: bool
-    width: int
-
-    @property
-    def is_shortest(self) -> bool:
-        return self.width == (0 if len(self.payload) < 126 else 2)
-
-    def encode(self) -> bytes:
-        data = masked(self.first, self.payload, width=self.width)
-        if self.is_masked:
-            return data
-        return bytes((data[0], data[1] & 0x7F)) + data[2 : 2 + self.width] + self.payload
-
-
-@st.composite
-def raws(draw: st.DrawFn) -> Raw:
-    """Mostly valid in each way, so that the flaws are seldom two in one frame and several frames are reached."""
-    opcode = draw(st.sampled_from([*Opcode, *Opcode, *Opcode, *Opcode, 3, 11, 15]))
-    fin = draw(st.sampled_from([FIN, FIN, FIN, 0]))
-    reserved = draw(st.sampled_from([0] * 15 + [0x10, 0x20, 0x40]))
-    payload = draw(
-        st.one_of(st.text(max_size=60).map(str.encode), mangled, st.sampled_from([125, 126, 200, 201]).map(bytes))
-    )
-    if opcode == Opcode.CLOSE and draw(st.booleans()):
-        payload = draw(st.one_of(close_codes, st.integers(0, 65535))).to_bytes(2, "big") + draw(mangled)
-    shortest = 0 if len(payload) < 126 else 2
-    width = draw(st.sampled_from([shortest] * 10 + [max(shortest, 2), 8]))
-    return Raw(fin | reserved | opcode, payload, draw(st.integers(0, 19)) > 0, width)
-
-
-class SecondOpinion:
-    """`websockets`' server protocol, with the check of text that it leaves to its connections."""
-
-    def __init__(self, limit: int) -> None:
-        self.protocol = ServerProtocol(state=State.OPEN, max_size=limit)
-        self.messages: list[Message] = []
-        self.pings: list[bytes] = []
-        self.code: int | None = None
-        self.is_text = False
-        self._bytes = b""
-
-    @property
-    def closed(self) -> Close | None:
-        close = self.protocol.close_rcvd
-        return None if close is None or self.code else Close(close.code, close.reason)
-
-    def receive_data(self, data: bytes) -> None:
-        self.protocol.receive_data(data)
-        for event in self.protocol.events_received():
-            assert isinstance(event, TheirFrame)
-            if event.opcode is TheirOpcode.PING:
-                self.pings.append(bytes(event.data))
-            elif event.opcode in (TheirOpcode.TEXT, TheirOpcode.BINARY, TheirOpcode.CONT):
-                self._take(event)
-        if self.protocol.parser_exc is not None:
-            assert self.protocol.close_sent is not None
-            self.code = self.protocol.close_sent.code
-
-    def _take(self, event: TheirFrame) -> None:
-        if event.opcode is not TheirOpcode.CONT:
-            self.is_text = event.opcode is TheirOpcode.TEXT
-            self._bytes = b""
-        self._bytes += event.data
-        if self.is_text and not (is_utf8 if event.fin else is_prefix_of_utf8)(self._bytes):
-            self.code = INVALID_DATA
-            return
-        if event.fin:
-            self.messages.append(self._bytes.decode() if self.is_text else self._bytes)
-
-
-def corrected(raw: Raw, inside: bool, code: int | None) -> int | None:
-    """Their code for a frame, and why ours is another; `inside`: the frame stands between fragments of a message."""
-    opcode = raw.first & 0x0F
-    if not raw.is_shortest and raw.is_masked:  # §5.2, "the minimal number of bytes MUST be used": they do not look
-        return PROTOCOL_ERROR
-    flawed = raw.first & 0x70 or opcode >= 8 or (opcode == 0) != inside
-    if code == TOO_BIG and flawed:  # two flaws: ours is the code of the one that shows first on the wire
-        return PROTOCOL_ERROR
-    if code == INVALID_DATA and opcode == Opcode.CLOSE and not may_be_sent(int.from_bytes(raw.payload[:2], "big")):
-        return PROTOCOL_ERROR  # likewise: a close frame's code stands before its reason
-    return code
-
-
-@settings(properties, max_examples=300)
-@given(st.lists(raws(), min_size=1, max_size=8))
-@example([Raw(CLOSE, b"\x03\xff\xff", True, 0)])
-@example([Raw(Opcode.TEXT, b"", True, 0), Raw(CLOSE, b"", True, 0)])
-@example([Raw(Opcode.TEXT, bytes(200), True, 2), Raw(PING, b"1", True, 0)])
-@example([Raw(PING, bytes(201), True, 2)])
-def test_websockets_is_of_the_same_opinion(frames: list[Raw]) -> None:
-    receiver = Receiver(200)
-    messages: list[Message] = []
-    opinion = SecondOpinion(200)
-    for raw in frames:
-        inside = opinion.protocol.current_size is not None
-        messages += receiver.receive_data(raw.encode())
-        opinion.receive_data(raw.encode())
-        code = opinion.code
-        if inside and raw.first & 8:
-            # §5.4: any control frame may stand between fragments. They refuse a close there, and count the others
-            # against the message's limit, so ask again as if it stood alone.
-            alone = SecondOpinion(200)
-            alone.receive_data(raw.encode())
-            code = alone.code
-        ours = None if receiver.violation is None else receiver.violation.code
-        assert ours == corrected(raw, inside, code)
-        if ours != opinion.code:
-            return
-        assert (messages, receiver.pings, receiver.closed) == (opinion.messages, opinion.pings, opinion.closed)
-        if ours or receiver.closed:
-            return
