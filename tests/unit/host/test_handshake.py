@@ -6,7 +6,18 @@ from http import HTTPStatus
 
 import pytest
 
-from tricorn.host.handshake import Head, Refused, Request, accept, check, choose_subprotocol, refuse, wants_websocket
+from tricorn.host.handshake import (
+    Head,
+    Offer,
+    Refused,
+    Request,
+    accept,
+    check,
+    choose_subprotocol,
+    offered_extensions,
+    refuse,
+    wants_websocket,
+)
 
 HEADERS = {
     "host": "example.com",
@@ -59,6 +70,31 @@ def test_the_path_is_decoded_and_the_query_is_not(target: bytes, path: str, quer
     read = Head(1000).receive_data(b"OPTIONS " + target + b" HTTP/1.1\r\nHost: h\r\n\r\n")
     assert read is not None
     assert (read.path, read.query) == (path, query)
+
+
+def test_an_absolute_form_goes_before_the_host_header() -> None:
+    """RFC 9112 §3.2.2."""
+    read = Head(1000).receive_data(b"GET http://there:81/ HTTP/1.1\r\nHost: here\r\n\r\n")
+    assert read is not None
+    assert read.headers["host"] == "there:81"
+
+
+@pytest.mark.parametrize("host", ["", "a.example", "a.example:", "127.0.0.1:80", "[::1]", "[::1]:80", "x_y%41"])
+def test_hosts_that_are_well_formed(host: str) -> None:
+    check(request(host=host), None)
+
+
+@pytest.mark.parametrize("host", ["a b", "a/b", "a, b", "u@h", "a:b", "::1", "[::1", "a?b", "\xe9", "a\x01"])
+def test_hosts_that_are_not(host: str) -> None:
+    with pytest.raises(Refused, match="the Host must be"):
+        check(request(host=host), None)
+
+
+@pytest.mark.parametrize("version", ["0.9", "2.0", "3.1"])
+def test_other_versions_of_http(version: str) -> None:
+    with pytest.raises(Refused) as caught:
+        Head(1000).receive_data(f"GET / HTTP/{version}\r\nHost: h\r\n\r\n".encode())
+    assert caught.value.status == HTTPStatus.HTTP_VERSION_NOT_SUPPORTED
 
 
 @pytest.mark.parametrize(
@@ -235,3 +271,35 @@ def test_refuse() -> None:
         b"\r\n"
         b"a \xc3\xa9\n"
     )
+
+
+def test_refuse_without_content_for_head() -> None:
+    head = Head(1000)
+    head.receive_data(b"HEAD / HTTP/1.1\r\nHost: h\r\n\r\n")
+    assert refuse(Refused(HTTPStatus.METHOD_NOT_ALLOWED, "no"), head).endswith(b"Content-Length: 3\r\n\r\n")
+
+
+# Extensions
+
+
+@pytest.mark.parametrize(
+    ("header", "offers"),
+    [
+        (None, []),
+        ("a", [("a", [])]),
+        ('a; b; c=1, a; d="2"', [("a", [("b", None), ("c", "1")]), ("a", [("d", "2")])]),
+    ],
+)
+def test_extensions_are_read(header: str | None, offers: list[Offer]) -> None:
+    assert list(offered_extensions(request(sec_websocket_extensions=header))) == offers
+
+
+@pytest.mark.parametrize("header", ["", ",", "a;", "a;=1", "a; b=", "a b", 'a; b="x y"', 'a; b="', "\xe9"])
+def test_malformed_extensions_are_refused(header: str) -> None:
+    with pytest.raises(Refused, match="bad Sec-WebSocket-Extensions") as caught:
+        offered_extensions(request(sec_websocket_extensions=header))
+    assert caught.value.status == HTTPStatus.BAD_REQUEST
+
+
+def test_accept_names_the_extensions() -> None:
+    assert accept(request(), None, "x; y").endswith(b"=\r\nSec-WebSocket-Extensions: x; y\r\n\r\n")
