@@ -22,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("Tricorn")
     group.addoption("--category", choices=LAYERS, help="run the tests of one layer, and those that always run")
     group.addoption("--real-services", action="store_true", help="fail, not skip, where PostgreSQL or Redis is missing")
-    group.addoption("--all-cases", action="store_true", help="run all 517 cases of the conformance suite, for minutes")
+    group.addoption("--all-messages", action="store_true", help="run the conformance suite at full size, for minutes")
     group.addoption("--real-llm", action="store_true", help="run the tests that ask a real model, which costs")
 
 
