@@ -61,7 +61,7 @@ PIECES = [f"{number} ".ljust(3000, "x") for number in range(12)]
 
 async def echo_late(ws: WebSocket) -> None:
     async for message in ws:
-        await trio.sleep(1.5)
+        await trio.sleep(0.3)
         await ws.send(message)
 
 
