@@ -23,6 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--category", choices=LAYERS, help="run the tests of one layer, and those that always run")
     group.addoption("--real-services", action="store_true", help="fail, not skip, where PostgreSQL or Redis is missing")
     group.addoption("--all-messages", action="store_true", help="run the conformance suite at full size, for minutes")
+    group.addoption("--step", type=int, help="of every checkpoint: try this one only")
+    group.addoption("--seed", type=int, default=0, help="of every checkpoint: the order in which tasks are run")
     group.addoption("--real-llm", action="store_true", help="run the tests that ask a real model, which costs")
 
 

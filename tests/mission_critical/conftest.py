@@ -1,17 +1,33 @@
-"""How many cases of `test_every_checkpoint.py` were tried, said at the end."""
+"""How the cases of `test_every_checkpoint.py` are tried, and at the end, how many there were."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from socket import AF_UNIX
+from typing import Any
 
 import pytest
+
+from fixtures.checkpoints import Scenario, every_step
+from fixtures.faults import Fault
 
 CASES: Counter[str] = Counter()
 
 
 @pytest.fixture
-def checkpoint_cases() -> Counter[str]:
-    return CASES
+def try_steps(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """`every_step`, with the step and the seed that the command line asks for, and a command to see a failure again."""
+    step, seed = request.config.getoption("--step"), request.config.getoption("--seed")
+
+    def try_steps(scenario: Scenario, fault: Fault, **options: Any) -> None:
+        if step is not None:
+            options["steps"] = lambda possible: [step]
+        again = f".venv/bin/pytest '{request.node.nodeid}'"
+        count = every_step(scenario, fault, seed=seed, again=again, **options)
+        CASES["in memory" if options.get("family", AF_UNIX) == AF_UNIX else "over TCP"] += count
+
+    return try_steps
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
