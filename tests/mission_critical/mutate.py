@@ -1,4 +1,4 @@
-"""Plant one fault of the error path at a time in a copy of the package, and see that each is caught, by what should.
+"""Plant one fault of the error path or of teardown at a time in a copy of the package, and see that each is caught.
 
     python tests/mission_critical/mutate.py
 
@@ -25,6 +25,11 @@ PACKAGE = Path("server/tricorn")
 
 FAILED_AGENT = "tests/unit/chat/test_run.py::test_an_agent_that_raises_has_failed"
 FAILED_HANDLER = "tests/mission_critical/test_first_error.py::test_a_handler_that_raises"
+
+EVERY_STEP = "tests/mission_critical/test_every_checkpoint.py::test_at_every_step"
+LEAVES = f"{EVERY_STEP}[chat with a tool-FIN]"
+STALLS = f"{EVERY_STEP}[echo-peer stops reading]"
+SLOW = f"{EVERY_STEP}[slow reader-close frame]"
 
 Plant = Callable[[str], str]
 
@@ -131,6 +136,8 @@ LOG = "from logging import getLogger\nlog = getLogger()"
 LOCK = "from threading import Lock\nlock = Lock()"
 LOCKED = "with lock:\n        return real(error, **context)"
 LATER = "return real(OSError('later'), **context)"
+UNBOUNDED = "self._close_timeout = inf"
+FORGOTTEN = "self._unsent = b''"
 SHOWN = "report_error = lambda error, **context: repr(error)"
 
 FAULTS = [
@@ -212,6 +219,11 @@ FAULTS = [
         ("a reporter that masks the error", "report.py", FAILED_AGENT, reporter(LATER)),
         ("a reporter that tells another id", "report.py", FAILED_AGENT, reporter("return real(error, **context)[1:]")),
         ("a client that is shown the error", "chat/run.py", FAILED_AGENT, first_in("perform", SHOWN)),
+        ("an attachment that is left", "chat/conversation.py", LEAVES, first_in("Conversation.detach", "return")),
+        ("a run without an end", "chat/run.py", LEAVES, first_in("_seal", "return")),
+        ("a shield without a deadline", "connection.py", STALLS, first_in("WebSocket._tear_down", UNBOUNDED)),
+        ("a registration that is left", "host/native.py", STALLS, first_in("NativeTransport.abort", "return")),
+        ("half a frame, and more behind it", "host/native.py", SLOW, first_in("NativeTransport.writable", FORGOTTEN)),
     ]
 ]
 
