@@ -41,7 +41,7 @@ from tricorn.server import Server, serve_until_signal
 from tricorn.settings import Secret, SettingError, Settings, parse_bind, parse_count
 from tricorn.web.metrics import app as metrics_app
 from tricorn.web.metrics import application, no_websocket
-from tricorn.web.pages import app
+from tricorn.web.pages import pages
 from tricorn.workers import Supervisor, Worker, reserve
 
 if TYPE_CHECKING:
@@ -294,7 +294,7 @@ async def _serve_chat(agent: Agent, settings: Settings, log: Log, worker: Worker
                     settings=settings,
                     subprotocols=SUBPROTOCOLS,
                     path="/ws",
-                    app=app,
+                    app=pages(chats.why_not_ready),
                     drain=chats.drain,
                 )
                 addresses = await nursery.start(serve)

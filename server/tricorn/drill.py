@@ -25,7 +25,7 @@ from tricorn.chat.log.memory import MemoryLog
 from tricorn.metrics import forget
 from tricorn.report import SINK, STDERR
 from tricorn.server import serve
-from tricorn.web.pages import app
+from tricorn.web.pages import pages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,6 +62,7 @@ TEXT, CLOSE, PING = 0x1, 0x8, 0x9
 # What is sent on a connection, and what must come before the drill hangs up.
 REHEARSED = (
     (b"GET / HTTP/1.1\r\nHost: drill\r\n\r\n", b"</html>"),
+    (b"GET /readyz HTTP/1.1\r\nHost: drill\r\n\r\n", b'"ok"'),
     (b"GET /nowhere HTTP/1.1\r\nHost: drill\r\n\r\n", b" 404 "),
     (b"\0\r\n\r\n", b" 400 "),
     (
@@ -103,7 +104,9 @@ async def drill() -> None:
                     raise _failure() from LookupError("a cause")
                 await chat.session(ws)
 
-            start = partial(serve, handler, 0, subprotocols=SUBPROTOCOLS, app=app, drain=chat.drain)
+            start = partial(
+                serve, handler, 0, subprotocols=SUBPROTOCOLS, app=pages(chat.why_not_ready), drain=chat.drain
+            )
             [(_, port)] = await nursery.start(start)
             for request, answer in REHEARSED:
                 await _exchange(port, request, answer)

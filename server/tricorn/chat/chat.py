@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from trio import CancelScope, open_nursery, sleep
+from trio import CancelScope, move_on_after, open_nursery, sleep
 from trio.lowlevel import checkpoint
 
 from tricorn.auth import Gate, ThisMachine
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 LOOKS_PER_LEASE = 4
 LOOK_AT_ONCE = 100  # conversations
+LOG_PATIENCE = 1.0  # seconds; probes wait as long, unless they are told otherwise
 
 
 class Chat:
@@ -87,6 +88,23 @@ class Chat:
         async with open_nursery() as nursery:
             for session in self._sessions:
                 nursery.start_soon(session.flush)
+
+    async def why_not_ready(self) -> str | None:
+        """Say why no more clients should be sent here, in words that anybody may read; None where they may come.
+
+        Asks the log, and waits for it for `LOG_PATIENCE` seconds. What it raises is reported. A checkpoint.
+        """
+        if self.closing:
+            await checkpoint()
+            return "draining"
+        with move_on_after(LOG_PATIENCE):
+            try:
+                await self._log.check()
+            except Exception as error:
+                report_error(error, phase="readiness")
+                return "the log fails"
+            return None
+        return "the log does not answer"
 
     def conversation(self, key: str) -> Conversation:
         """The conversation of this key, brought to life where it is not alive. Hold it, or it lingers out."""

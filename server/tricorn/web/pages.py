@@ -1,6 +1,6 @@
-"""The chat page, its style, its client and `/healthz`, as an ASGI 3.0 application.
+"""The chat page, its style, its client, `/healthz` and `/readyz`, as an ASGI 3.0 application.
 
-All of it is read when this module is imported: answering touches no disk and cannot fail for a missing file.
+All files are read when this module is imported: answering touches no disk and cannot fail for a missing file.
 """
 
 from __future__ import annotations
@@ -9,18 +9,26 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from importlib.resources import files
 from typing import Any
 
+from msgspec.json import encode
+
 Event = Mapping[str, Any]
 Receive = Callable[[], Awaitable[Event]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Headers = Iterable[tuple[bytes, bytes]]
+WhyNotReady = Callable[[], Awaitable[str | None]]
 
 TEXT = b"text/plain; charset=utf-8"
+JSON = b"application/json"
 
 # Nothing but the page's own two files and its own WebSocket; the icon is a data: URL in the page.
 CONTENT_SECURITY_POLICY = (
     b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+
+
+def _status(text: str) -> tuple[bytes, bytes]:
+    return JSON, encode({"status": text})
 
 
 def _page(name: str, content_type: bytes) -> tuple[bytes, bytes]:
@@ -31,30 +39,40 @@ PAGES = {
     "/": _page("chat.html", b"text/html; charset=utf-8"),
     "/chat.css": _page("chat.css", b"text/css; charset=utf-8"),
     "/client.js": _page("client.js", b"text/javascript; charset=utf-8"),
-    "/healthz": (TEXT, b"ok"),
+    "/healthz": _status("ok"),  # the loop turns, or else nobody would say so
 }
+READY = "/readyz"
 
 
-async def app(scope: Event, receive: Receive, send: Send) -> None:
-    """Answer GET and HEAD for `PAGES`, and refuse every WebSocket, which an ASGI server turns into 403.
+def pages(why_not_ready: WhyNotReady) -> Callable[[Event, Receive, Send], Awaitable[None]]:
+    """The application. `why_not_ready` is asked at each `/readyz`: None is 200, a reason is told with 503."""
 
-    Waits only in `receive` and `send`, so it is a checkpoint where they are; when cancelled, it leaves nothing behind.
-    """
-    match scope["type"]:
-        case "http":
-            await _answer(scope["method"], scope["path"], send)
-        case "websocket":
-            await receive()
-            await send({"type": "websocket.close"})
-        case "lifespan":
-            await _live(receive, send)
+    async def app(scope: Event, receive: Receive, send: Send) -> None:
+        """Answer GET and HEAD for `PAGES` and `READY`, and refuse every WebSocket, which an ASGI server turns into 403.
+
+        Waits only in `receive`, `send` and `why_not_ready`, so it is a checkpoint where they are; when cancelled, it
+        leaves nothing behind.
+        """
+        match scope["type"]:
+            case "http":
+                await _answer(scope["method"], scope["path"], send, why_not_ready)
+            case "websocket":
+                await receive()
+                await send({"type": "websocket.close"})
+            case "lifespan":
+                await _live(receive, send)
+
+    return app
 
 
-async def _answer(method: str, path: str, send: Send) -> None:
-    if path not in PAGES:
+async def _answer(method: str, path: str, send: Send, why_not_ready: WhyNotReady) -> None:
+    if path not in PAGES and path != READY:
         await respond(send, method, 404, TEXT, b"not found")
     elif method not in ("GET", "HEAD"):
         await respond(send, method, 405, TEXT, b"method not allowed", [(b"allow", b"GET, HEAD")])
+    elif path == READY:
+        reason = await why_not_ready()
+        await respond(send, method, 200 if reason is None else 503, *_status(reason or "ok"))
     else:
         await respond(send, method, 200, *PAGES[path])
 

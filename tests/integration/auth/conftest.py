@@ -19,7 +19,7 @@ from tricorn.chat import SUBPROTOCOLS, Chat, Run
 from tricorn.chat.protocol import SUBPROTOCOL
 from tricorn.keys import Keys, parse, parse_for_signing
 from tricorn.settings import Settings
-from tricorn.web.pages import app
+from tricorn.web.pages import pages
 
 PATIENCE = 10  # seconds, for a whole test
 SECRET = "a secret of thirty-two bytes or more"
@@ -132,7 +132,13 @@ async def chat_with_tokens(
             await chat.session(ws)
 
         async with Chat(echo, made, gate=chosen) as chat, trio.open_nursery() as nursery:
-            options = {"settings": made, "subprotocols": SUBPROTOCOLS, "path": "/ws", "app": app, "drain": chat.drain}
+            options = {
+                "settings": made,
+                "subprotocols": SUBPROTOCOLS,
+                "path": "/ws",
+                "app": pages(chat.why_not_ready),
+                "drain": chat.drain,
+            }
             [(_, server.port)] = await nursery.start(partial(serve, handler, 0, **options))  # type: ignore[arg-type]
             yield server
             nursery.cancel_scope.cancel()

@@ -22,7 +22,7 @@ from tricorn.chat import SUBPROTOCOLS, Agent, Chat, Run, ToolError
 from tricorn.chat.log.memory import MemoryLog
 from tricorn.chat.protocol import BATCH_SUBPROTOCOL, SUBPROTOCOL
 from tricorn.settings import Settings
-from tricorn.web.pages import app
+from tricorn.web.pages import pages
 
 PATIENCE = 30  # seconds, for a whole test
 
@@ -198,7 +198,7 @@ async def chat_server(
                 settings=chat.settings,
                 subprotocols=SUBPROTOCOLS,
                 path="/ws",
-                app=app,
+                app=pages(chat.why_not_ready),
                 drain=chat.drain,
                 task_status=task_status,
             )

@@ -162,7 +162,10 @@ async def test_drain_ends_though_a_client_does_not_read(chatting_anywhere: Chatt
 
 
 async def test_nothing_begins_while_the_server_drains(chatting: Chatting) -> None:
-    """An agent that cleans up holds the drain; until it has, posts and connections are refused."""
+    """An agent that cleans up holds the drain; until it has, posts and connections are refused.
+
+    Who asks on a connection that was there before hears that this server is well, and why it is not ready.
+    """
 
     async def tidy(run: Run) -> None:
         try:
@@ -172,11 +175,23 @@ async def test_nothing_begins_while_the_server_drains(chatting: Chatting) -> Non
                 await release.wait()
                 await run.say("tidied")
 
+    async def ask(path: str) -> bytes:
+        await probe.send_all(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        answer = b""
+        while not answer.endswith(b"}"):
+            answer += await probe.receive_some()
+        return answer
+
     release = trio.Event()
-    async with chatting(tidy) as server, server.connect() as client:
+    async with (
+        chatting(tidy) as server,
+        server.connect() as client,
+        await trio.open_tcp_stream("127.0.0.1", server.port) as probe,
+    ):
         await client.send("open", conversation="c")
         await client.post("hello")
         await client.until("agent_started")
+        assert (await ask("/readyz")).startswith(b"HTTP/1.1 200 ")
         server.scope.cancel()
         assert (await client.receive())["type"] == "closing"
         await client.post("again", id_="late")
@@ -184,6 +199,10 @@ async def test_nothing_begins_while_the_server_drains(chatting: Chatting) -> Non
         assert (refusal["code"], refusal["ref"]) == ("closing", "late")
         with pytest.raises(OSError, match="all attempts to connect"):
             await trio.open_tcp_stream("127.0.0.1", server.port)
+        assert (await ask("/healthz")).startswith(b"HTTP/1.1 200 ")
+        not_ready = await ask("/readyz")
+        assert not_ready.startswith(b"HTTP/1.1 503 ")
+        assert not_ready.endswith(b'{"status":"draining"}')
         release.set()
         seen, code = await client.until_closed()
         assert seen.types == ["agent_message", "agent_completed"]

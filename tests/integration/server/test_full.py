@@ -14,10 +14,14 @@ from fixtures.handlers import echo
 from tricorn import Settings
 from tricorn.host.listener import SPARE
 from tricorn.metrics import LIMIT_HITS
-from tricorn.web.pages import app
+from tricorn.web.pages import pages
 
 Serving = Callable[..., AbstractAsyncContextManager[Any]]
 FULL = (1013, "full, come back later")
+
+
+async def ready() -> None:
+    """Nothing speaks against it."""
 
 
 @pytest.fixture
@@ -26,7 +30,10 @@ def before() -> float:
 
 
 async def test_who_comes_when_it_is_full_is_told_to_come_back(served: Serving, before: float) -> None:
-    async with served(echo, settings=Settings(max_connections=2), app=app) as server, server.connect() as first:
+    async with (
+        served(echo, settings=Settings(max_connections=2), app=pages(ready)) as server,
+        server.connect() as first,
+    ):
         async with server.connect() as second:
             for _ in range(3):
                 async with server.connect() as third:

@@ -9,8 +9,10 @@ import pytest
 import trio
 import trio.testing
 
+from fixtures.clock import seconds
 from tricorn.chat import Chat, Run
 from tricorn.chat.allowance import Allowance
+from tricorn.chat.chat import LOG_PATIENCE
 from tricorn.chat.log.memory import MemoryLog
 from tricorn.settings import Settings
 
@@ -203,3 +205,46 @@ async def test_draining_a_chat_without_anybody_is_a_checkpoint() -> None:
     async with Chat(echo) as chat:
         with trio.testing.assert_checkpoints():
             await chat.drain()
+
+
+# Readiness
+
+
+class UselessLog(MemoryLog):
+    """Does what it was told to when it is asked whether it works."""
+
+    def __init__(self, ask: Callable[[], Awaitable[None]]) -> None:
+        super().__init__()
+        self._ask = ask
+
+    async def check(self) -> None:
+        await self._ask()
+
+
+async def test_a_chat_is_ready_until_it_drains() -> None:
+    async with Chat(echo) as chat:
+        with trio.testing.assert_checkpoints():
+            assert await chat.why_not_ready() is None
+        await chat.drain()
+        with trio.testing.assert_checkpoints():
+            assert await chat.why_not_ready() == "draining"
+
+
+async def test_a_chat_whose_log_fails_is_not_ready_and_the_failure_is_reported(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    async def fail() -> None:
+        raise OSError("the disk is gone")
+
+    async with Chat(echo, log=UselessLog(fail)) as chat:
+        assert await chat.why_not_ready() == "the log fails"
+    assert "OSError: the disk is gone" in capfd.readouterr().err
+
+
+async def test_a_chat_whose_log_says_nothing_is_not_ready(autojump_clock: trio.testing.MockClock) -> None:
+    async with Chat(echo, log=UselessLog(trio.sleep_forever)) as chat:
+        async with seconds(LOG_PATIENCE):
+            assert await chat.why_not_ready() == "the log does not answer"
+        with trio.move_on_after(LOG_PATIENCE / 2) as scope:
+            await chat.why_not_ready()
+        assert scope.cancelled_caught

@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 
-from tricorn.web import pages
+from tricorn.web.pages import pages
 
 Headers = dict[bytes, bytes]
 
 
-async def run(scope: dict[str, Any], events: Iterable[str] = ()) -> list[dict[str, Any]]:
-    """What the app sends for this scope, when it receives these events."""
+async def run(scope: dict[str, Any], events: Iterable[str] = (), reason: str | None = None) -> list[dict[str, Any]]:
+    """What the app sends for this scope, when it receives these events, and is not ready for this reason."""
+
+    async def why_not_ready() -> str | None:
+        return reason
+
     incoming = deque(events)
     sent: list[dict[str, Any]] = []
 
@@ -25,13 +29,13 @@ async def run(scope: dict[str, Any], events: Iterable[str] = ()) -> list[dict[st
     async def send(event: dict[str, Any]) -> None:
         sent.append(event)
 
-    await pages.app(scope, receive, send)
+    await pages(why_not_ready)(scope, receive, send)
     assert not incoming
     return sent
 
 
-async def ask(method: str, path: str) -> tuple[int, Headers, bytes]:
-    start, body = await run({"type": "http", "method": method, "path": path, "headers": []})
+async def ask(method: str, path: str, reason: str | None = None) -> tuple[int, Headers, bytes]:
+    start, body = await run({"type": "http", "method": method, "path": path, "headers": []}, reason=reason)
     assert (start["type"], body["type"]) == ("http.response.start", "http.response.body")
     names = [name for name, _ in start["headers"]]
     assert len(set(names)) == len(names)
@@ -44,7 +48,8 @@ async def ask(method: str, path: str) -> tuple[int, Headers, bytes]:
         ("/", b"text/html; charset=utf-8", b"<!doctype html>"),
         ("/chat.css", b"text/css; charset=utf-8", b"prefers-reduced-motion"),
         ("/client.js", b"text/javascript; charset=utf-8", b"export class Client"),
-        ("/healthz", b"text/plain; charset=utf-8", b"ok"),
+        ("/healthz", b"application/json", b'{"status":"ok"}'),
+        ("/readyz", b"application/json", b'{"status":"ok"}'),
     ],
 )
 async def test_get(path: str, content_type: bytes, part: bytes) -> None:
@@ -56,11 +61,16 @@ async def test_get(path: str, content_type: bytes, part: bytes) -> None:
     assert headers[b"cache-control"] == b"no-cache"
 
 
-async def test_health_is_two_letters() -> None:
-    assert (await ask("GET", "/healthz"))[2] == b"ok"
+async def test_why_it_is_not_ready_is_told_and_is_no_matter_of_health() -> None:
+    status, headers, body = await ask("GET", "/readyz", "draining")
+    assert (status, body) == (503, b'{"status":"draining"}')
+    assert headers[b"content-type"] == b"application/json"
+    assert await ask("HEAD", "/readyz", "draining") == (status, headers, b"")
+    assert (await ask("POST", "/readyz", "draining"))[0] == 405
+    assert (await ask("GET", "/healthz", "draining"))[0] == 200
 
 
-@pytest.mark.parametrize("path", ["/", "/healthz", "/nowhere"])
+@pytest.mark.parametrize("path", ["/", "/healthz", "/readyz", "/nowhere"])
 async def test_head_is_get_without_the_body(path: str) -> None:
     status, headers, _ = await ask("GET", path)
     assert await ask("HEAD", path) == (status, headers, b"")
