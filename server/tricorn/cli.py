@@ -37,6 +37,7 @@ from tricorn.drill import drill
 from tricorn.host.listener import Address, listen
 from tricorn.imports import guarded
 from tricorn.keys import Keys, load, parse_for_signing
+from tricorn.report import report
 from tricorn.server import Server, serve_until_signal
 from tricorn.settings import Secret, SettingError, Settings, parse_bind, parse_count
 from tricorn.web.metrics import app as metrics_app
@@ -299,7 +300,7 @@ async def _serve_chat(agent: Agent, settings: Settings, log: Log, worker: Worker
                 )
                 addresses = await nursery.start(serve)
                 if worker is None:
-                    _say_where(addresses)
+                    _say_where(settings, addresses)
                 else:
                     support.start_soon(worker.obey)
             support.cancel_scope.cancel()
@@ -314,13 +315,16 @@ async def _supervise(command: Sequence[str], settings: Settings) -> int:
         async with trio.open_nursery() as support:
             supervisor = Supervisor(command, settings.workers, reserved, drain_timeout=settings.drain_timeout)
             await _show_metrics(support, metrics, application(supervisor.scrape), settings)
-            status = await supervisor.run(_say_where)
+            status = await supervisor.run(partial(_say_where, settings))
             support.cancel_scope.cancel()
     return status
 
 
-def _say_where(addresses: Sequence[Address]) -> None:
+def _say_where(settings: Settings, addresses: Sequence[Address]) -> None:
     print(f"Tricorn is listening on http://{_address(*addresses[0])}", flush=True)
+    if settings.service is not None:
+        of = {"service": settings.service, "revision": settings.revision, "configuration": settings.configuration}
+        report("INFO", "an instance has started", **of)
 
 
 async def _listen_for_metrics(settings: Settings) -> list[Socket]:

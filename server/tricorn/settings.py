@@ -149,9 +149,10 @@ class Settings(Struct, frozen=True, kw_only=True):
     # What `tricorn serve` does about an import after start-up: see `tricorn.imports.guarded`.
     import_guard: ImportGuard = "report"
 
-    # Cloud Run: the names of the service and of its revision.
+    # Cloud Run: the names of the service, of its revision, and of the configuration that this was made from.
     service: str | None = None
     revision: str | None = None
+    configuration: str | None = None
 
     def __post_init__(self) -> None:
         for field in fields(Settings):
@@ -167,22 +168,24 @@ class Settings(Struct, frozen=True, kw_only=True):
     def from_environ(cls, environ: Mapping[str, str] = environ) -> Self:
         """Read `TRICORN_BIND` and `TRICORN_METRICS` (HOST:PORT), `TRICORN_<FIELD>` else, and what Cloud Run says.
 
-        `K_SERVICE` and `K_REVISION` name the service and its revision, and a service listens on every interface. `PORT`
-        is its port. `TRICORN_BIND` goes before both. Raises `SettingError`, also for a `TRICORN_` variable that does
-        not exist: a misspelt setting must not pass for one that was made.
+        `K_SERVICE`, `K_REVISION` and `K_CONFIGURATION` name the service, and a service listens on every interface
+        unless `TRICORN_HOST` says another. `PORT` is its port. `TRICORN_BIND` goes before all of these. Raises
+        `SettingError`, also for a `TRICORN_` variable that does not exist: a misspelt setting must not pass for one
+        that was made.
         """
-        values: dict[str, Any] = {"service": environ.get("K_SERVICE"), "revision": environ.get("K_REVISION")}
+        values: dict[str, Any] = {name: environ.get(f"K_{name.upper()}") for name in _OF_CLOUD_RUN}
         if "K_SERVICE" in environ:
             values["host"] = "0.0.0.0"  # noqa: S104 (a container has its own network)
         if "PORT" in environ:
             values["port"] = _checked("PORT", environ["PORT"], Port, strict=False)
+        bind = None
         settable = {field.name.upper(): field for field in fields(cls) if field.name not in _NOT_VARIABLES}
         for variable, text in environ.items():
             if not variable.startswith(_PREFIX):
                 continue
             name = variable.removeprefix(_PREFIX)
             if name == "BIND":
-                values["host"], values["port"] = parse_bind(text, f"{variable}=")
+                bind = parse_bind(text, f"{variable}=")
             elif name == "METRICS":
                 values["metrics"] = parse_bind(text, f"{variable}=")
             elif field := settable.get(name):
@@ -194,6 +197,8 @@ class Settings(Struct, frozen=True, kw_only=True):
                 values[field.name] = _checked(variable, value, field.type, strict=False)
             else:
                 raise SettingError(f"{variable}: no such setting; {_nearest(name, ['BIND', *settable])}")
+        if bind is not None:
+            values["host"], values["port"] = bind
         return cls(**values)
 
 
@@ -224,7 +229,8 @@ def parse_count(text: str, label: str) -> int:
 
 
 _PREFIX = "TRICORN_"
-_NOT_VARIABLES = {"host", "port", "service", "revision"}
+_OF_CLOUD_RUN = ("service", "revision", "configuration")
+_NOT_VARIABLES = {"port", *_OF_CLOUD_RUN}
 
 
 def _checked(name: str, value: object, kind: Any, *, strict: bool) -> Any:

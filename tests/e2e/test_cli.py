@@ -307,3 +307,14 @@ async def test_a_person_at_a_terminal(cli: Cli) -> None:
 
             await terminal.send_all(b"\x04")
             assert await process.wait() == 0
+
+
+async def test_the_first_record_on_cloud_run_says_what_this_is_an_instance_of(cli: Cli) -> None:
+    place = {"service": "chat", "revision": "chat-00042-abc", "configuration": "chat"}
+    server = await cli.serve(**{f"K_{name.upper()}": value for name, value in place.items()})
+    assert await server.stop() == 0
+    first = json.loads(server.stderr.read_text().splitlines()[0])
+    assert first == {"severity": "INFO", "message": "an instance has started", **place}
+    server = await cli.serve()
+    assert await server.stop() == 0
+    assert server.stderr.read_text() == ""
