@@ -20,7 +20,7 @@ LABEL org.opencontainers.image.title="Tricorn" \
     org.opencontainers.image.licenses="MIT" \
     org.opencontainers.image.revision="${REVISION}"
 COPY --from=build /opt/tricorn /opt/tricorn
-ENV PATH=/opt/tricorn/bin:$PATH TRICORN_HOST=0.0.0.0 PORT=8080
+ENV PATH=/opt/tricorn/bin:$PATH TRICORN_HOST=0.0.0.0 PORT=8080 TRICORN_LOG=memory:
 WORKDIR /app
 # The drill loads all that serving needs: it shows that the image can, and leaves the bytecode that nobody can write later.
 RUN tricorn drill

@@ -219,9 +219,10 @@ class Failing(MemoryLog):
     async def _may_fail(self) -> None:
         if self.hangs:
             await trio.sleep_forever()
-        if self.error is not None:
-            await trio.lowlevel.checkpoint()
-            raise self.error
+        error = self.error
+        await trio.lowlevel.checkpoint()
+        if error is not None:
+            raise error
 
     async def open(self, conversation: str) -> State:
         await self._may_fail()

@@ -14,7 +14,7 @@ import trio
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tricorn.chat import Run, ToolError
+from tricorn.chat import Run, ToolError, progress
 from tricorn.chat.agents.arithmetic import MAX_BITS, MAX_CHARACTERS, evaluate, show
 from tricorn.chat.agents.demo import HELP, ZONES, characters, demo
 from tricorn.chat.protocol import AnyEvent
@@ -31,7 +31,7 @@ class Asked(NamedTuple):
         await trio.lowlevel.checkpoint()
 
     def run(self, message: str) -> Run:
-        return Run("home", "local", message, "post", inf, self.append, 100_000)
+        return Run("home", progress.Asked(1, "post", "local", message), inf, self.append, 100_000)
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self.events if event["type"] == kind]
