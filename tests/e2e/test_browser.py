@@ -37,10 +37,10 @@ def serving(bind: str = "127.0.0.1:0", status: int = 0) -> Iterator[str]:
     assert process.returncode == status
 
 
-def kill_children() -> None:
-    """Kill this process's `tricorn serve`; the browser is a child, too."""
+def kill_server(log: str) -> None:
+    """Kill the `tricorn serve` that has this log."""
     for pid in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
-        if b"serve" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+        if f"TRICORN_LOG={log}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
             os.kill(int(pid), signal.SIGKILL)
 
 
@@ -204,14 +204,15 @@ def test_the_page_goes_on_after_the_server_was_killed(
     page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In mid-answer, by SIGKILL; the next process has the same log, and goes on with what waits."""
-    monkeypatch.setenv("TRICORN_LOG", f"sqlite:///{tmp_path}/log.db")
+    log = f"sqlite:///{tmp_path}/log.db"
+    monkeypatch.setenv("TRICORN_LOG", log)
     with serving(status=-signal.SIGKILL) as address:
         visit(page, address)
         write(page, "slow 60")
         expect(run(page).locator(".tool .status")).to_have_text("running")
         write(page, "12*(7+5)^2")
         expect(page.locator(".message[data-state=sent]")).to_have_count(2)
-        kill_children()
+        kill_server(log)
         expect(page.get_by_role("status")).to_have_text(re.compile("^Reconnecting"))
     with serving(address.removeprefix("http://")):
         expect(page.get_by_role("status")).to_have_text("Connected", timeout=30_000)
