@@ -22,8 +22,9 @@ LABEL org.opencontainers.image.title="Tricorn" \
 COPY --from=build /opt/tricorn /opt/tricorn
 ENV PATH=/opt/tricorn/bin:$PATH TRICORN_HOST=0.0.0.0 PORT=8080 TRICORN_LOG=memory:
 WORKDIR /app
-# The drill loads all that serving needs: it shows that the image can, and leaves the bytecode that nobody can write later.
-RUN tricorn drill
+# /data is for a volume with a log in a file. The drill loads all that serving needs: it shows that the image can, and
+# leaves the bytecode that nobody can write later.
+RUN install --directory --owner=10001 --group=10001 /data && tricorn drill
 USER 10001:10001
 EXPOSE 8080
 STOPSIGNAL SIGTERM
