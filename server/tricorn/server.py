@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import trio
-from trio import current_time
+from trio import current_time, move_on_after, sleep
 
 from .host.hypercorn import Hypercorn
 from .host.listener import Router, accept_forever, listen
@@ -27,12 +27,16 @@ if TYPE_CHECKING:
 
 DEFAULTS = Settings()
 
+BATCH = 100  # connections that are closed together
+BATCH_PAUSE = 0.05  # seconds between two batches
+
 
 class Server:
     """Connections, what watches over them, and their end.
 
     The connections live in a nursery that is shielded from whatever cancels the server, so that they can be ended in
     order: no more are accepted, `drain` is awaited, then every connection is closed with 1012, all in `drain_timeout`.
+    Where they are many it is in batches, so that their clients do not come back all at once.
     """
 
     def __init__(
@@ -48,7 +52,7 @@ class Server:
         self._settings = settings
         self._drain = drain
         self._http = None if app is None else Hypercorn(app, settings)
-        self._transports: set[NativeTransport] = set()
+        self._transports: dict[NativeTransport, trio.CancelScope] = {}  # with what its connection runs in
         self._readiness = best()
         self._router = Router(
             handler,
@@ -76,7 +80,7 @@ class Server:
                 finally:
                     self._holding.deadline = current_time() + self._settings.drain_timeout
                     _close(listeners)
-                    await self._run_drain()
+                    await self._wind_down()
                     connections.cancel_scope.cancel()
         finally:
             _close(listeners)
@@ -100,17 +104,39 @@ class Server:
                         await trio.sleep_forever()
                 support.cancel_scope.cancel()
 
-    async def _run_drain(self) -> None:
-        """Let the program's own `drain` and HTTP end what they have going, leaving `close_timeout` for the rest."""
+    async def _wind_down(self) -> None:
+        """Let the program's own `drain` and HTTP end what they have going, then close connections, batch by batch.
+
+        Leaves `close_timeout` for the last of them. The batches have at least half of the time, where they need it.
+        """
+        time = self._settings.drain_timeout - self._settings.close_timeout
         with self._draining:
-            self._draining.deadline = current_time() + self._settings.drain_timeout - self._settings.close_timeout
-            try:
-                if self._drain is not None:
-                    await self._drain()
-            except Exception as error:
-                report_error(error, phase="draining")
-            if self._http is not None:
-                await self._http.drain()
+            self._draining.deadline = current_time() + time
+            with move_on_after(time - min(time / 2, self._pauses() * BATCH_PAUSE)):
+                await self._run_drain()
+            await self._close_in_batches()
+
+    async def _run_drain(self) -> None:
+        try:
+            if self._drain is not None:
+                await self._drain()
+        except Exception as error:
+            report_error(error, phase="draining")
+        if self._http is not None:
+            await self._http.drain()
+
+    def _pauses(self) -> int:
+        """How many pauses there are between the batches."""
+        return max(len(self._transports) - 1, 0) // BATCH
+
+    async def _close_in_batches(self) -> None:
+        scopes = list(self._transports.values())
+        left = max(self._draining.deadline - current_time(), 0.0)
+        pause = min(BATCH_PAUSE, left / max(self._pauses(), 1))
+        for index, scope in enumerate(scopes):
+            if index and index % BATCH == 0:
+                await sleep(pause)
+            scope.cancel()
 
 
 class Options(TypedDict, total=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from random import random
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 LOOKS_PER_LEASE = 4
 LOOK_AT_ONCE = 100  # conversations
 LOG_PATIENCE = 1.0  # seconds; probes wait as long, unless they are told otherwise
+RETRY_AFTER = 1.0  # seconds until the first clients may come back
+RETURNS_PER_SECOND = 500  # clients that are to come back in a second, all in all
 
 
 class Chat:
@@ -105,6 +108,10 @@ class Chat:
                 return "the log fails"
             return None
         return "the log does not answer"
+
+    def retry_after(self) -> float:
+        """When a client is to come back, in seconds: the more there are, the more they are spread."""
+        return RETRY_AFTER + random() * (len(self._sessions) - 1) / RETURNS_PER_SECOND  # noqa: S311 (it keeps no secret)
 
     def conversation(self, key: str) -> Conversation:
         """The conversation of this key, brought to life where it is not alive. Hold it, or it lingers out."""

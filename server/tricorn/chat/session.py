@@ -58,7 +58,6 @@ EVENTS_PER_TURN = 256
 # Bytes of one message that joins several lines; many clients take no message over 1 MiB.
 BATCH_BYTES = 64 * 1024
 
-RETRY_AFTER = 1.0  # seconds
 READ_AGAIN = 1.0  # seconds, where the log did not answer
 PAST_LOST = (SERVICE_RESTART, "the log has lost its past")
 EXPIRY_NOTICE = 30.0  # seconds from the notice to the end
@@ -111,7 +110,7 @@ class Session:
 
     def closing(self) -> None:
         """Tell the client that the server is about to close the connection."""
-        self._put(Closing(reason="the server is shutting down", retry_after=RETRY_AFTER))
+        self._put(Closing(reason="the server is shutting down", retry_after=self._chat.retry_after()))
 
     async def flush(self) -> None:
         """Wait until the client was sent all that there is, or is gone. A checkpoint; may be cancelled."""

@@ -118,7 +118,7 @@ class Router:
         self,
         handler: Handler,
         readiness: Readiness,
-        transports: set[NativeTransport],
+        transports: dict[NativeTransport, trio.CancelScope],
         settings: Settings,
         *,
         subprotocols: Sequence[str],
@@ -204,14 +204,14 @@ class Router:
             subprotocol=subprotocol,
             close_timeout=self._settings.close_timeout,
         )
-        self._transports.add(transport)
         try:
-            if self._websockets >= self._settings.max_connections:
-                await websocket.run(_say_full)
-            else:
-                await self._run(websocket)
+            with trio.CancelScope() as self._transports[transport]:
+                if self._websockets >= self._settings.max_connections:
+                    await websocket.run(_say_full)
+                else:
+                    await self._run(websocket)
         finally:
-            self._transports.discard(transport)
+            del self._transports[transport]
 
     async def _run(self, websocket: WebSocket) -> None:
         self._websockets += 1

@@ -193,7 +193,7 @@ async def test_the_server_forgets_connections_that_ended(served: Served) -> None
             await client.close()
             assert await client.closed() == (1000, "")
         await wait_all_tasks_blocked()
-        assert server._transports == set()
+        assert server._transports == {}
         nursery.cancel_scope.cancel()
 
 

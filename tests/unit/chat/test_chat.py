@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -128,10 +130,29 @@ async def test_drain_says_closing_interrupts_runs_and_sends_all_that_is_in_the_l
         closing, completed, last = await client.hear_all()  # what waits is left to whoever has the log next
         assert client.writes == writes  # nothing came after the drain
         assert types(await other.hear_all()) == ["closing"]
-    assert (closing["type"], closing["retry_after"]) == ("closing", 1.0)
+    assert closing["type"] == "closing"
     assert closing["reason"]
     assert (completed["type"], completed["error"]) == ("tool_completed", "interrupted")
     assert (last["type"], last["outcome"]) == ("agent_completed", "interrupted")
+
+
+async def test_who_is_alone_may_come_back_at_once_and_many_are_spread(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def told(clients: int) -> list[float]:
+        async with Chat(echo) as chat:
+            connected = [await connect(chat) for _ in range(clients)]
+            await chat.drain()
+            return [(await client.hear())["retry_after"] for client in connected]
+
+    assert await told(1) == [1.0]
+    random.seed(1)
+    monkeypatch.setattr("tricorn.chat.chat.RETURNS_PER_SECOND", 10)
+    after = await told(101)
+    assert 1.0 <= min(after) < 1.5
+    assert 10.5 < max(after) <= 11.0
+    busiest = max(Counter(map(int, after)).values())
+    assert busiest <= 20  # in one second; all in all it is ten times as many
 
 
 async def test_while_it_is_closing_a_chat_can_be_read_but_not_posted_to(connect: Connect) -> None:
