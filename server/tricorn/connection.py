@@ -20,7 +20,7 @@ from trio.lowlevel import (
 )
 
 from .close import FAULTS, INTERNAL_ERROR, NORMAL, SERVICE_RESTART, Close, may_be_sent
-from .metrics import CONNECTIONS, Totals
+from .metrics import CONNECTIONS, TEARDOWN_SECONDS, Totals
 from .phase import IllegalMove, Phase, move
 from .report import report, report_error, trace_id
 
@@ -136,7 +136,7 @@ class WebSocket:
         self._over = False  # nothing more to receive, nothing more may be sent
         self._closed = trio.Event()
         # For the record of its end.
-        self._began = current_time()
+        self._began = self._ending_since = current_time()
         self._received = self._sent = 0
         self._later_causes: list[str] = []
         self._error_id: str | None = None
@@ -238,7 +238,7 @@ class WebSocket:
                 self._transport.start(self)
                 await handler(self)
                 if self._cause is None:
-                    self._cause = Close(NORMAL)
+                    self._end(Close(NORMAL))
                 self._stop()
         except* Exception as errors:
             self._failed(errors)
@@ -273,6 +273,11 @@ class WebSocket:
 
     # For metrics
 
+    @property
+    def phase(self) -> Phase:
+        """Where it is in its life."""
+        return self._phase
+
     def totals(self) -> Totals:
         """What went over it so far."""
         traffic = self._transport.traffic()
@@ -288,6 +293,7 @@ class WebSocket:
                 self._later_causes.append(f"{cause.code} {cause.reason}".rstrip())
             return False
         self._cause = cause
+        self._ending_since = current_time()
         return True
 
     def _tell_receiver(self, cause: Close) -> None:
@@ -329,7 +335,8 @@ class WebSocket:
         cause = self._cause
         if cause is None:
             # What is around the connection was cancelled, or else the handler has cancelled its own nursery.
-            cause = self._cause = Close(SERVICE_RESTART if current_effective_deadline() == -inf else NORMAL)
+            cause = Close(SERVICE_RESTART if current_effective_deadline() == -inf else NORMAL)
+            self._end(cause)
         self._over = True
         reached = self._phase
         self._move(Phase.CLOSING)
@@ -345,6 +352,7 @@ class WebSocket:
             self._move(Phase.CLOSED)
             self._closed.set()
             CONNECTIONS.closed(self, cause.code)
+            TEARDOWN_SECONDS.observe(current_time() - self._ending_since)
             self._record_end(cause, reached)
 
     def _record_end(self, cause: Close, reached: Phase) -> None:

@@ -9,14 +9,21 @@ Values of labels are few and known beforehand: never a user, a conversation or a
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from contextlib import contextmanager
 from math import inf
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from trio.lowlevel import current_statistics
+
 from .close import KNOWN
+from .phase import Phase
 from .report import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
+
+Family = dict[str, list[float]]  # by a label's value: a number, or those of a histogram's buckets and then its sum
 
 OTHER = "other"
 
@@ -36,15 +43,30 @@ class Counter:
             value = OTHER
         self.values[value] += amount
 
+    def family(self) -> Family:
+        return {value: [number] for value, number in self.values.items()}
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.values = dict.fromkeys(self.values, 0.0)
+
 
 class Gauge(Counter):
     """A number that grows and shrinks."""
 
 
 class Histogram:
-    """How many were at most so large, for each value of a label. The last of `bounds` is infinity."""
+    """How many were how large, for each value of a label.
 
-    def __init__(self, name: str, text: str, label: str, known: Iterable[str], bounds: tuple[float, ...]) -> None:
+    Attributes:
+        bounds: of the buckets, each included in the bucket below it; the last is infinity.
+        buckets: for each value of the label, how many are in each bucket and in none before it.
+        sums: for each value of the label, how large all of them are together.
+    """
+
+    def __init__(
+        self, name: str, text: str, bounds: tuple[float, ...], label: str = "", known: Iterable[str] = ("",)
+    ) -> None:
         self.name = name
         self.text = text
         self.label = label
@@ -52,16 +74,18 @@ class Histogram:
         self.sums = dict.fromkeys(known, 0.0)
         self.forget()
 
-    def forget(self) -> None:
-        self.buckets = {value: [0] * len(self.bounds) for value in self.sums}
-        self.sums = dict.fromkeys(self.sums, 0.0)
-
-    def observe(self, value: str, size: float) -> None:
+    def observe(self, size: float, value: str = "") -> None:
         """Count something of this size for a value of the label."""
         self.sums[value] += size
-        for index, bound in enumerate(self.bounds):
-            if size <= bound:
-                self.buckets[value][index] += 1
+        self.buckets[value][bisect_left(self.bounds, size)] += 1
+
+    def family(self) -> Family:
+        return {value: [*buckets, self.sums[value]] for value, buckets in self.buckets.items()}
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.buckets = {value: [0] * len(self.bounds) for value in self.sums}
+        self.sums = dict.fromkeys(self.sums, 0.0)
 
 
 class Totals(NamedTuple):
@@ -76,21 +100,34 @@ class Totals(NamedTuple):
 class Counted(Protocol):
     """A connection, as far as it is counted."""
 
+    @property
+    def phase(self) -> Phase: ...
+
     def totals(self) -> Totals: ...
 
 
 class Connections:
-    """The connections that are open, and what went over those that no longer are."""
+    """The connections that are open, what went over those that no longer are, and how many are on their way in."""
 
     def __init__(self) -> None:
+        self._connecting = 0
         self._open: set[Counted] = set()
-        self._over = Totals()
-
-    def forget(self) -> None:
         self._over = Totals()
 
     def __len__(self) -> int:
         return len(self._open)
+
+    def forget(self) -> None:
+        self._over = Totals()
+
+    @contextmanager
+    def connecting(self) -> Iterator[None]:
+        """Count a socket until the end of the block, for as long as it has not said what it wants."""
+        self._connecting += 1
+        try:
+            yield
+        finally:
+            self._connecting -= 1
 
     def opened(self, connection: Counted) -> None:
         OPENED.add()
@@ -102,6 +139,13 @@ class Connections:
         self._open.discard(connection)
         self._over = _sum((self._over, connection.totals()))
 
+    def by_phase(self) -> dict[str, float]:
+        """How many there are now in each phase."""
+        found = dict.fromkeys(PHASES, 0.0) | {Phase.CONNECTING.value: self._connecting}
+        for connection in self._open:
+            found[connection.phase.value] += 1
+        return found
+
     def totals(self) -> Totals:
         """What went over all connections so far."""
         return _sum((self._over, *(connection.totals() for connection in self._open)))
@@ -111,6 +155,8 @@ def _sum(parts: Iterable[Totals]) -> Totals:
     return Totals(*map(sum, zip(*parts, strict=True)))
 
 
+PHASES = tuple(phase.value for phase in Phase if phase is not Phase.CLOSED)
+DIRECTIONS = ("received", "sent")
 OUTCOMES = ("success", "failed", "cancelled", "timeout", "interrupted")
 EVENTS = (
     "user_message",
@@ -143,56 +189,90 @@ CLOSED = Counter(
     "code",
     (*map(str, sorted(KNOWN)), OTHER),
 )
+TEARDOWN_SECONDS = Histogram(
+    "teardown_seconds",
+    "From what ended a WebSocket to its closed socket.",
+    (0.001, 0.01, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, inf),
+)
+SEND_STALLS = Counter("send_stalls", "Sends that had to wait for a peer that does not keep up.")
 CONVERSATIONS = Gauge("conversations", "Conversations in memory: followed, answered or lingering.")
 RUNS = Gauge("runs", "Runs that go on.")
 WAITING = Gauge("runs_waiting", "Posts that wait for the agent.")
 RUN_SECONDS = Histogram(
     "run_seconds",
     "Runs that ended and how long they took, by outcome.",
+    (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, inf),
     "outcome",
     OUTCOMES,
-    (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, inf),
 )
 APPENDED = Counter("events_appended", "Events put into logs, by type.", "type", EVENTS)
+APPEND_SECONDS = Histogram(
+    "log_append_seconds",
+    "How long the log took to put an event in.",
+    (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, inf),
+)
+DELIVERED = Counter("events_delivered", "Events given to connections to send, each as often as it is followed.")
 LIMIT_HITS = Counter("limit_hits", "How often somebody ran into a limit, by its setting.", "limit", LIMITS)
 LATE_IMPORTS = Counter("late_imports", "Modules that were imported after start-up.")
 WORKER_ENDS = Counter("worker_ends", "Workers that ended by themselves and were replaced.")
 
+# What `numbers` asks for, and nobody counts.
 CONNECTIONS = Connections()
-COUNTERS = (OPENED, CLOSED, CONVERSATIONS, RUNS, WAITING, APPENDED, LIMIT_HITS, LATE_IMPORTS, WORKER_ENDS)
-HISTOGRAMS = (RUN_SECONDS,)
+_CONNECTIONS = Gauge("connections", "WebSockets, and sockets on their way to be one, by phase.", "phase", PHASES)
+_MESSAGES = Counter("messages", "WebSocket messages.", "direction", DIRECTIONS)
+_BYTES = Counter("bytes", "Bytes of WebSockets, behind their handshakes.", "direction", DIRECTIONS)
+_TASKS = Gauge("tasks", "Trio's tasks that are alive.")
+_ERRORS = Counter("errors_reported", "Errors that were reported.")
+_DROPPED = Counter("records_dropped", "Records that stderr did not take.")
 
-Families = dict[str, dict[str, list[float]]]  # numbers by a label's value, by the metric's name
+METRICS: tuple[Counter | Histogram, ...] = (
+    _CONNECTIONS,
+    OPENED,
+    CLOSED,
+    TEARDOWN_SECONDS,
+    _MESSAGES,
+    _BYTES,
+    SEND_STALLS,
+    CONVERSATIONS,
+    RUNS,
+    WAITING,
+    RUN_SECONDS,
+    APPENDED,
+    APPEND_SECONDS,
+    DELIVERED,
+    LIMIT_HITS,
+    _TASKS,
+    _ERRORS,
+    _DROPPED,
+    LATE_IMPORTS,
+    WORKER_ENDS,
+)
 
 
 class Numbers(NamedTuple):
     """All that one process has counted, or several have."""
 
-    grown: Families  # what only grows: counters, and histograms as buckets with the sum behind
-    current: Families  # gauges
+    grown: dict[str, Family]  # by the metric's name: what only grows, which are counters and histograms
+    current: dict[str, Family]  # gauges
 
 
 NOTHING = Numbers({}, {})
 
 
 def numbers() -> Numbers:
-    """What this process has counted."""
+    """What this process has counted. To be called in a task."""
     traffic = CONNECTIONS.totals()
-    grown: Families = {
-        "errors_reported": {"": [counted["errors"]]},
-        "records_dropped": {"": [counted["records_dropped"]]},
-        "messages": {"received": [traffic.messages_received], "sent": [traffic.messages_sent]},
-        "bytes": {"received": [traffic.bytes_received], "sent": [traffic.bytes_sent]},
-    }
-    current: Families = {"connections": {"": [len(CONNECTIONS)]}}
-    for counter in COUNTERS:
-        families = current if isinstance(counter, Gauge) else grown
-        families[counter.name] = {value: [number] for value, number in counter.values.items()}
-    for histogram in HISTOGRAMS:
-        grown[histogram.name] = {
-            value: [*buckets, histogram.sums[value]] for value, buckets in histogram.buckets.items()
-        }
-    return Numbers(grown, current)
+    _CONNECTIONS.values = CONNECTIONS.by_phase()
+    _MESSAGES.values = dict(zip(DIRECTIONS, (traffic.messages_received, traffic.messages_sent), strict=True))
+    _BYTES.values = dict(zip(DIRECTIONS, (traffic.bytes_received, traffic.bytes_sent), strict=True))
+    _TASKS.values = {"": current_statistics().tasks_living}
+    _ERRORS.values = {"": counted["errors"]}
+    _DROPPED.values = {"": counted["records_dropped"]}
+    found = Numbers({}, {})
+    for metric in METRICS:
+        families = found.current if isinstance(metric, Gauge) else found.grown
+        families[metric.name] = metric.family()
+    return found
 
 
 def total(parts: Iterable[Numbers]) -> Numbers:
@@ -201,8 +281,8 @@ def total(parts: Iterable[Numbers]) -> Numbers:
     return Numbers(_add(grown), _add(current))
 
 
-def _add(parts: Iterable[Families]) -> Families:
-    sums: Families = {}
+def _add(parts: Iterable[dict[str, Family]]) -> dict[str, Family]:
+    sums: dict[str, Family] = {}
     for families in parts:
         for name, family in families.items():
             into = sums.setdefault(name, {})
@@ -213,9 +293,7 @@ def _add(parts: Iterable[Families]) -> Families:
 
 def forget() -> None:
     """Begin anew, as if nothing had been counted: after a rehearsal, when all is over."""
-    for counter in COUNTERS:
-        counter.values = dict.fromkeys(counter.values, 0.0)
-    for histogram in HISTOGRAMS:
-        histogram.forget()
+    for metric in METRICS:
+        metric.forget()
     CONNECTIONS.forget()
     counted.update(dict.fromkeys(counted, 0))

@@ -161,7 +161,7 @@ async def test_they_share_a_port_and_one_that_is_killed_is_replaced(start: Start
         service.client_of(lambda pid: pid != first) as (other, second),
     ):
         before = await service.scrape()
-        assert before["tricorn_connections",] == 2
+        assert before["tricorn_connections", "open"] == 2
         assert before["tricorn_messages_total", "sent"] > 10
         assert {"1", "2", "supervisor"} == {name[1] for name in before if name[0] == "process_open_fds"}
         os.kill(first, signal.SIGKILL)
@@ -169,12 +169,12 @@ async def test_they_share_a_port_and_one_that_is_killed_is_replaced(start: Start
         assert await ask(other) == second
         await service.until_said(b"ended: signal 9", 1)
         after = await service.scrape()
-        assert after["tricorn_connections",] == after["tricorn_worker_ends_total",] == 1
+        assert after["tricorn_connections", "open"] == after["tricorn_worker_ends_total",] == 1
         assert after["tricorn_connections_opened_total",] == before["tricorn_connections_opened_total",]
         assert after["tricorn_messages_total", "received"] == before["tricorn_messages_total", "received"] + 1
         async with service.client_of(lambda pid: pid not in (first, second)):
             after = await service.scrape()
-            assert after["tricorn_connections",] == 2
+            assert after["tricorn_connections", "open"] == 2
             assert after["tricorn_late_imports_total",] == 0
         assert await ask(other) == second
         service.process.terminate()
@@ -221,9 +221,9 @@ async def test_when_the_supervisor_is_killed_they_end_as_if_told_to(start: Start
 async def test_one_that_hangs_holds_up_neither_a_scrape_nor_the_end(start: Start) -> None:
     service = await start(SHORT)
     async with service.client() as (_, pid):
-        assert (await service.scrape())["tricorn_connections",] == 1
+        assert (await service.scrape())["tricorn_connections", "open"] == 1
         os.kill(pid, signal.SIGSTOP)
-        assert (await service.scrape())["tricorn_connections",] == 1
+        assert (await service.scrape())["tricorn_connections", "open"] == 1
         service.process.terminate()
         assert await service.end() == 0
         await gone(pid)

@@ -76,7 +76,9 @@ async def server(nursery: trio.Nursery) -> AsyncIterator[Server]:
 
 async def test_what_happens_is_counted_while_it_happens(server: Server) -> None:
     before = await server.scrape()
-    assert before["tricorn_connections",] == before["tricorn_connections_opened_total",] == 0  # no rehearsal shows
+    assert before["tricorn_connections", "open"] == before["tricorn_connections_opened_total",] == 0
+    assert before["tricorn_events_delivered_total",] == before["tricorn_log_append_seconds_count",] == 0
+    assert before["tricorn_teardown_seconds_count",] == 0  # no rehearsal shows
     assert before["tricorn_errors_reported_total",] == 0
     async with open_websocket_url(f"ws{server.url[4:]}/ws") as ws:
         await ws.get_message()
@@ -86,15 +88,19 @@ async def test_what_happens_is_counted_while_it_happens(server: Server) -> None:
         while json.loads(await ws.get_message())["type"] != "tool_executing":
             pass
         during = await server.scrape()
-        assert during["tricorn_connections",] == 1
+        assert during["tricorn_connections", "open"] == 1
+        assert during["tricorn_tasks",] > before["tricorn_tasks",]
         assert during["tricorn_messages_total", "received"] == 3
         assert during["tricorn_messages_total", "sent"] >= 5
         assert during["tricorn_bytes_total", "received"] > 100
         assert during["tricorn_bytes_total", "sent"] > 500
         assert during["tricorn_conversations",] == during["tricorn_runs",] == during["tricorn_runs_waiting",] == 1
         assert during["tricorn_events_appended_total", "user_message"] == 2
-    await server.until({("tricorn_connections",): 0, ("tricorn_connections_closed_total", "1000"): 1})
+        assert during["tricorn_log_append_seconds_count",] >= 5
+        assert during["tricorn_events_delivered_total",] >= 5
+    await server.until({("tricorn_connections", "open"): 0, ("tricorn_connections_closed_total", "1000"): 1})
     after = await server.scrape()
+    assert after["tricorn_teardown_seconds_count",] == after["tricorn_teardown_seconds_bucket", "2.0"] == 1
     assert after["tricorn_messages_total", "received"] == 3
     assert after["tricorn_late_imports_total",] == 0  # not even for this
     assert after["process_open_fds",] > 0

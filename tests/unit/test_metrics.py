@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import inf
 from pathlib import Path
 from typing import get_args
 
@@ -12,6 +13,7 @@ import pytest
 from tricorn import close, metrics
 from tricorn.chat import protocol
 from tricorn.metrics import NOTHING, Connections, Counter, Histogram, Numbers, Totals, total
+from tricorn.phase import Phase
 from tricorn.settings import Settings
 from tricorn.web.metrics import app
 
@@ -20,6 +22,7 @@ OPERATIONS = Path(__file__).parents[2].joinpath("docs/operations.md").read_text(
 
 class Connection:
     def __init__(self) -> None:
+        self.phase = Phase.OPEN
         self.messages = 0
 
     def totals(self) -> Totals:
@@ -34,12 +37,24 @@ def test_what_is_not_known_counts_as_other() -> None:
     assert counter.values == {"1000": 1, "other": 3}
 
 
-def test_a_histogram_is_cumulative() -> None:
-    histogram = Histogram("seconds", "", "outcome", ("success",), (1.0, 2.0, float("inf")))
+def test_a_bucket_of_a_histogram_includes_its_bound() -> None:
+    histogram = Histogram("seconds", "", (1.0, 2.0, inf), "outcome", ("success",))
     for seconds in (0.5, 1.0, 1.5, 9.0):
-        histogram.observe("success", seconds)
-    assert histogram.buckets == {"success": [2, 3, 4]}
+        histogram.observe(seconds, "success")
+    assert histogram.buckets == {"success": [2, 1, 1]}
     assert histogram.sums == {"success": 12.0}
+    histogram.forget()
+    assert histogram.family() == {"success": [0, 0, 0, 0.0]}
+
+
+def test_connections_are_counted_in_the_phase_that_they_are_in() -> None:
+    connections, one, other = Connections(), Connection(), Connection()
+    connections.opened(one)
+    connections.opened(other)
+    other.phase = Phase.CLOSING
+    with connections.connecting(), connections.connecting():
+        assert connections.by_phase() == {"connecting": 2, "accepted": 0, "open": 1, "closing": 1}
+    assert connections.by_phase()["connecting"] == 0
 
 
 def test_traffic_never_shrinks_when_a_connection_ends() -> None:
@@ -87,6 +102,24 @@ async def test_it_answers_get_and_head_of_one_path(method: str, path: str, statu
     assert (await shown(method, path))[0] == status
 
 
+async def test_what_is_shown_of_a_histogram_is_cumulative(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a label and without."""
+    monkeypatch.setattr(metrics.RUN_SECONDS, "buckets", {"success": [2, 1, 0, 0, 0, 0, 0, 0, 1]})
+    monkeypatch.setattr(metrics.RUN_SECONDS, "sums", {"success": 400.5})
+    monkeypatch.setattr(metrics.TEARDOWN_SECONDS, "buckets", {"": [1, 0, 0, 0, 0, 0, 0, 0, 1]})
+    _, body = await shown()
+    for line in (
+        'run_seconds_bucket{le="0.1",outcome="success"} 2.0',
+        'run_seconds_bucket{le="300.0",outcome="success"} 3.0',
+        'run_seconds_bucket{le="+Inf",outcome="success"} 4.0',
+        'run_seconds_count{outcome="success"} 4.0',
+        'run_seconds_sum{outcome="success"} 400.5',
+        'teardown_seconds_bucket{le="10.0"} 1.0',
+        "teardown_seconds_count 2.0",
+    ):
+        assert f"tricorn_{line}\n" in body
+
+
 async def test_every_metric_is_described_and_no_other() -> None:
     _, body = await shown()
     names = set(re.findall(r"^# TYPE (tricorn_\w+)", body, re.MULTILINE))
@@ -95,6 +128,6 @@ async def test_every_metric_is_described_and_no_other() -> None:
 
 def test_every_limit_is_described_with_its_default() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| ([\d,]+) \|", OPERATIONS, re.MULTILINE))
-    assert {name: int(number.replace(",", "")) for name, number in rows.items()} == {
+    assert {name: float(number.replace(",", "")) for name, number in rows.items()} == {
         name: getattr(Settings(), name) for name in metrics.LIMITS
     }

@@ -284,7 +284,7 @@ async def perform(run: Run, agent: Agent) -> None:
 async def _seal(run: Run, outcome: Outcome, seconds: float, error_id: str | None) -> None:
     """Say all that is owed, and the last word."""
     run._sealed = True
-    RUN_SECONDS.observe(outcome, seconds)
+    RUN_SECONDS.observe(seconds, outcome)
     if run._abandoned:
         return
     for tool in run._tools:

@@ -46,7 +46,7 @@ from tricorn.close import (
     TOO_MANY_CONNECTIONS,
     UNAUTHENTICATED,
 )
-from tricorn.metrics import LIMIT_HITS
+from tricorn.metrics import DELIVERED, LIMIT_HITS
 from tricorn.report import report_error
 
 if TYPE_CHECKING:
@@ -355,6 +355,7 @@ class Session:
                     payloads.append(_encode(_opened(cursor.conversation)))
                 cursor.seq = entries[-1].seq if entries else head
                 payloads += [entry.json for entry in entries]
+                DELIVERED.add(amount=len(entries))
             if cursor.seq >= cursor.conversation.head:
                 self._behind.pop(cursor, None)
         return payloads

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from itertools import islice
 from math import inf
 
-from trio import Lock, TooSlowError, fail_after
+from trio import Lock, TooSlowError, current_time, fail_after
 
 from tricorn.chat.log.base import Entry, Lease, Log, PastLost, State, Unavailable
 from tricorn.chat.progress import Progress
 from tricorn.chat.protocol import AnyEvent
-from tricorn.metrics import APPENDED
+from tricorn.metrics import APPEND_SECONDS, APPENDED
 
 # Entries kept in memory: who is not further behind than that is served without asking the log.
 TAIL = 256
@@ -96,10 +96,12 @@ class Transcript:
         async with self._lock:
             sure = False
             try:
+                began = current_time()
                 with patience(self._seconds):
                     entry, repeated = await self._log.append(
                         self.key, self.epoch, event, key, lease=lease, answered=answered
                     )
+                APPEND_SECONDS.observe(current_time() - began)
                 if not repeated:
                     APPENDED.add(str(event.__struct_config__.tag))
                 await self._read_to(entry.seq - 1)

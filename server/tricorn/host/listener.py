@@ -14,7 +14,7 @@ from trio.lowlevel import wait_readable
 
 from ..close import FULL
 from ..connection import WebSocket
-from ..metrics import LIMIT_HITS
+from ..metrics import CONNECTIONS, LIMIT_HITS
 from ..report import report, report_error
 from .deflate import negotiate
 from .handshake import (
@@ -148,7 +148,8 @@ class Router:
         try:
             head = Head(self._settings.max_head_bytes)
             try:
-                request = await self._read_head(sock, head)
+                with CONNECTIONS.connecting():
+                    request = await self._read_head(sock, head)
                 if request is not None and wants_websocket(request):
                     check(request, self._path, self._settings.origins)
                     await self._upgrade(sock, peer, request, head.rest)

@@ -12,7 +12,7 @@ from trio.lowlevel import ParkingLot
 
 from ..close import ABNORMAL, NO_PONG, STALLED, TOO_BIG, Close
 from ..connection import Traffic
-from ..metrics import LIMIT_HITS
+from ..metrics import LIMIT_HITS, SEND_STALLS
 from .deflate import Deflater, Inflater
 from .websocket import Opcode, Receiver, close_frame, frame
 
@@ -109,8 +109,10 @@ class NativeTransport:
             self._readiness.change(self)
 
     async def send(self, payloads: Sequence[bytes], *, text: bool) -> None:
-        while self._unsent and not self._broken:
-            await self._room.park()
+        if self._unsent and not self._broken:
+            SEND_STALLS.add()
+            while self._unsent and not self._broken:
+                await self._room.park()
         if self._broken or self._closing:
             raise BrokenResourceError("the connection is over")
         opcode = Opcode.TEXT if text else Opcode.BINARY

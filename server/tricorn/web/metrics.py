@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import partial
+from itertools import accumulate
 from math import inf
 from os import getpid
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from tricorn.connection import WebSocket
-from tricorn.metrics import COUNTERS, HISTOGRAMS, Gauge, Histogram, Numbers, numbers
+from tricorn.metrics import METRICS, Counter, Gauge, Histogram, Numbers, numbers
 from tricorn.web.pages import TEXT, Event, Receive, Send, respond
 
 if TYPE_CHECKING:
@@ -32,29 +33,25 @@ class _Counted(Collector):
         self._numbers = {**numbers.grown, **numbers.current}
 
     def collect(self) -> Iterator[Metric]:
-        yield self._family(GaugeMetricFamily, "connections", "WebSockets that are open.")
-        yield self._family(CounterMetricFamily, "messages", "WebSocket messages.", "direction")
-        yield self._family(CounterMetricFamily, "bytes", "Bytes of WebSockets, behind their handshakes.", "direction")
-        yield self._family(CounterMetricFamily, "errors_reported", "Errors that were reported.")
-        yield self._family(CounterMetricFamily, "records_dropped", "Records that stderr did not take.")
-        for counter in COUNTERS:
-            kind = GaugeMetricFamily if isinstance(counter, Gauge) else CounterMetricFamily
-            yield self._family(kind, counter.name, counter.text, counter.label)
-        yield from map(self._histogram, HISTOGRAMS)
+        for metric in METRICS:
+            labels = [metric.label] if metric.label else []
+            if isinstance(metric, Histogram):
+                yield self._histogram(metric, labels)
+            else:
+                yield self._family(metric, labels)
 
-    def _family(
-        self, kind: type[GaugeMetricFamily | CounterMetricFamily], name: str, text: str, label: str = ""
-    ) -> Metric:
-        family = kind(f"tricorn_{name}", text, labels=[label] if label else [])
-        for value, [number] in self._numbers[name].items():
-            family.add_metric([value] if label else [], number)
+    def _family(self, counter: Counter, labels: list[str]) -> Metric:
+        kind = GaugeMetricFamily if isinstance(counter, Gauge) else CounterMetricFamily
+        family = kind(f"tricorn_{counter.name}", counter.text, labels=labels)
+        for value, [number] in self._numbers[counter.name].items():
+            family.add_metric([value] if labels else [], number)
         return family
 
-    def _histogram(self, histogram: Histogram) -> Metric:
-        family = HistogramMetricFamily(f"tricorn_{histogram.name}", histogram.text, labels=[histogram.label])
+    def _histogram(self, histogram: Histogram, labels: list[str]) -> Metric:
+        family = HistogramMetricFamily(f"tricorn_{histogram.name}", histogram.text, labels=labels)
         names = ["+Inf" if bound == inf else str(bound) for bound in histogram.bounds]
         for value, [*buckets, size] in self._numbers[histogram.name].items():
-            family.add_metric([value], list(zip(names, buckets, strict=True)), size)
+            family.add_metric([value] if labels else [], list(zip(names, accumulate(buckets), strict=True)), size)
         return family
 
 
