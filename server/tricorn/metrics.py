@@ -170,8 +170,12 @@ EVENTS = (
 # By the names of their settings.
 LIMITS = (
     "max_connections",
+    "peer_connections",
+    "max_handshakes",
     "max_head_bytes",
     "max_message_bytes",
+    "messages_per_second",
+    "bytes_per_second",
     "user_connections",
     "user_runs",
     "posts_per_minute",

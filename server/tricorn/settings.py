@@ -16,7 +16,7 @@ Linger = Annotated[float, Meta(ge=0, description="a number of seconds, 0 or more
 # JSON has no infinity, and the heartbeat is told to every client.
 Heartbeat = Annotated[float, Meta(gt=0, le=3600, description="a number of seconds above 0, at most 3600")]
 Count = Annotated[int, Meta(ge=1, description="a whole number above 0")]
-Events = Annotated[float, Meta(ge=1, description="a number, 1 or more, or inf")]
+Limit = Annotated[float, Meta(ge=1, description="a number, 1 or more, or inf")]
 EventBytes = Annotated[int, Meta(ge=4096, description="a whole number, 4096 or more")]
 Port = Annotated[int, Meta(ge=0, le=65535, description="a whole number from 0 to 65535")]
 Host = Annotated[str, Meta(min_length=1, description="an address or a host name")]
@@ -113,7 +113,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     # How long the log may take to do what it is asked.
     log_timeout: Seconds = 10.0
     # What the log may forget: all but so many events of a conversation, and what is older than so many seconds.
-    retention_events: Events = inf
+    retention_events: Limit = inf
     retention_seconds: Seconds = inf
     # How long a conversation, and what is being answered in it, goes on with nobody attached.
     linger: Linger = 30.0
@@ -122,11 +122,18 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     # WebSockets of the whole server.
     max_connections: Count = 10000
+    # Sockets of one peer address: behind a proxy all have the proxy's.
+    peer_connections: Limit = inf
+    # Sockets whose request head has not come yet.
+    max_handshakes: Count = 1000
     # Bytes of an HTTP request head, and of one WebSocket message.
     max_head_bytes: Count = 16384
     max_message_bytes: Count = 1048576
     # Compression of messages: none, with what went before remembered, or each message by itself.
     deflate: Deflate = "off"
+    # What one connection may send; of both, ten seconds' worth may come at once.
+    messages_per_second: Limit = 10000
+    bytes_per_second: Limit = 67108864
     # Characters (Unicode code points) of one post.
     text_characters: Count = 32000
     # Conversations that one connection may have open.

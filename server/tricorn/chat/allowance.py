@@ -5,33 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import inf
 from weakref import WeakValueDictionary
 
 from trio import current_time
 
+from tricorn.pace import Bucket
 from tricorn.settings import Settings
 
 MINUTE = 60.0  # seconds
-
-
-class Bucket:
-    """Allows `per_minute` at once, and as many in a minute from then on."""
-
-    def __init__(self, per_minute: int) -> None:
-        self._size = per_minute
-        self._level: float = per_minute
-        self._filled_at = -inf
-
-    def take(self) -> float:
-        """Take one and return 0; where there is none, return how many seconds it is until there is."""
-        now = current_time()
-        self._level = min(self._size, self._level + (now - self._filled_at) * self._size / MINUTE)
-        self._filled_at = now
-        if self._level < 1:
-            return (1 - self._level) * MINUTE / self._size
-        self._level -= 1
-        return 0
 
 
 class Allowance:
@@ -48,8 +29,8 @@ class Allowance:
         self.user = user
         self.connections = 0
         self.runs = 0
-        self.posts = Bucket(settings.posts_per_minute)
-        self.refusals = Bucket(settings.posts_per_minute)
+        self.posts = Bucket(settings.posts_per_minute, MINUTE)
+        self.refusals = Bucket(settings.posts_per_minute, MINUTE)
 
     @contextmanager
     def one_run(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 from errno import EMFILE, ENFILE, ENOBUFS, ENOMEM
 from http import HTTPStatus
 from socket import SHUT_WR
@@ -12,7 +13,6 @@ import trio
 from trio import move_on_after, sleep
 from trio.lowlevel import wait_readable
 
-from ..close import FULL
 from ..connection import WebSocket
 from ..metrics import CONNECTIONS, LIMIT_HITS
 from ..report import report, report_error
@@ -29,6 +29,7 @@ from .handshake import (
     wants_websocket,
 )
 from .native import READ_DEFLATED, READ_SIZE, NativeTransport
+from .places import Full, PeerPlaces, Places
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -46,7 +47,7 @@ READ_HEAD = READ_DEFLATED  # bytes: behind the head there may be messages alread
 HEAD_TOO_LARGE = (HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, HTTPStatus.REQUEST_URI_TOO_LONG)
 ACCEPT_AT_ONCE = 64  # then others get their turn
 PAUSE = 0.1  # seconds without accepting when descriptors or memory ran out
-SPARE = 128  # sockets beyond max_connections: to say so on, to read heads from, and for pages and health
+SPARE = 128  # sockets beyond max_connections: to read heads from, and for pages and health
 
 
 async def listen(port: int, host: str) -> list[socket.socket]:
@@ -132,44 +133,49 @@ class Router:
         self._subprotocols = subprotocols
         self._path = path
         self._http = http
-        self._sockets = 0
-        self._websockets = 0  # those that were not told that the server is full
+        self._sockets = Places(settings.max_connections + SPARE, "max_connections")
+        self._peers = PeerPlaces(settings.peer_connections)
+        self._handshakes = Places(settings.max_handshakes, "max_handshakes")
+        self._websockets = Places(settings.max_connections, "max_connections")
 
     async def serve(self, sock: socket.socket, peer: Address) -> None:
         """Serve one socket until it is closed. Raises no Exception. If cancelled, closes it in the proper way.
 
-        Where there are too many it is closed at once, and no checkpoint.
+        Where there is no room for it, it is answered and closed at once, and no checkpoint.
         """
-        if self._sockets >= self._settings.max_connections + SPARE:
-            LIMIT_HITS.add("max_connections")
-            sock.close()
-            return
-        self._sockets += 1
+        head = Head(self._settings.max_head_bytes)
         try:
-            head = Head(self._settings.max_head_bytes)
-            try:
-                with CONNECTIONS.connecting():
-                    request = await self._read_head(sock, head)
-                if request is not None and wants_websocket(request):
-                    check(request, self._path, self._settings.origins)
-                    await self._upgrade(sock, peer, request, head.rest)
-                elif request is None and not head.is_http2:
-                    pass  # the peer went before it had said what it wants
-                elif self._http is not None:
-                    await self._http.serve(sock, peer, head.data)
-                else:
-                    raise Refused(HTTPStatus.UPGRADE_REQUIRED, "this is a WebSocket server", UPGRADE)
-            except Refused as refused:
-                if refused.status in HEAD_TOO_LARGE:
-                    LIMIT_HITS.add("max_head_bytes")
-                await self._refuse(sock, refuse(refused, head))
+            with self._sockets.take(), self._peers.of(peer[0]).take():
+                await self._answer(sock, peer, head)
+        except Full as full:
+            _turn_away(sock, refuse(full, head))
         except OSError:
             pass  # the peer is gone
         except Exception as error:  # a bug of ours: it ends this connection and nothing else
             report_error(error, peer=peer)
         finally:
-            self._sockets -= 1
             sock.close()
+
+    async def _answer(self, sock: socket.socket, peer: Address, head: Head) -> None:
+        try:
+            with self._handshakes.take(), CONNECTIONS.connecting():
+                request = await self._read_head(sock, head)
+            if request is not None and wants_websocket(request):
+                check(request, self._path, self._settings.origins)
+                with self._websockets.take():
+                    await self._upgrade(sock, peer, request, head.rest)
+            elif request is None and not head.is_http2:
+                pass  # the peer went before it had said what it wants
+            elif self._http is not None:
+                await self._http.serve(sock, peer, head.data)
+            else:
+                raise Refused(HTTPStatus.UPGRADE_REQUIRED, "this is a WebSocket server", UPGRADE)
+        except Full:
+            raise
+        except Refused as refused:
+            if refused.status in HEAD_TOO_LARGE:
+                LIMIT_HITS.add("max_head_bytes")
+            await self._refuse(sock, refuse(refused, head))
 
     async def _read_head(self, sock: socket.socket, head: Head) -> Request | None:
         """Return None where there will be no head that we can read: the stream ended, or it is HTTP/2."""
@@ -207,19 +213,9 @@ class Router:
         )
         try:
             with trio.CancelScope() as self._transports[transport]:
-                if self._websockets >= self._settings.max_connections:
-                    await websocket.run(_say_full)
-                else:
-                    await self._run(websocket)
+                await websocket.run(self._handler)
         finally:
             del self._transports[transport]
-
-    async def _run(self, websocket: WebSocket) -> None:
-        self._websockets += 1
-        try:
-            await websocket.run(self._handler)
-        finally:
-            self._websockets -= 1
 
     async def _refuse(self, sock: socket.socket, response: bytes) -> None:
         """Send a response and wait for the peer's end: closed with something unread, the socket would take it back."""
@@ -232,7 +228,12 @@ class Router:
                     return
 
 
-async def _say_full(ws: WebSocket) -> None:
-    """The handler of who comes when there is no room: a browser sees a close code, but not the status of a refusal."""
-    LIMIT_HITS.add("max_connections")
-    await ws.close(FULL, "full, come back later")
+def _turn_away(sock: socket.socket, response: bytes) -> None:
+    """Send a response and wait for nothing: where there is no room, nothing more may be spent.
+
+    What has come is read first, since what is closed with something unread may take the response back.
+    """
+    with suppress(OSError):
+        sock.recv(READ_SIZE)
+    with suppress(OSError):
+        sock.send(response)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Protocol
 from trio import BrokenResourceError, Event, current_time, sleep
 from trio.lowlevel import ParkingLot
 
-from ..close import ABNORMAL, NO_PONG, STALLED, TOO_BIG, Close
+from ..close import ABNORMAL, NO_PONG, STALLED, TOO_BIG, TOO_FAST, Close
 from ..connection import Traffic
 from ..metrics import LIMIT_HITS, SEND_STALLS
+from ..pace import Pace
 from .deflate import Deflater, Inflater
 from .websocket import Opcode, Receiver, close_frame, frame
 
@@ -71,6 +72,7 @@ class NativeTransport:
         self._connection: WebSocket
         self._inflates = agreement is not None
         self._codec = Receiver(settings.max_message_bytes, Inflater(agreement) if agreement else None)
+        self._pace = Pace(settings.messages_per_second, settings.bytes_per_second)
         self._frame = Deflater(agreement).frame if agreement else frame
         self._read_size = READ_DEFLATED if agreement else READ_SIZE
         self._unread = 0  # bytes read, or inflated, while the connection had something to receive
@@ -250,6 +252,8 @@ class NativeTransport:
         if codec.pings:
             self._answer_pings()
         over = codec.closed or codec.violation
+        if over is None and (passed := self._pace.passed(len(messages), len(data))) and not self._closing:
+            over = codec.violation = self._too_fast(passed)  # from here on nothing that comes is looked at
         if over is not None:
             if over.code == TOO_BIG and over is codec.violation and not self._closing:
                 LIMIT_HITS.add("max_message_bytes")
@@ -262,6 +266,11 @@ class NativeTransport:
             if self._unread > READ_AHEAD and not self._broken:
                 self.wants_read = False
                 self._readiness.change(self)
+
+    def _too_fast(self, limit: str) -> Close:
+        LIMIT_HITS.add(limit)
+        most = getattr(self._settings, limit)
+        return Close(TOO_FAST, f"more than {most:,.0f} {limit.replace('_', ' ')}")
 
     def _answer_pings(self) -> None:
         """RFC 6455 §5.5.3: where several wait, answering the last is enough."""

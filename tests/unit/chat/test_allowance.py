@@ -5,25 +5,10 @@ from __future__ import annotations
 import gc
 from contextlib import suppress
 
-import pytest
 from trio.testing import MockClock
 
-from tricorn.chat.allowance import MINUTE, Allowance, Allowances, Bucket
+from tricorn.chat.allowance import MINUTE, Allowance, Allowances
 from tricorn.settings import Settings
-
-
-async def test_a_bucket_is_full_at_first_and_fills_up_evenly(mock_clock: MockClock) -> None:
-    bucket = Bucket(6)
-    assert [bucket.take() for _ in range(6)] == [0] * 6
-    assert bucket.take() == pytest.approx(10)
-    mock_clock.jump(4)
-    assert bucket.take() == pytest.approx(6)
-    mock_clock.jump(6.001)
-    assert bucket.take() == 0
-    assert bucket.take() > 9
-    mock_clock.jump(1000)
-    assert [bucket.take() for _ in range(6)] == [0] * 6
-    assert bucket.take() > 0
 
 
 def test_a_run_counts_until_the_end_of_the_block() -> None:

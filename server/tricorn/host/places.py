@@ -1,0 +1,67 @@
+"""How many may be here at a time, and the answer to those for whom there is no room."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from http import HTTPStatus
+from random import randrange
+from socket import AF_INET6, inet_pton
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+from ..metrics import LIMIT_HITS
+from .handshake import Refused
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+RETRY_AFTER = range(5, 16)  # seconds; any of them, so that those who were refused together do not come back together
+
+
+class Full(Refused):
+    """There is no room: HTTP 503 that says when to come back (RFC 9110 §10.2.3, §15.6.4)."""
+
+    def __init__(self, text: str) -> None:
+        retry_after = randrange(RETRY_AFTER.start, RETRY_AFTER.stop)  # noqa: S311 (it keeps no secret)
+        super().__init__(HTTPStatus.SERVICE_UNAVAILABLE, text, {"Retry-After": str(retry_after)})
+
+
+class Places:
+    """So many may be here at a time; `setting` names the limit, and `taken` is how many are."""
+
+    def __init__(self, limit: float, setting: str) -> None:
+        self._limit = limit
+        self._setting = setting
+        self.taken = 0
+
+    @contextmanager
+    def take(self) -> Iterator[None]:
+        """Take a place until the end of the block.
+
+        Raises:
+            Full: there is none.
+        """
+        if self.taken >= self._limit:
+            LIMIT_HITS.add(self._setting)
+            raise Full("full, come back later")
+        self.taken += 1
+        try:
+            yield
+        finally:
+            self.taken -= 1
+
+
+class PeerPlaces:
+    """Places for each peer address. Of an IPv6 address what counts is its /64 network: who has one has all of it."""
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self._by_network: WeakValueDictionary[str | bytes, Places] = WeakValueDictionary()  # those that are taken
+
+    def of(self, address: str) -> Places:
+        """The places of this address."""
+        network = inet_pton(AF_INET6, address.partition("%")[0])[:8] if ":" in address else address
+        places = self._by_network.get(network)
+        if places is None:
+            places = self._by_network[network] = Places(self._limit, "peer_connections")
+        return places
