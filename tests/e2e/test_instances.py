@@ -24,11 +24,9 @@ from trio_websocket import ConnectionClosed, HandshakeError, WebSocketConnection
 from fixtures.real_services import PostgresServer, RedisServer
 
 SEED = 20261125
-CLIENTS = 200
 CONVERSATIONS = 40
-POSTS = 3  # of each client
-KILLS = 6
-PATIENCE = 120  # seconds for all of it
+AT_ONCE = 3  # posts that a client says without waiting for answers
+PATIENCE = 240  # seconds for all of it
 LEASE = "3"
 
 AGENT = """
@@ -99,9 +97,9 @@ class Instance:
 class Client:
     """Posts, drops its connection now and then, comes back anywhere, and says again what has no answer."""
 
-    def __init__(self, number: int, instances: list[Instance], chance: random.Random) -> None:
+    def __init__(self, number: int, posts: int, instances: list[Instance], chance: random.Random) -> None:
         self.conversation = f"c{number % CONVERSATIONS}"
-        self.unanswered = [f"post-{number}-{n}" for n in range(POSTS)]
+        self.unanswered = [f"post-{number}-{n}" for n in range(posts)]
         self.acknowledged: dict[str, int] = {}
         self.events: list[dict[str, Any]] = []  # as they came, over all connections
         self.epochs: set[str] = set()
@@ -140,7 +138,7 @@ class Client:
 
     async def _talk(self, ws: WebSocketConnection, drop_after: int) -> None:
         await self._say(ws, type="open", conversation=self.conversation, after=self.seq)
-        for post in self.unanswered:
+        for post in self.unanswered[:AT_ONCE]:
             await self._say(ws, type="post", id=post, conversation=self.conversation, text=post)
         for _ in range(drop_after):
             if not self.unanswered and self._all_ended():
@@ -164,7 +162,7 @@ class Client:
             self.events.append(said)
 
 
-def check(clients: list[Client]) -> None:
+def check(clients: list[Client], posts_of_each: int) -> None:
     """Nothing is lost, nothing comes twice: from what the clients saw."""
     for conversation in {client.conversation for client in clients}:
         those = [client for client in clients if client.conversation == conversation]
@@ -180,7 +178,7 @@ def check(clients: list[Client]) -> None:
         runs = [event["run"] for event in longest if event["type"] == "agent_started"]
         assert Counter(event["run"] for event in longest if event["type"] == "agent_completed") == Counter(runs)
         assert len({event["id"] for event in longest if event["type"] == "user_message"}) == len(posts)
-        assert len(posts) == sum(POSTS for _ in those)
+        assert len(posts) == posts_of_each * len(those)
 
 
 @pytest.fixture
@@ -191,9 +189,9 @@ def place(tmp_path: Path) -> Path:
 
 
 @asynccontextmanager
-async def instances_on(log: str, place: Path) -> AsyncIterator[tuple[list[Instance], trio.Nursery]]:
+async def instances_on(log: str, place: Path, number: int) -> AsyncIterator[tuple[list[Instance], trio.Nursery]]:
     async with trio.open_nursery() as nursery:
-        instances = [Instance(place, log) for _ in range(3)]
+        instances = [Instance(place, log) for _ in range(number)]
         for instance in instances:
             await instance.start(nursery)
         yield instances, nursery
@@ -201,28 +199,48 @@ async def instances_on(log: str, place: Path) -> AsyncIterator[tuple[list[Instan
 
 
 async def trouble(
-    instances: list[Instance], nursery: trio.Nursery, chance: random.Random, restart_log: Callable[[], None]
+    instances: list[Instance],
+    nursery: trio.Nursery,
+    chance: random.Random,
+    kills: int,
+    pause: float,
+    restart_log: Callable[[], None] | None,
 ) -> None:
-    for kill in range(KILLS):
-        await trio.sleep(0.5 + chance.random())
-        if kill == KILLS // 2:
+    for kill in range(kills):
+        await trio.sleep(pause * (0.5 + chance.random()))
+        if restart_log is not None and kill == kills // 2:
             await trio.to_thread.run_sync(restart_log)
         instance = instances[kill % len(instances)]
         await instance.kill(chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
         await instance.start(nursery)
 
 
-async def play(log: str, place: Path, restart_log: Callable[[], None]) -> None:
+async def play(
+    log: str,
+    place: Path,
+    restart_log: Callable[[], None] | None = None,
+    *,
+    instances: int = 3,
+    clients: int = 200,
+    posts: int = 3,
+    kills: int = 6,
+    pause: float = 1.0,
+) -> None:
     chance = random.Random(SEED)
     with trio.fail_after(PATIENCE):
-        async with instances_on(log, place) as (instances, nursery):
-            clients = [Client(number, instances, random.Random(chance.random())) for number in range(CLIENTS)]
+        async with instances_on(log, place, instances) as (serving, nursery):
+            talkers = [Client(number, posts, serving, random.Random(chance.random())) for number in range(clients)]
             async with trio.open_nursery() as talking:
-                talking.start_soon(trouble, instances, nursery, chance, restart_log)
-                for client in clients:
+                talking.start_soon(trouble, serving, nursery, chance, kills, pause, restart_log)
+                for client in talkers:
                     talking.start_soon(client.run)
-            check(clients)
-            assert [await instance.end() for instance in instances] == [0, 0, 0]
+            check(talkers, posts)
+            assert [await instance.end() for instance in serving] == [0] * instances
+
+
+async def test_a_busy_server_on_sqlite_that_is_killed_fifty_times(place: Path) -> None:
+    log = f"sqlite:///{place}/log.db"
+    await play(log, place, instances=1, clients=CONVERSATIONS, posts=40, kills=50, pause=0.15)
 
 
 async def test_redis(pytestconfig: pytest.Config, place: Path) -> None:
