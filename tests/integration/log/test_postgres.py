@@ -13,14 +13,13 @@ import trio
 import trio.testing
 
 from fixtures.cutting_proxy import CuttingProxy, cutting_proxy
+from fixtures.logs import PATIENCE, Told, texts
 from fixtures.real_services import PostgresServer
 from tricorn.chat.log import conformance
 from tricorn.chat.log.base import KEEP_EVERYTHING, Log, PastLost, Retention, Unavailable
 from tricorn.chat.log.conformance import LEASE, completed, post, thought
 from tricorn.chat.log.postgres import PostgresLog, connect
 from tricorn.settings import SettingError, Settings
-
-PATIENCE = 20  # seconds, for what takes a small part of one
 
 
 def log_at(url: str, **settings: Any) -> PostgresLog:
@@ -80,26 +79,6 @@ async def test_conformance(case: conformance.Case, server: PostgresServer) -> No
 
 
 # When the server goes
-
-
-class Told:
-    def __init__(self) -> None:
-        self.heads: list[int] = []
-        self.changed = trio.Event()
-
-    def hear(self, head: int, cancelled: str) -> None:
-        self.heads.append(head)
-        self.changed.set()
-
-    async def until(self, head: int) -> None:
-        with trio.fail_after(PATIENCE):
-            while head not in self.heads:
-                self.changed = trio.Event()
-                await self.changed.wait()
-
-
-async def texts(log: Log) -> list[str]:
-    return [loads(entry.json).get("text", "") for entry in await log.read("c", 0, 10_000)]
 
 
 @pytest.mark.parametrize("mode", ["immediate", "fast"])

@@ -15,14 +15,13 @@ import trio
 import trio.testing
 
 from fixtures.cutting_proxy import CuttingProxy, cutting_proxy
+from fixtures.logs import PATIENCE, Told, texts
 from fixtures.real_services import RedisServer
 from tricorn.chat.log import conformance
 from tricorn.chat.log.base import KEEP_EVERYTHING, Lease, Log, PastLost, Retention, Unavailable
 from tricorn.chat.log.conformance import LEASE, completed, post, thought
 from tricorn.chat.log.redis import RedisLog, connect
 from tricorn.settings import SettingError, Settings
-
-PATIENCE = 10  # seconds, for what takes a small part of one
 
 
 def log_at(path: str, **settings: Any) -> RedisLog:
@@ -85,26 +84,6 @@ async def test_conformance(case: conformance.Case, redis_server: RedisServer) ->
 
 
 # When Redis goes
-
-
-class Told:
-    def __init__(self) -> None:
-        self.heads: list[int] = []
-        self.changed = trio.Event()
-
-    def hear(self, head: int, cancelled: str) -> None:
-        self.heads.append(head)
-        self.changed.set()
-
-    async def until(self, head: int) -> None:
-        with trio.fail_after(PATIENCE):
-            while head not in self.heads:
-                self.changed = trio.Event()
-                await self.changed.wait()
-
-
-async def texts(log: Log) -> list[str]:
-    return [loads(entry.json).get("text", "") for entry in await log.read("c", 0, 10_000)]
 
 
 async def test_a_restart_is_waited_for_and_loses_nothing(server: RedisServer) -> None:
