@@ -34,7 +34,8 @@ async def test_the_log_of_the_incident(service: Service) -> None:
         assert f"WebSocket error: {AS_REPORTED}\n" in instance.log
         service.note("verdict", "logs errors that nobody made")
     else:
-        assert [each["severity"] for each in instance.records] == ["INFO"]
+        assert {each["severity"] for each in instance.records} == {"INFO"}
+        assert [each["message"] for each in instance.records][1:] == ["connection closed"]  # behind that of the start
         service.note("verdict", "logs that a connection ended")
 
 
