@@ -36,6 +36,7 @@ class Answering:
         self._lease: Lease | None = None
         self._begun = False  # the run that goes on here is in the log
         self._lost: LeaseLost | PastLost | None = None  # what ended the run
+        self._answered = 0  # the last post that was, when entries were last added
         self._given_up = 0  # posts up to here get no answer any more
 
     @property
@@ -70,8 +71,12 @@ class Answering:
 
     def follow(self) -> None:
         """Entries were added: a run that another instance has ended is over here too."""
-        run, going_on = self.run, self._transcript.progress.run
-        if run is not None and self._begun and not run.over and (going_on is None or going_on.id != run.id):
+        run, progress = self.run, self._transcript.progress
+        before, self._answered = self._answered, progress.answered
+        if run is None:
+            if self._lease is not None and progress.answered != before:  # by whom, where the lease is here?
+                self._transcript.doubt()
+        elif self._begun and not run.over and (progress.run is None or progress.run.id != run.id):
             self._abandon(LeaseLost())
 
     def give_up(self) -> None:

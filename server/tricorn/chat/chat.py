@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tricorn.connection import WebSocket
 
 LOOKS_PER_LEASE = 4
-LOOK_AT_ONCE = 100  # conversations
+LOOK_AT_ONCE, SOON = 100, 0.25  # conversations, and seconds until the next look where there may be more
 LOG_PATIENCE = 1.0  # seconds; probes wait as long, unless they are told otherwise
 RETRY_AFTER = 1.0  # seconds until the first clients may come back
 RETURNS_PER_SECOND = 500  # clients that are to come back in a second, all in all
@@ -121,8 +121,8 @@ class Chat:
             if self.closing:
                 conversation.end()  # it can be read, but has no task
             else:
-                self._conversations[key] = conversation
-                self._nursery.start_soon(self._live, conversation)
+                before, self._conversations[key] = self._conversations.get(key), conversation
+                self._nursery.start_soon(self._live, conversation, before)
         return conversation
 
     def _end_conversations(self) -> None:
@@ -144,12 +144,13 @@ class Chat:
                     keys = []
                 for key in keys:
                     self.conversation(key).nudge()
-                await sleep(self.settings.lease / LOOKS_PER_LEASE)
+                pause = self.settings.lease / LOOKS_PER_LEASE
+                await sleep(min(pause, SOON) if len(keys) == LOOK_AT_ONCE else pause)
 
-    async def _live(self, conversation: Conversation) -> None:
+    async def _live(self, conversation: Conversation, before: Conversation | None) -> None:
         CONVERSATIONS.add()
         try:
-            await conversation.live()
+            await conversation.live(before)
         finally:
             CONVERSATIONS.add(amount=-1)
             if self._conversations.get(conversation.key) is conversation:

@@ -72,6 +72,8 @@ class Conversation:
         self._cursors: set[Cursor] = set()
         self._notified = 0  # the head that cursors were last told of
         self._attending = False  # as the log was told
+        self._followed = False  # at another instance, when the log was last asked
+        self._asked = 0  # the seq of the last post
         self._counted: dict[int, ExitStack] = {}  # posts that count for their users, by seq, and how to end that
         self._posting = 0
         self._waiting = 0  # as the gauge was told
@@ -123,7 +125,7 @@ class Conversation:
         with self.held():
             await self.open()
             if self.over:
-                raise Ended
+                raise PastLost if self.lost else Ended
             full = self._full(by)
             if full is not None:
                 found = await self._transcript.find(key)
@@ -153,8 +155,10 @@ class Conversation:
             await self.open()
             if self._cancel_here(run):
                 return True
-            going_on = self._transcript.progress.run
-            if going_on is None or going_on.id != run:
+            if not self._goes_on(run):
+                self._transcript.doubt()  # the news of it may be on their way
+                await self._transcript.catch_up()
+            if not self._goes_on(run):
                 return False
             with patience(self._settings.log_timeout):
                 await self._log.cancel(self.key, run)
@@ -171,13 +175,16 @@ class Conversation:
             self._answering.run.cancel("interrupted")
         self._scope.cancel()
 
-    async def live(self) -> None:
+    async def live(self, before: Conversation | None = None) -> None:
         """Follow the log and answer posts until the conversation has lingered out, is ended, or its log is lost.
 
-        If cancelled, the run that goes on ends as interrupted; posts that wait are left to whoever comes next.
+        `before` is over and has the same key: the log has one watcher, so this begins when that one has ended. If
+        cancelled, the run that goes on ends as interrupted; posts that wait are left to whoever comes next.
         """
         try:
             with self._scope:
+                if before is not None:
+                    await before.ended.wait()
                 await self._watch()
                 async with open_nursery() as nursery:
                     nursery.start_soon(self._follow)
@@ -255,6 +262,9 @@ class Conversation:
             try:
                 if await self._is_over():
                     return
+            except PastLost:
+                self._lose()
+                return
             except Exception as error:
                 await self._pause(error, FIRST_PAUSE)
 
@@ -264,13 +274,17 @@ class Conversation:
                 followed = await self._log.attended(self.key)
             if self._holds:
                 return False
-            if followed:
-                self._lingers_until = current_time() + max(RECHECK, self._settings.linger)
+            if followed or self._followed:  # they may have left just now
+                self._followed = followed
+                self._lingers_until = current_time() + max(RECHECK if followed else 0.0, self._settings.linger)
                 return False
             self._answering.give_up()
             await self._idle.wait()
-            if self._holds or not await self._answering.let_go():
-                self.nudge()
+            if self._holds:
+                return False
+            if not await self._answering.let_go():
+                self._transcript.doubt()  # there is a post that was not heard of
+                await self._transcript.catch_up()
                 return False
         self.over = not self._holds  # at once: who comes from now on gets another one
         return self.over
@@ -298,9 +312,15 @@ class Conversation:
     # What happens
 
     def _hear(self, head: int, cancelled: str) -> None:
+        if head <= self._transcript.heard:  # nothing was added: the lease may be free
+            self.nudge()
         self._transcript.hear(head)
         if cancelled:
             self._cancel_here(cancelled)
+
+    def _goes_on(self, run: str) -> bool:
+        going_on = self._transcript.progress.run
+        return going_on is not None and going_on.id == run
 
     def _cancel_here(self, run: str) -> bool:
         if self._answering.run is None or self._answering.run.id != run:
@@ -316,6 +336,10 @@ class Conversation:
                 cursor.notify(cursor)
             self._answering.follow()
             self._count()
+            posts = self._transcript.progress.posts
+            if posts and posts[-1].seq > self._asked:
+                self._asked = posts[-1].seq
+                self._linger_anew()
         if self._transcript.is_behind:
             self._news.set()
         if self._answering.may_hold and self._answering.due:
@@ -352,6 +376,8 @@ class Conversation:
 
     def _release(self) -> None:
         self._holds -= 1
-        if not self._holds:
-            self._lingers_until = current_time() + self._settings.linger
+        self._linger_anew()
+
+    def _linger_anew(self) -> None:
+        self._lingers_until = current_time() + self._settings.linger
         self._pushed.set()

@@ -36,6 +36,7 @@ class Transcript:
 
     `changed` is called after entries were added, once for all that came at a time, and where a doubt came up.
 
+    `heard` is the head as others told it, which may be old news.
     `epoch`, `first`, `head` and `progress` are known after `open`. Everything raises Unavailable where the log does not
     answer, and PastLost where it has lost entries.
     """
@@ -51,14 +52,14 @@ class Transcript:
         self._log = log
         self._seconds = seconds
         self._changed = changed
-        self._heard = 0  # the head as others told it, which may be old news
+        self.heard = 0
         self._lock = Lock()  # one at a time adds entries
         self._tail: deque[Entry] = deque(maxlen=TAIL)
 
     @property
     def is_behind(self) -> bool:
         """There is something to catch up with."""
-        return self.doubted or self._heard > self.head
+        return self.doubted or self.heard > self.head
 
     async def open(self) -> None:
         """Learn where the conversation stands, once. A checkpoint; if cancelled or failed, it can be tried again."""
@@ -68,9 +69,9 @@ class Transcript:
 
     def hear(self, head: int) -> None:
         """Others tell that the log goes up to `head`; `catch_up` reads it."""
-        if head < self._heard:  # it may have lost entries
+        if head < self.heard:  # it may have lost entries
             self.doubted = True
-        self._heard = max(head, self._heard)
+        self.heard = max(head, self.heard)
         self._changed()
 
     def doubt(self) -> None:
@@ -84,7 +85,7 @@ class Transcript:
             if self.doubted or not self.epoch:
                 await self._look()
             else:
-                await self._read_to(self._heard)
+                await self._read_to(self.heard)
 
     async def append(
         self, event: AnyEvent, key: str | None = None, *, lease: Lease | None = None, answered: int | None = None
@@ -153,13 +154,13 @@ class Transcript:
 
     async def _look(self) -> None:
         """Make certain what there is."""
-        self._heard, self.doubted = 0, False  # what comes from now on is news
+        self.heard, self.doubted = 0, False  # what comes from now on is news
         sure = False
         try:
             state = await self._state()
             if not self.epoch:
                 self._go_on_from(state)
-            self._heard = max(self._heard, state.head)
+            self.heard = max(self.heard, state.head)
             await self._read_to(state.head)
             self.epoch = state.epoch
             sure = True

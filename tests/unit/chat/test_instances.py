@@ -13,6 +13,7 @@ import trio
 import trio.testing
 
 from tricorn.chat import Chat, Run
+from tricorn.chat.chat import LOOK_AT_ONCE
 from tricorn.chat.log.base import Entry, State, Unavailable
 from tricorn.chat.log.memory import MemoryLog
 from tricorn.chat.protocol import AgentThinking
@@ -35,8 +36,8 @@ def beside(log: MemoryLog) -> MemoryLog:
     return MemoryLog(lease=LEASE * 2 / 3, beside=log)
 
 
-async def logged(log: MemoryLog) -> list[dict[str, Any]]:
-    return [json.loads(entry.json) for entry in await log.read("local/c", 0, 10_000)]
+async def logged(log: MemoryLog, conversation: str = "c") -> list[dict[str, Any]]:
+    return [json.loads(entry.json) for entry in await log.read(f"local/{conversation}", 0, 10_000)]
 
 
 def check(events: list[dict[str, Any]]) -> None:
@@ -205,6 +206,172 @@ async def test_what_a_process_left_is_answered_by_the_next(
     async with Chat(echo, log=log):
         await trio.sleep(1)
     check(await logged(log))
+
+
+async def test_a_drain_hands_over_at_once_to_who_follows(connect: Connect) -> None:
+    log = MemoryLog()
+    async with Chat(echo, log=beside(log)) as heir, Chat(stuck, log=log) as drained:
+        client, follower = await connect(drained), await connect(heir)
+        for id in "pq":
+            client.say("post", id=id, conversation="c", text="x")
+        await client.hear_all()
+        follower.say("open", conversation="c")
+        await follower.hear_all()
+        await drained.drain()
+        ends = [event["outcome"] for event in await follower.hear_all() if event["type"] == "agent_completed"]
+    assert ends == ["interrupted", "success"]
+    check(await logged(log))
+
+
+async def test_however_many_an_instance_left_they_are_ended_within_the_lease(
+    connect: Connect, autojump_clock: trio.testing.MockClock
+) -> None:
+    log, conversations = MemoryLog(lease=LEASE * 2 / 3), 3 * LOOK_AT_ONCE + 1
+    settings = Settings(lease=LEASE, waiting_posts=conversations, user_runs=conversations, posts_per_minute=1000)
+    async with Chat(stuck, settings, log) as dying, Chat(echo, settings, beside(log)):
+        client = await connect(dying)
+        for n in range(conversations):
+            client.say("post", id="p", conversation=f"c{n}", text="x")
+        await client.hear_all()
+        log.vanish()
+        await trio.sleep(LEASE)
+        assert await log.unanswered(10) == []
+        assert await logged(log, f"c{conversations - 1}")
+
+
+# Lingering
+
+
+async def test_who_left_elsewhere_has_the_time_to_come_back(
+    connect: Connect, autojump_clock: trio.testing.MockClock
+) -> None:
+    log = MemoryLog()
+    settings = Settings(linger=10.0)
+    async with Chat(stuck, settings, log) as one, Chat(stuck, settings, beside(log)) as other:
+        here, there = await connect(one), await connect(other)
+        here.say("post", id="p", conversation="c", text="x")
+        await here.hear_all()
+        there.say("open", conversation="c")
+        await trio.sleep(19)  # the log has been asked at 10, and will be at 20
+        await there.leave()
+        await trio.sleep(9.5)
+        assert (await logged(log))[-1]["type"] == "tool_executing"
+        await trio.sleep(11)
+        assert (await logged(log))[-1]["outcome"] == "cancelled"
+
+
+async def test_without_lingering_a_run_ends_soon_after_the_last_has_left_anywhere(
+    connect: Connect, autojump_clock: trio.testing.MockClock
+) -> None:
+    log = MemoryLog()
+    settings = Settings(linger=0.0)
+    async with Chat(stuck, settings, log) as one, Chat(stuck, settings, beside(log)) as other:
+        here, there = await connect(one), await connect(other)
+        here.say("open", conversation="c")
+        here.say("post", id="p", conversation="c", text="x")
+        await here.hear_all()
+        there.say("open", conversation="c")
+        await there.hear_all()
+        await here.leave()
+        await trio.sleep(60)
+        assert (await logged(log))[-1]["type"] == "tool_executing"
+        await there.leave()
+        await trio.sleep(1.5)
+        assert (await logged(log))[-1]["outcome"] == "cancelled"
+
+
+async def test_a_post_elsewhere_counts_from_when_it_came(
+    connect: Connect, autojump_clock: trio.testing.MockClock
+) -> None:
+    log = MemoryLog()
+    settings = Settings(linger=10.0)
+    async with Chat(stuck, settings, log) as one, Chat(stuck, settings, beside(log)) as other:
+        here, there = await connect(one), await connect(other)
+        here.say("post", id="p", conversation="c", text="x")
+        await trio.sleep(9)
+        there.say("post", id="q", conversation="c", text="x")
+        await trio.sleep(9)
+        assert not [event for event in await logged(log) if "outcome" in event]
+        await trio.sleep(2)
+        assert [event["outcome"] for event in await logged(log) if "outcome" in event] == ["cancelled"] * 2
+        check(await logged(log))
+
+
+async def test_what_was_not_heard_of_is_answered_before_the_lease_is_let_go(
+    connect: Connect, autojump_clock: trio.testing.MockClock
+) -> None:
+    log = MemoryLog()
+    settings = Settings(linger=5.0)
+    async with Chat(echo, settings, log) as one, Chat(echo, settings, other_log := beside(log)) as other:
+        here, there = await connect(one), await connect(other)
+        here.say("post", id="p", conversation="c", text="x")
+        await here.hear_all()
+        log._watchers.clear()
+        there.say("post", id="q", conversation="c", text="x")
+        await there.hear_all()
+        assert (await logged(log))[-1]["type"] == "user_message"
+        await trio.sleep(6)
+        assert [event["outcome"] for event in await logged(log) if "outcome" in event] == ["success"] * 2
+        await trio.sleep(6)
+        assert await other_log.claim("local/c") is not None
+
+
+# What is late, and what is lost
+
+
+async def test_a_run_is_cancelled_of_which_the_news_are_on_their_way(connect: Connect) -> None:
+    log = MemoryLog()
+    async with Chat(stuck, log=log) as one, Chat(stuck, log=(late := beside(log))) as other:
+        here, there = await connect(one), await connect(other)
+        there.say("open", conversation="c")
+        await there.hear_all()
+        late._watchers.clear()
+        here.say("open", conversation="c")
+        here.say("post", id="p", conversation="c", text="x")
+        run = (await here.hear_until("tool_executing"))[-1]["run"]
+        there.say("cancel", conversation="c", run=run)
+        assert (await here.hear_until("agent_completed"))[-1]["outcome"] == "cancelled"
+
+
+async def test_who_follows_a_new_conversation_hears_while_the_lost_one_still_ends(connect: Connect) -> None:
+    log, end = MemoryLog(), trio.Event()
+
+    async def stubborn(run: Run) -> None:
+        if run.message == "lost":
+            with trio.CancelScope(shield=True):
+                await end.wait()
+        await run.say("x")
+
+    async with Chat(stubborn, log=log) as one, Chat(echo, log=beside(log)) as other:
+        client, elsewhere = await connect(one), await connect(other)
+        client.say("open", conversation="c")
+        client.say("post", id="p", conversation="c", text="lost")
+        await client.hear_all()
+        del log._store["local/c"]
+        client.say("post", id="q", conversation="c", text="x")
+        await client.ended.wait()
+        client = await connect(one)
+        client.say("open", conversation="c")
+        assert (await client.hear_all())[0]["head"] == 0
+        end.set()
+        await trio.testing.wait_all_tasks_blocked()
+        elsewhere.say("post", id="r", conversation="c", text="x")
+        await elsewhere.hear_all()
+        assert [event["seq"] for event in await client.hear_all()] == [1, 2, 3, 4]
+
+
+async def test_who_has_a_lease_of_before_the_loss_finds_out_when_others_answer(connect: Connect) -> None:
+    log = MemoryLog()
+    async with Chat(echo, log=log) as one, Chat(echo, log=beside(log)) as other:
+        here, there = await connect(one), await connect(other)
+        here.say("open", conversation="c")
+        here.say("post", id="p", conversation="c", text="x")
+        await here.hear_all()
+        del log._store["local/c"]
+        for id in "qr":  # more than it had, so that it looks like the rest
+            there.say("post", id=id, conversation="c", text="x")
+        await there.hear_all()
+        assert here.closed == (1012, "the log has lost its past")
 
 
 # A log that fails
