@@ -408,6 +408,76 @@ class Failing(MemoryLog):
         return await super().claim(conversation)
 
 
+class Refusing(MemoryLog):
+    """Does not answer one kind of question, `refused`; what was asked is done or not."""
+
+    refused = ""
+    does = False
+
+
+def _refusing(name: str) -> Callable[..., Awaitable[Any]]:
+    async def method(self: Refusing, *what: Any, **how: Any) -> Any:
+        if name != self.refused or self.does:
+            done = await getattr(MemoryLog, name)(self, *what, **how)
+        else:
+            await trio.lowlevel.checkpoint()
+        if name == self.refused:
+            raise Unavailable("it is away")
+        return done
+
+    return method
+
+
+QUESTIONS = ["open", "append", "read", "watch", "claim", "release", "attend", "attended", "unanswered"]
+for question in QUESTIONS:
+    setattr(Refusing, question, _refusing(question))
+
+
+@pytest.mark.parametrize("does", [False, True])
+@pytest.mark.parametrize("question", QUESTIONS)
+async def test_a_question_that_is_not_answered_for_a_while_delays_and_loses_nothing(
+    question: str, does: bool, connect: Connect, autojump_clock: trio.testing.MockClock
+) -> None:
+    log = Refusing(lease=LEASE * 2 / 3)
+    settings = Settings(lease=LEASE, linger=5.0)
+    async with Chat(echo, settings, log) as one, Chat(echo, settings, other_log := beside(log)) as other:
+        here, there = await connect(one), await connect(other)
+        log.refused, log.does = question, does
+        here.say("open", conversation="c")
+        here.say("post", id="p", conversation="c", text="x")
+        there.say("post", id="q", conversation="c", text="x")
+        await trio.sleep(20)
+        log.refused = ""
+        await trio.sleep(20)
+        for client in (here, there):
+            client.say("open", conversation="c")
+        here.say("post", id="p", conversation="c", text="x")
+        await trio.sleep(20)
+        for client in (here, there):
+            log.refused, log.does = question, does
+            await client.leave()
+            await trio.sleep(20)
+            log.refused = ""
+        await trio.sleep(20)
+        check(await logged(log))
+        assert not one._conversations
+        assert not other._conversations
+        assert await other_log.claim("local/c") is not None
+
+
+async def test_the_end_of_a_chat_does_not_depend_on_its_log(
+    connect: Connect, autojump_clock: trio.testing.MockClock
+) -> None:
+    log = Refusing()
+    async with Chat(stuck, log=log) as chat:
+        client = await connect(chat)
+        client.say("open", conversation="c")
+        client.say("post", id="p", conversation="c", text="x")
+        await client.hear_until("tool_executing")
+        log.refused = "release"
+    assert (await logged(log))[-1]["outcome"] == "interrupted"
+
+
 @pytest.mark.parametrize("hangs", [False, True])
 async def test_a_post_that_the_log_cannot_take_is_told_and_made_certain_later(
     connect: Connect, autojump_clock: trio.testing.MockClock, hangs: bool
