@@ -186,6 +186,7 @@ class Conversation:
                 if before is not None:
                     await before.ended.wait()
                 await self._watch()
+                self._transcript.doubt()  # of what was written since it was opened, nobody has told
                 async with open_nursery() as nursery:
                     nursery.start_soon(self._follow)
                     nursery.start_soon(self._answer)

@@ -374,6 +374,28 @@ async def test_who_has_a_lease_of_before_the_loss_finds_out_when_others_answer(c
         assert here.closed == (1012, "the log has lost its past")
 
 
+async def test_what_is_written_before_the_log_is_watched_is_not_missed(connect: Connect) -> None:
+    """A conversation is opened at once for who asks, and watched when the log has taken notice of that."""
+    slow = trio.Event()
+
+    class Slow(MemoryLog):
+        async def watch(self, *what: Any) -> None:
+            await slow.wait()
+            await super().watch(*what)
+
+    log = MemoryLog()
+    async with Chat(echo, log=log) as one, Chat(echo, log=Slow(beside=log)) as other:
+        here, there = await connect(one), await connect(other)
+        there.say("open", conversation="c")
+        await there.hear_until("opened")
+        here.say("open", conversation="c")
+        here.say("post", id="p", conversation="c", text="x")
+        await here.hear_until("agent_completed")
+        slow.set()
+        with trio.fail_after(5):
+            await there.hear_until("agent_completed")
+
+
 # A log that fails
 
 
