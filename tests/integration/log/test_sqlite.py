@@ -280,17 +280,18 @@ def kill_writers(path: Path) -> tuple[dict[str, dict[int, int]], dict[str, int],
             [sys.executable, "-c", WRITER, str(path), str(first)], stdout=subprocess.PIPE, text=True
         ) as writer:
             assert writer.stdout is not None
-            for _ in range(moments.randrange(1, 200)):
-                writer.stdout.readline()
+            lines = [writer.stdout.readline() for _ in range(moments.randrange(1, 200))]
             writer.kill()
-            for line in writer.stdout.read().splitlines(keepends=True):
+            for line in [*lines, *writer.stdout.read().splitlines(keepends=True)]:
                 if not line.endswith("\n"):
                     continue  # cut off by the kill
                 if line.startswith("read"):
                     _, conversation, seq = line.split()
                     delivered[conversation] = max(delivered[conversation], int(seq))
                     continue
-                conversation, seq, number, _repeated, epoch = line.split()
+                conversation, seq, number, repeated, epoch = line.split()
+                if int(number) in acknowledged[conversation]:  # else what was lost comes in again, and nobody knows
+                    assert repeated == "1", line
                 assert acknowledged[conversation].setdefault(int(number), int(seq)) == int(seq)
                 epochs.add((conversation, epoch))
     return acknowledged, delivered, epochs
