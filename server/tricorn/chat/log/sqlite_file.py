@@ -208,15 +208,13 @@ class File:
     def _forget(self, row: _Row, retention: Retention) -> int:
         """Drop what retention does not ask to keep and no post needs. Returns which entry is the first then."""
         needed = row.answered if row.asked > row.answered else row.head
-        first = max(row.first, int(min(needed, row.head - retention.events)) + 1 if retention.events < row.head else 0)
-        oldest = time() - retention.seconds
-        while first <= needed:
-            (at,) = self._db.execute(
-                "SELECT at FROM entry WHERE conversation = ? AND seq = ?", [row.id, first]
-            ).fetchone()
-            if at > oldest:
-                break
-            first += 1
+        first: int = max(
+            row.first, int(min(needed, row.head - retention.events)) + 1 if retention.events < row.head else 0
+        )
+        ((first,),) = self._db.execute(
+            "SELECT coalesce(min(seq), ?) FROM entry WHERE conversation = ? AND seq >= ? AND (at > ? OR seq > ?)",
+            [row.head + 1, row.id, first, time() - retention.seconds, needed],
+        )
         if first > row.first:
             self._db.execute("DELETE FROM entry WHERE conversation = ? AND seq < ?", [row.id, first])
             self._db.execute("UPDATE conversation SET first = ? WHERE id = ?", [first, row.id])
