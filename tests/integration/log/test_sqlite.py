@@ -11,7 +11,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,44 @@ async def test_a_damaged_file_is_told(path: Path) -> None:
             await log.read("c", 0, 1000)
         with pytest.raises(Unavailable, match="malformed"):
             await append(log, "y")
+
+
+async def refusal(call: Awaitable[object]) -> str:
+    try:
+        await call
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+async def test_what_fails_fails_nobody_beside_it(path: Path) -> None:
+    """Many wait at a time: one is refused by a trigger, as a damaged page would, and one by a bug."""
+    async with log_at(path) as log:
+        epoch = (await log.open("c")).epoch
+        await append(log, "1")
+        refused: list[str] = []
+
+        async def call(what: Awaitable[object]) -> None:
+            refused.append(await refusal(what))
+
+        log._file._db.execute(
+            "CREATE TEMP TRIGGER t BEFORE INSERT ON entry WHEN NEW.key = 'bad' BEGIN SELECT RAISE (FAIL, 'torn'); END"
+        )
+        async with trio.open_nursery() as nursery:
+            for key in ("a", "bad", "b"):
+                nursery.start_soon(call, log.append("c", epoch, post(key), key))
+            nursery.start_soon(call, log.read("c", 2**64, 1))
+            nursery.start_soon(call, log.append("c", epoch, post("c"), "c"))
+        assert sorted(refused) == [
+            "",
+            "",
+            "",
+            "OverflowError: Python int too large to convert to SQLite INTEGER",
+            f"Unavailable: SQLite file {path}: torn",
+        ]
+        texts = {json.loads(entry.json)["text"] for entry in await log.read("c", 0, 10)}
+        assert texts == {"1", "a", "b", "c"}
+        assert (await log.open("c")).head == 4
 
 
 async def test_a_full_disk_acknowledges_nothing_and_is_over_when_there_is_room(tmp_path: Path) -> None:

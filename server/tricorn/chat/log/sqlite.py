@@ -158,8 +158,10 @@ class SQLiteLog:
             # Not abandoned when cancelled: it takes as long as the disk does, and what it does is asked for.
             answers = await to_thread.run_sync(self._file.serve, [request.what for request in requests])
             for request, answer in zip(requests, answers, strict=True):
-                if isinstance(answer, Exception):
+                if isinstance(answer, DatabaseError):
                     request.fail(self._unavailable(answer))
+                elif isinstance(answer, Exception):  # a bug: it must not pass for a log that is away
+                    request.fail(answer)
                 else:
                     request.answer(answer)
 

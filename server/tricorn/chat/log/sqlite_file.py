@@ -96,19 +96,27 @@ class File:
         self._db.close()
 
     def serve(self, asked: Sequence[tuple[Any, ...]]) -> Sequence[Any]:
-        """Do steps with their arguments in one transaction: their results, once that is on the disk, or the error."""
+        """Do steps with their arguments in one transaction: their results, once that is on the disk, or errors.
+
+        Where a step fails, each is done in a transaction of its own: none fails for what another asked.
+        """
         before = self._db.total_changes
+        answers: list[Any] = []
         try:
             self._db.execute("BEGIN")
-            answers = [step(self, *arguments) for step, *arguments in asked]
+            for step, *arguments in asked:
+                answers.append(step(self, *arguments))
             if self._db.total_changes != before and _identity(self._path) != self._identity:
                 raise DatabaseError("it has been moved away or replaced")
             self._db.execute("COMMIT")
         except Exception as error:
             with suppress(DatabaseError):  # SQLite may have rolled back already
                 self._db.execute("ROLLBACK")
-            return [error] * len(asked)
-        return answers
+            if len(asked) == 1 or len(answers) == len(asked):
+                return [error] * len(asked)
+        else:
+            return answers
+        return [answer for each in asked for answer in self.serve([each])]
 
     # Steps
 
