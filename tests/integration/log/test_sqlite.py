@@ -14,6 +14,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from tricorn.chat.log.conformance import completed, post
 from tricorn.chat.log.sqlite import SQLiteLog, connect
 from tricorn.settings import SettingError, Settings
 
+NOBODY = 65534
 KILLS = 50
 SEED = 20261125
 
@@ -106,6 +108,24 @@ async def test_a_newer_schema_is_refused(path: Path) -> None:
     with pytest.raises(Unavailable, match="version 2"):
         async with log_at(path):
             pass
+
+
+async def test_a_file_that_cannot_be_written_to_is_refused() -> None:
+    with TemporaryDirectory() as directory:  # where others than root can get to
+        path = Path(directory, "log.db")
+        async with log_at(path):
+            pass
+        os.chmod(path, 0o444)
+        user = os.geteuid()
+        if user == 0:
+            os.chmod(directory, 0o777)
+            os.seteuid(NOBODY)
+        try:
+            with pytest.raises(Unavailable, match=r"log\.db: it cannot be written to"):
+                async with log_at(path):
+                    pass
+        finally:
+            os.seteuid(user)
 
 
 async def test_a_directory_that_is_not_there(tmp_path: Path) -> None:

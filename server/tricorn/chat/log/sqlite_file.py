@@ -63,6 +63,8 @@ class File:
 
     def __init__(self, path: str) -> None:
         self._path = os.path.abspath(path)
+        if os.path.exists(self._path) and not os.access(self._path, os.W_OK, effective_ids=True):
+            raise DatabaseError("it cannot be written to")  # SQLite calls that an I/O error
         self._db = sqlite3.connect(self._path, timeout=0, isolation_level=None, check_same_thread=False)
         try:
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
