@@ -274,6 +274,19 @@ async def test_what_is_old_goes_where_nobody_comes_by(path: Path) -> None:
             await trio.testing.wait_all_tasks_blocked(0.001)
 
 
+async def test_a_bug_in_forgetting_is_reported_and_ends_nothing(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    async with log_at(path) as log:
+        await append(log, "1")
+    with sqlite3.connect(path) as other:
+        other.execute("UPDATE conversation SET head = 'no number'")
+    other.close()
+    async with log_at(path, retention_seconds=1e-6) as log:
+        await log.check()
+        await trio.testing.wait_all_tasks_blocked()
+        await log.check()
+    assert "TypeError" in capfd.readouterr().err
+
+
 async def test_many_that_wait_are_one_transaction(path: Path) -> None:
     async with log_at(path) as log:
         await log.check()

@@ -21,6 +21,7 @@ from tricorn.chat.log.base import Entry, Hear, Lease, LeaseLost, PastLost, Reten
 from tricorn.chat.log.requests import Requests
 from tricorn.chat.log.sqlite_file import File
 from tricorn.chat.protocol import AnyEvent, UserMessage
+from tricorn.report import report_error
 from tricorn.settings import SettingError, Settings
 
 AT_ONCE = 500  # requests in one transaction
@@ -172,6 +173,9 @@ class SQLiteLog:
                 try:
                     last = await self._requests.ask(File.sweep, last, self._retention)
                 except Unavailable:  # who asks for something will be told
+                    break
+                except Exception as error:
+                    report_error(error)
                     break
             await sleep(SWEEP_PERIOD)
 
