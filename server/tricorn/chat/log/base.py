@@ -112,7 +112,8 @@ Hear = Callable[[int, str], None]
 class Log(Protocol):
     """The log as one instance sees it: an async context manager, open inside its block.
 
-    As with a nursery, what the block raises may come out in an ExceptionGroup.
+    As with a nursery, what the block raises may come out in an ExceptionGroup. Also when what is around the block is
+    cancelled, the log works until the block is left: that is when runs say their last words.
 
     Every method is a checkpoint, but for `unwatch`, and may be called by any number of tasks at a time; of one
     conversation, one task at a time appends under the lease. What is returned belongs to the caller.

@@ -231,6 +231,19 @@ async def a_cancelled_append_is_made_certain_by_its_key(stores: Stores) -> None:
         assert {entry.seq for entry in entries} == set(range(1, 10))
 
 
+async def it_works_until_its_block_is_left(stores: Stores) -> None:
+    entries = []
+    with trio.CancelScope() as around:
+        async with stores.connect() as log:
+            epoch = (await log.open("c")).epoch
+            around.cancel()
+            with trio.fail_after(10, shield=True):
+                entries.append((await log.append("c", epoch, post("last words")))[0])
+    async with stores.connect() as log:
+        assert await log.read("c", 0, 10) == entries
+        assert len(entries) == 1
+
+
 async def another_epoch_is_refused(stores: Stores) -> None:
     async with stores.connect() as log:
         await log.open("c")
@@ -500,6 +513,7 @@ CASES: tuple[Case, ...] = (
     a_long_event_fits,
     what_is_not_json_is_refused_and_leaves_no_gap,
     a_cancelled_append_is_made_certain_by_its_key,
+    it_works_until_its_block_is_left,
     another_epoch_is_refused,
     what_it_holds_outlives_the_instance,
     answering,

@@ -100,7 +100,7 @@ class PostgresLog:
         self._listening = Event()
         self._heard_all = True
         self._problem = "it does not answer"
-        self._running = CancelScope()
+        self._running = CancelScope(shield=True)  # until the block is left: last words come late
 
     async def __aenter__(self) -> Self:
         """Raises Unavailable where the database cannot be used within `log_timeout`."""

@@ -91,7 +91,7 @@ class RedisLog:
         self._connection: BaseConnection | None = None
         self._connected = Event()
         self._problem = "it does not answer"
-        self._running = CancelScope()
+        self._running = CancelScope(shield=True)  # until the block is left: last words come late
 
     async def __aenter__(self) -> Self:
         """Raises Unavailable where Redis cannot be used within `log_timeout`."""

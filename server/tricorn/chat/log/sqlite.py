@@ -43,7 +43,7 @@ class SQLiteLog:
         self._requests = Requests()
         self._leases: dict[str, int] = {}
         self._tokens = count(time_ns())  # nobody is left who has one of another process, but they rise all the same
-        self._running = CancelScope()
+        self._running = CancelScope(shield=True)  # until the block is left: last words come late
         self._file: File
 
     async def __aenter__(self) -> Self:
