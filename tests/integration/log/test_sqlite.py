@@ -12,7 +12,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -72,6 +72,11 @@ async def test_a_second_process_is_refused_and_a_successor_waits(path: Path) -> 
         with pytest.raises(Unavailable, match="another process has it"):
             async with log_at(path, log_timeout=0.05):
                 pass
+        with (
+            closing(sqlite3.connect(path, timeout=0)) as other,
+            pytest.raises(sqlite3.OperationalError, match="locked"),
+        ):
+            other.execute("SELECT * FROM entry")
         async with trio.open_nursery() as nursery:
 
             async def succeed(task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
