@@ -164,6 +164,7 @@ async def test_a_server_that_lost_its_last_writes_is_found_out(server: PostgresS
         await log.watch("c", told.hear)
         await log.append("c", epoch, post("1"))
         await log.append("c", epoch, post("2"))
+        await told.until(2)
         told.heads.clear()
         sql(
             server,
