@@ -32,6 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for layer in LAYERS:
         config.addinivalue_line("markers", f"{layer}: lies in tests/{layer}; set by itself")
     config.addinivalue_line("markers", "always: runs whatever --category says")
+    config.addinivalue_line("markers", "not_asgi(reason): means nothing, or cannot be had, under plain Hypercorn")
     config.addinivalue_line("markers", "real_llm: asks a real model; skipped without --real-llm")
 
 

@@ -83,6 +83,16 @@ class Transport(Protocol):
         """What went over the wire up to now."""
 
 
+class Kept(Transport, Protocol):
+    """A transport, as a server sees it."""
+
+    def keep_alive(self, now: float) -> None:
+        """Called now and then: see whether the peer is still there, and give up one that is not or takes nothing."""
+
+    def failed(self, error: Exception) -> None:
+        """A bug, or no memory: it ends this connection and nothing else."""
+
+
 class WebSocket:
     """One connection, as its handler sees it.
 

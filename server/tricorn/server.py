@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import signal
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import trio
 from trio import current_time, move_on_after, sleep
 
-from .host.hypercorn import Hypercorn
+from .host.asgi import AsgiRouter
+from .host.hypercorn import Hypercorn, upgrade_required
 from .host.listener import Router, accept_forever, listen
 from .host.native import keep_alive
+from .host.places import Places
 from .host.readiness import best
 from .report import report_error
 from .settings import Settings
@@ -20,10 +23,11 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from socket import socket as Socket
 
-    from .connection import Handler
+    from hypercorn.config import Config
+
+    from .connection import Handler, Kept
     from .host.hypercorn import ASGIApp
     from .host.listener import Address
-    from .host.native import NativeTransport
 
 DEFAULTS = Settings()
 
@@ -48,17 +52,25 @@ class Server:
         path: str | None = None,
         app: ASGIApp | None = None,
         drain: Callable[[], Awaitable[None]] | None = None,
+        config: Config | None = None,
     ) -> None:
         self._settings = settings
         self._drain = drain
-        self._http = None if app is None else Hypercorn(app, settings)
-        self._transports: dict[NativeTransport, trio.CancelScope] = {}  # with what its connection runs in
+        self._transports: dict[Kept, trio.CancelScope] = {}  # with what its connection runs in
+        places = Places(settings.max_connections, "max_connections")
+        self._http = None
+        if app is not None or config is not None:
+            inside = AsgiRouter(
+                handler, self._transports, settings, places=places, subprotocols=subprotocols, path=path
+            )
+            self._http = Hypercorn(app or upgrade_required, inside, settings, config)
         self._readiness = best()
         self._router = Router(
             handler,
             self._readiness,
             self._transports,
             settings,
+            places=places,
             subprotocols=subprotocols,
             path=path,
             http=self._http,
@@ -98,8 +110,9 @@ class Server:
             async with trio.open_nursery() as support:
                 await support.start(self._readiness.run)
                 support.start_soon(keep_alive, self._transports, self._settings)
+                app = nullcontext() if self._http is None else self._http.lifespan()
                 with self._holding:
-                    async with trio.open_nursery() as connections:
+                    async with app, trio.open_nursery() as connections:
                         task_status.started(connections)
                         await trio.sleep_forever()
                 support.cancel_scope.cancel()
@@ -145,8 +158,9 @@ class Options(TypedDict, total=False):
     settings: times and limits of the server.
     subprotocols: those that the handler speaks; the first that a client offers of them is agreed on.
     path: the one path where WebSockets are, other upgrades get 404; None, the default, is any path.
-    app: an ASGI app for every request that is not an upgrade; without one they get 426.
+    app: an ASGI app for every request that is not an upgrade; without one they get 426. Its lifespan is run.
     drain: is awaited when accepting has stopped and before connections are closed.
+    config: Hypercorn's, for TLS and HTTP: what of it counts is in docs/operations.md.
     """
 
     settings: Settings
@@ -154,6 +168,7 @@ class Options(TypedDict, total=False):
     path: str | None
     app: ASGIApp | None
     drain: Callable[[], Awaitable[None]] | None
+    config: Config | None
 
 
 async def serve(
@@ -173,7 +188,8 @@ async def serve(
     most `settings.drain_timeout` seconds it is over, whatever the peers do.
 
     Raises:
-        OSError: an address cannot be found or bound.
+        OSError: an address cannot be found or bound, or a file of `config` cannot be read.
+        LifespanFailureError: of Hypercorn, in an ExceptionGroup: the app did not start up.
     """
     server = Server(handler, **options)
     await server.serve(await listen(port, host), task_status)

@@ -118,13 +118,10 @@ def check(request: Request, path: str | None, origins: Sequence[str] = ()) -> No
     Raises:
         Refused: it asks for something else, or does not ask properly.
     """
+    check_entry(request, path, origins)
     headers = request.headers
-    if path is not None and request.path != path:
-        raise Refused(HTTPStatus.NOT_FOUND, f"no WebSocket here; there is one at {path}")
     if request.method != "GET":
         raise Refused(HTTPStatus.METHOD_NOT_ALLOWED, "a WebSocket upgrade is a GET request", {"Allow": "GET"})
-    if not _HOST.fullmatch(headers.get("host", "")):
-        raise Refused(HTTPStatus.BAD_REQUEST, "the Host must be a name or an address, with or without a port")
     if "upgrade" not in _tokens(headers.get("connection", "")):
         raise Refused(HTTPStatus.BAD_REQUEST, "the Connection header must name Upgrade")
     if int(headers.get("content-length", "0")) or "transfer-encoding" in headers:
@@ -138,6 +135,19 @@ def check(request: Request, path: str | None, origins: Sequence[str] = ()) -> No
         size = 0
     if size != 16:
         raise Refused(HTTPStatus.BAD_REQUEST, "the Sec-WebSocket-Key must be 16 bytes in base64")
+
+
+def check_entry(request: Request, path: str | None, origins: Sequence[str]) -> None:
+    """Check what does not depend on how a WebSocket is asked for: where it goes, and a page of which origin asks.
+
+    Raises:
+        Refused: there is none, or not for that page.
+    """
+    headers = request.headers
+    if path is not None and request.path != path:
+        raise Refused(HTTPStatus.NOT_FOUND, f"no WebSocket here; there is one at {path}")
+    if not _HOST.fullmatch(headers.get("host", "")):
+        raise Refused(HTTPStatus.BAD_REQUEST, "the Host must be a name or an address, with or without a port")
     if not _origin_is_allowed(headers, origins):
         raise Refused(HTTPStatus.FORBIDDEN, "pages of this origin may not connect")
 

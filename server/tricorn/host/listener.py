@@ -34,7 +34,7 @@ from .places import Full, PeerPlaces, Places
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    from ..connection import Handler
+    from ..connection import Handler, Kept
     from ..settings import Settings
     from .handshake import Request
     from .hypercorn import Hypercorn
@@ -119,9 +119,10 @@ class Router:
         self,
         handler: Handler,
         readiness: Readiness,
-        transports: dict[NativeTransport, trio.CancelScope],
+        transports: dict[Kept, trio.CancelScope],
         settings: Settings,
         *,
+        places: Places,
         subprotocols: Sequence[str],
         path: str | None,
         http: Hypercorn | None,
@@ -136,7 +137,7 @@ class Router:
         self._sockets = Places(settings.max_connections + SPARE, "max_connections")
         self._peers = PeerPlaces(settings.peer_connections)
         self._handshakes = Places(settings.max_handshakes, "max_handshakes")
-        self._websockets = Places(settings.max_connections, "max_connections")
+        self._websockets = places
 
     async def serve(self, sock: socket.socket, peer: Address) -> None:
         """Serve one socket until it is closed. Raises no Exception. If cancelled, closes it in the proper way.
@@ -157,6 +158,9 @@ class Router:
             sock.close()
 
     async def _answer(self, sock: socket.socket, peer: Address, head: Head) -> None:
+        if self._http is not None and self._http.does_tls:
+            await self._http.serve(sock, peer, b"")
+            return
         try:
             with self._handshakes.take(), CONNECTIONS.connecting():
                 request = await self._read_head(sock, head)

@@ -20,7 +20,7 @@ from .websocket import Opcode, Receiver, close_frame, frame
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from ..connection import WebSocket
+    from ..connection import Kept, WebSocket
     from ..settings import Settings
     from .deflate import Agreement
     from .readiness import Readiness
@@ -253,7 +253,7 @@ class NativeTransport:
             self._answer_pings()
         over = codec.closed or codec.violation
         if over is None and (passed := self._pace.passed(len(messages), len(data))) and not self._closing:
-            over = codec.violation = self._too_fast(passed)  # from here on nothing that comes is looked at
+            over = codec.violation = too_fast(passed, self._settings)  # from here on nothing that comes is looked at
         if over is not None:
             if over.code == TOO_BIG and over is codec.violation and not self._closing:
                 LIMIT_HITS.add("max_message_bytes")
@@ -266,11 +266,6 @@ class NativeTransport:
             if self._unread > READ_AHEAD and not self._broken:
                 self.wants_read = False
                 self._readiness.change(self)
-
-    def _too_fast(self, limit: str) -> Close:
-        LIMIT_HITS.add(limit)
-        most = getattr(self._settings, limit)
-        return Close(TOO_FAST, f"more than {most:,.0f} {limit.replace('_', ' ')}")
 
     def _answer_pings(self) -> None:
         """RFC 6455 §5.5.3: where several wait, answering the last is enough."""
@@ -331,7 +326,13 @@ class NativeTransport:
                 self._finished.set()
 
 
-async def keep_alive(transports: Collection[NativeTransport], settings: Settings) -> None:
+def too_fast(limit: str, settings: Settings) -> Close:
+    """The end of a peer that passes this limit of its pace, which is counted."""
+    LIMIT_HITS.add(limit)
+    return Close(TOO_FAST, f"more than {getattr(settings, limit):,.0f} {limit.replace('_', ' ')}")
+
+
+async def keep_alive(transports: Collection[Kept], settings: Settings) -> None:
     """Keep the connections alive that there are at any time, or give them up. Runs until cancelled."""
     period = min(settings.ping_interval, settings.ping_timeout, settings.stall_timeout) / LOOKS_PER_TIMEOUT
     while True:

@@ -21,7 +21,7 @@ from websockets.frames import DATA_OPCODES, Close, Frame, Opcode
 from websockets.protocol import State
 from websockets.uri import parse_uri
 
-from fixtures.hosts import HOSTS, Handler, Host, native
+from fixtures.hosts import HOSTS, Handler, Host, asgi, native
 from tricorn.host.readiness import Epoll, PerSocket
 
 PATIENCE = 60  # seconds, for a whole test
@@ -218,6 +218,8 @@ def hosted(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., AbstractAsyncContextManager[Server]]:
     """Like `served`, on every host, and on the native one over each kind of readiness."""
+    if request.param is asgi and (mark := request.node.get_closest_marker("not_asgi")):
+        pytest.skip(f"under Hypercorn {mark.args[0]}")
     if request.param in HOSTS:
         return partial(run_server, request.param)
     monkeypatch.setattr("tricorn.server.best", request.param)
@@ -234,3 +236,9 @@ def running() -> Callable[..., AbstractAsyncContextManager[Server]]:
 def misses_hang_ups(request: pytest.FixtureRequest, hosted: object) -> bool:
     """Whether nothing tells of a hang-up while reading is paused, as there is no epoll."""
     return request.node.callspec.params["hosted"] is not Epoll
+
+
+@pytest.fixture
+def hides_codes(request: pytest.FixtureRequest, hosted: object) -> bool:
+    """Whether every end that the peer makes looks the same, 1006 without a reason, as under Hypercorn."""
+    return request.node.callspec.params["hosted"] is asgi

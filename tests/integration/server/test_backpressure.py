@@ -127,6 +127,7 @@ async def test_who_was_given_up_is_not_read_any_more(hosted: Served, patient_clo
         assert list(sockets[0].inbox) == ["unread"]
 
 
+@pytest.mark.not_asgi("its looks would make this long: test_asgi.py")
 async def test_who_reads_slowly_is_not_given_up(hosted: Served, patient_clock: MockClock) -> None:
     async def handler(ws: WebSocket) -> None:
         for _ in range(2):
@@ -143,6 +144,7 @@ async def test_who_reads_slowly_is_not_given_up(hosted: Served, patient_clock: M
         assert trio.current_time() == 42
 
 
+@pytest.mark.not_asgi("pings are answered one by one")
 async def test_of_the_pings_of_who_does_not_read_the_last_is_answered(hosted: Served) -> None:
     async def handler(ws: WebSocket) -> None:
         await ws.send(BIG)
@@ -221,6 +223,7 @@ async def test_who_waits_longest_sends_first_and_nobody_is_forgotten(
         assert [await client.receive() for _ in expected] == expected
 
 
+@pytest.mark.not_asgi("a close frame is answered only behind what is on its way, and its code is not told")
 async def test_who_waits_to_send_gets_to_know_of_the_end(hosted: Served) -> None:
     sockets: list[WebSocket] = []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, suppress
 from http.client import HTTPConnection
+from math import inf
 from typing import Any
 
 import h2.config
@@ -119,16 +120,21 @@ async def test_an_app_that_raises_is_reported_and_harms_nobody(served: Served, r
         await still_works(server)
 
 
-async def test_an_upgrade_behind_another_request_is_denied(served: Served) -> None:
-    async with served(echo, app=app) as server:
+async def test_an_upgrade_behind_another_request_reaches_the_handler(served: Served) -> None:
+    async with served(echo, app=app, settings=Settings(ping_interval=inf)) as server:
         async with server.open() as stream:
             await stream.send_all(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
             assert (await stream.receive_some()).startswith(b"HTTP/1.1 200 ")
-            await stream.send_all(UPGRADE)
+            client = server.client(stream)
             response = b""
-            while not response.startswith(b"HTTP/1.1 403 "):
+            await stream.send_all(client.request())
+            while b"HTTP/1.1 101 " not in response:
                 response += await stream.receive_some()
-                response = response[max(response.find(b"HTTP/1.1 403"), 0) :]
+            client.protocol.receive_data(response[response.index(b"HTTP/1.1 101 ") :])
+            await client.send("inside")
+            assert await client.receive() == "inside"
+            await client.close()
+            assert await client.closed() == (1000, "")
         await still_works(server)
 
 

@@ -25,6 +25,9 @@ PING = Frame(Opcode.PING, b"")
 SETTINGS = Settings(ping_interval=20, ping_timeout=20, stall_timeout=1000)
 
 
+pytestmark = pytest.mark.not_asgi("pings are its own, and pongs are not told")
+
+
 async def send_and_receive(ws: WebSocket) -> None:
     await ws.send(BIG)
     await ws.receive()

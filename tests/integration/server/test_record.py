@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
+import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
@@ -16,6 +17,7 @@ Served = Callable[..., AbstractAsyncContextManager[Any]]
 SETTINGS = Settings(close_timeout=3, drain_timeout=10)
 
 
+@pytest.mark.not_asgi("bytes are those of messages, and close codes of peers are not told")
 async def test_what_went_over_the_wire(hosted: Served, patient_clock: MockClock, records: Any) -> None:
     async def echo(ws: WebSocket) -> None:
         async for message in ws:
@@ -35,6 +37,7 @@ async def test_what_went_over_the_wire(hosted: Served, patient_clock: MockClock,
     assert record["bytes_sent"] == (2 + 4) + (4 + 200) + (2 + 2 + 3)
 
 
+@pytest.mark.not_asgi("bytes are those of messages")
 async def test_a_close_frame_that_did_not_get_out_was_not_sent(
     hosted: Served, patient_clock: MockClock, records: Any
 ) -> None:

@@ -38,6 +38,7 @@ async def set_deadline(server: Any) -> None:
 
 
 @pytest.mark.parametrize("end", [cancel, set_deadline])
+@pytest.mark.not_asgi("it takes 0.1 seconds to see that the worker ends: test_asgi.py")
 async def test_everybody_is_told_when_the_server_ends(
     hosted: Served, patient_clock: MockClock, end: Callable[[Any], Awaitable[None]]
 ) -> None:
@@ -50,6 +51,7 @@ async def test_everybody_is_told_when_the_server_ends(
                 assert await client.closed() == (1012, "")
 
 
+@pytest.mark.not_asgi("it takes 0.1 seconds to see that the worker ends: test_asgi.py")
 async def test_who_does_not_answer_the_close_frame_has_the_close_timeout(
     hosted: Served, patient_clock: MockClock
 ) -> None:
@@ -59,6 +61,7 @@ async def test_who_does_not_answer_the_close_frame_has_the_close_timeout(
         assert await client.closed(answer=False) == (1012, "")
 
 
+@pytest.mark.not_asgi("it takes 0.1 seconds to see that the worker ends: test_asgi.py")
 async def test_who_goes_on_sending_has_the_close_timeout(hosted: Served, patient_clock: MockClock) -> None:
     message = Frame(Opcode.TEXT, b"and another thing").serialize(mask=True)
 
@@ -201,6 +204,7 @@ async def test_the_server_forgets_connections_that_ended(served: Served) -> None
 
 
 @pytest.mark.parametrize("method", ["readable", "flush", "keep_alive"])
+@pytest.mark.not_asgi("there is no readiness of ours")
 async def test_a_bug_ends_one_connection_and_nothing_else(
     hosted: Served, patient_clock: MockClock, monkeypatch: pytest.MonkeyPatch, records: Any, method: str
 ) -> None:

@@ -1,0 +1,150 @@
+"""The server as an ASGI application, for `hypercorn -k trio`: its lifespan, what watches over it, and how it ends."""
+
+from __future__ import annotations
+
+from functools import partial
+from math import inf
+from operator import methodcaller
+from sys import modules
+from typing import TYPE_CHECKING, Any
+
+import trio
+from trio import current_time, move_on_at, sleep
+from trio.lowlevel import current_task, in_trio_run
+
+from .host.asgi import AsgiRouter
+from .host.descriptors import Descriptors, Ends
+from .host.hypercorn import lifespan, upgrade_required
+from .host.native import keep_alive
+from .host.places import Places
+from .report import report_error
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from .connection import Handler, Kept
+    from .host.asgi import Reach
+    from .host.hypercorn import ASGIApp
+
+DEFAULTS = Settings()
+
+LOOK = 0.2  # seconds between two looks whether the worker has begun to end
+MARGIN = 0.3  # seconds that Hypercorn has left when the last socket is closed
+NOT_TRIO = "Tricorn needs Trio: start it with hypercorn -k trio"
+
+
+def asgi_app(
+    handler: Handler,
+    *,
+    settings: Settings = DEFAULTS,
+    subprotocols: Sequence[str] = (),
+    path: str | None = None,
+    app: ASGIApp | None = None,
+    drain: Callable[[], Awaitable[None]] | None = None,
+) -> ASGIApp:
+    """Make an ASGI 3.0 application that serves WebSockets to `handler`, for Hypercorn on Trio.
+
+    The arguments are those of `tricorn.serve`. The application needs its lifespan: an app around it has to pass that
+    on. When the worker is told to end, `drain` is awaited and every connection closed with 1012, all within Hypercorn's
+    `graceful_timeout`; how much of that is for `drain` is what `settings.close_timeout` leaves of it, or half.
+
+    Of the settings, those that say how a request head comes in mean nothing here, nor does `deflate`: that is between
+    Hypercorn and the client. Pings are Hypercorn's too (`websocket_ping_interval`); that a peer has vanished is found
+    by TCP's keepalive, in `ping_interval` and `ping_timeout`.
+    """
+    return _Application(handler, settings, subprotocols, path, app or upgrade_required, drain)
+
+
+class _Application:
+    def __init__(
+        self,
+        handler: Handler,
+        settings: Settings,
+        subprotocols: Sequence[str],
+        path: str | None,
+        app: ASGIApp,
+        drain: Callable[[], Awaitable[None]] | None,
+    ) -> None:
+        self._settings = settings
+        self._app = app
+        self._drain = drain
+        self._transports: dict[Kept, trio.CancelScope] = {}
+        places = Places(settings.max_connections, "max_connections")
+        self._router = AsgiRouter(
+            handler, self._transports, settings, places=places, subprotocols=subprotocols, path=path
+        )
+        self._descriptors = Descriptors()
+        self._lives = False
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
+        elif not self._lives:
+            raise RuntimeError("Tricorn's application is used without its lifespan: pass that on to it")
+        elif scope["type"] == "websocket":
+            await self._router.serve(scope, receive, send, self._way_to_the_socket(scope))
+        else:
+            await self._app(scope, receive, send)
+
+    def _way_to_the_socket(self, scope: Any) -> Reach:
+        if scope.get("client") is None or scope.get("server") is None:  # a Unix socket: it cannot be told from others
+            return lambda what: True
+        return partial(self._descriptors.act, Ends(tuple(scope["client"]), tuple(scope["server"])))
+
+    async def _live(self, scope: Any, receive: Any, send: Any) -> None:
+        await receive()  # lifespan.startup
+        if not in_trio_run():
+            await _fail(send, NOT_TRIO)
+            return
+        worker = _worker()
+        async with lifespan(self._app, scope.get("state", {})), trio.open_nursery() as nursery:
+            nursery.start_soon(keep_alive, self._transports, self._settings)
+            nursery.start_soon(self._end_with, worker)
+            self._lives = True
+            await send({"type": "lifespan.startup.complete"})
+            await receive()  # lifespan.shutdown, when the last connection has ended
+            self._lives = False
+            nursery.cancel_scope.cancel()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _end_with(self, worker: trio.lowlevel.Task) -> None:
+        """Drain, and close everything, as soon as the worker has begun to end.
+
+        Hypercorn tells an app of that only when all is over. But then it puts a deadline on the nursery of its
+        connections, and what it leaves when that passes are sockets that it cannot close.
+        """
+        while (deadline := _deadline(worker)) == inf:  # noqa: ASYNC110 (there is nothing that tells)
+            await sleep(LOOK)
+        patience = deadline - MARGIN - current_time()
+        try:
+            with move_on_at(deadline - MARGIN - min(self._settings.close_timeout, patience / 2)):
+                if self._drain is not None:
+                    await self._drain()
+        except Exception as error:
+            report_error(error, phase="draining")
+        with move_on_at(deadline - MARGIN):
+            await self._router.close()
+        for transport in list(self._transports):
+            transport.abort()
+
+
+def _worker() -> trio.lowlevel.Task:
+    """The task that runs Hypercorn's worker: the one around this one, which runs the lifespan."""
+    nursery = current_task().parent_nursery
+    assert nursery is not None, "an application is not the main task"  # noqa: S101
+    return nursery.parent_task
+
+
+def _deadline(worker: trio.lowlevel.Task) -> float:
+    return min(nursery.cancel_scope.deadline for nursery in worker.child_nurseries)
+
+
+async def _fail(send: Any, problem: str) -> None:
+    """Tell a server on asyncio that there will be no start, and Hypercorn so that it is one line and no traceback."""
+    task = modules["asyncio"].current_task()
+    task.add_done_callback(methodcaller("exception"))  # or asyncio shows what it thinks that nobody saw
+    try:
+        await send({"type": "lifespan.startup.failed", "message": problem})
+    except Exception:
+        raise SystemExit(f"tricorn: {problem}") from None

@@ -1,0 +1,412 @@
+"""WebSockets that an ASGI server holds: the way in, and the transport (ASGI 3.0, scope `websocket`)."""
+
+from __future__ import annotations
+
+import select
+import socket
+from collections import deque
+from http import HTTPStatus
+from socket import SHUT_RDWR
+from sys import byteorder, platform
+from typing import TYPE_CHECKING, Any
+
+import trio
+from trio import BrokenResourceError, CancelScope, Event, move_on_after
+from trio.lowlevel import Abort, ParkingLot, checkpoint, current_task, reschedule, wait_task_rescheduled
+
+from ..close import ABNORMAL, NO_STATUS, STALLED, TOO_BIG, Close
+from ..connection import Traffic, WebSocket
+from ..metrics import LIMIT_HITS, SEND_STALLS
+from ..pace import Pace
+from .handshake import Refused, Request, check_entry
+from .native import PUT_OFF, READ_AHEAD, too_fast
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from trio.lowlevel import Task
+
+    from ..connection import Handler, Kept
+    from ..settings import Settings
+    from .places import Places
+
+    ASGIEvent = dict[str, Any]
+    Receive = Callable[[], Awaitable[ASGIEvent]]
+    Send = Callable[[ASGIEvent], Awaitable[None]]
+    # Calls what it is given with the connection's socket; False where that has none any more.
+    Reach = Callable[[Callable[[socket.socket], None]], bool]
+
+LOOK = 0.5  # seconds between two looks whether the peer hung up, while reading is paused
+# Behind a request that came with more bytes Hypercorn answers 400, and the worker ends if it is told to accept before
+# that is through, which takes its reader some passes of Trio's scheduler.
+PASSES = 10
+IN_INBOX = 64  # bytes; what a message costs besides its own size
+PROBES = 3  # of TCP's keepalive
+MAX_PROBE_TIME = 32767  # seconds, Linux
+
+# Where the kernel tells of half a stream that ended, and can be told when to ask; elsewhere it shows in reading on.
+LINUX = platform == "linux"
+BYTES_ACKED = slice(120, 128)  # tcpi_bytes_acked in Linux's struct tcp_info
+
+
+class AsgiRouter:
+    """What becomes of a WebSocket that an ASGI server holds."""
+
+    def __init__(
+        self,
+        handler: Handler,
+        transports: dict[Kept, CancelScope],
+        settings: Settings,
+        *,
+        places: Places,
+        subprotocols: Sequence[str],
+        path: str | None,
+    ) -> None:
+        self._handler = handler
+        self._transports = transports
+        self._settings = settings
+        self._subprotocols = subprotocols
+        self._path = path
+        self._places = places
+        self._serving: set[AsgiTransport] = set()
+        self._one_ended = Event()
+        self._closed = False
+
+    async def serve(self, scope: Any, receive: Receive, send: Send, reach: Reach) -> None:
+        """Serve one connection until it has ended. If cancelled, closes it in the proper way.
+
+        `reach` is called only as long as this lasts.
+        """
+        await receive()  # websocket.connect
+        request = _request(scope)
+        try:
+            if self._closed:
+                raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the server is going away")
+            check_entry(request, self._path, self._settings.origins)
+            with self._places.take():
+                await self._serve(scope, request, receive, send, reach)
+        except Refused as refused:
+            await _deny(scope, send, refused)
+
+    async def _serve(self, scope: Any, request: Request, receive: Receive, send: Send, reach: Reach) -> None:
+        offered = scope.get("subprotocols", ())
+        subprotocol = next((name for name in offered if name in self._subprotocols), None)
+        transport = AsgiTransport(receive, send, reach, self._settings)
+        websocket = WebSocket(
+            transport,
+            peer=_peer(scope),
+            path=request.path,
+            query=request.query,
+            headers=request.headers,
+            subprotocol=subprotocol,
+            close_timeout=self._settings.close_timeout,
+        )
+        self._serving.add(transport)
+        try:
+            with CancelScope() as self._transports[transport]:
+                for _ in range(PASSES):
+                    await checkpoint()
+                await send({"type": "websocket.accept", "subprotocol": subprotocol})
+                await transport.run(websocket, self._handler)
+        finally:
+            del self._transports[transport]
+            self._serving.discard(transport)
+            self._one_ended.set()
+
+    async def close(self) -> None:
+        """Close every connection with 1012, let nobody else in, and wait until all have ended.
+
+        A checkpoint only where it waits. Cancelling it ends only the waiting.
+        """
+        self._closed = True
+        for transport in self._serving:
+            self._transports[transport].cancel()
+        while self._serving:
+            self._one_ended = Event()
+            await self._one_ended.wait()
+
+
+class AsgiTransport:
+    """A WebSocket behind `receive` and `send` of an ASGI server.
+
+    Reading: one task sits in `receive`, since that is how a server tells that the peer is gone. While the handler does
+    not keep up it waits instead, so that a busy handler is backpressure for its peer, and asks the socket now and then
+    whether the peer hung up.
+
+    Writing: one task sits in `send`, which with Hypercorn cannot be cancelled. Who sends something waits only until
+    there is room for it.
+    """
+
+    def __init__(self, receive: Receive, send: Send, reach: Reach, settings: Settings) -> None:
+        self._receive = receive
+        self._send = send
+        self._reach = reach
+        self._settings = settings
+        self._connection: WebSocket
+        self._nursery: trio.Nursery
+        self._reading = CancelScope(shield=True)
+        self._writing = CancelScope(shield=True)
+        self._unread = 0  # bytes delivered while the connection had something to receive
+        self._read_on = ParkingLot()  # the reading task, while reading is paused
+        self._unsent: deque[tuple[ASGIEvent, int]] = deque()  # events and the sizes of messages, in bytes
+        self._unsent_bytes = 0  # in there and on the way
+        self._writer: Task | None = None  # the writing task, while there is nothing to send
+        self._room = ParkingLot()  # tasks that wait until less is unsent
+        self._broken = False  # nothing can be sent any more
+        self._over = False  # nothing more is delivered
+        self._pace = Pace(settings.messages_per_second, settings.bytes_per_second)
+        self._heard = False  # something was received
+        self._gone = Event()  # `websocket.disconnect` came: `receive` must not be called again
+        self._finished = Event()  # the closing handshake is done, or cannot be done
+        self._aborted = False
+        self._bytes_received = self._bytes_sent = 0
+        self._close_received: int | None = None
+        self._close_sent: int | None = None
+        # For `keep_alive`: whether the peer took something since it last looked, and when it last had.
+        self._progress = True
+        self._progress_at = 0.0
+        self._taken = 0
+        self._kept_alive = False
+
+    async def run(self, websocket: WebSocket, handler: Handler) -> None:
+        """Run the connection. If cancelled, it closes in the proper way."""
+        async with trio.open_nursery() as self._nursery:
+            try:
+                await websocket.run(handler)
+                if self._heard:
+                    # Hypercorn's reader waits without end for somebody to take what it read, up to the disconnect.
+                    with move_on_after(self._settings.close_timeout, shield=True):
+                        await self._gone.wait()
+            finally:
+                self._reading.cancel()
+                self._writing.cancel()
+
+    # For the connection
+
+    def start(self, connection: WebSocket) -> None:
+        self._connection = connection
+        self._nursery.start_soon(self._read)
+        self._nursery.start_soon(self._write)
+
+    def idle(self) -> None:
+        if self._unread:
+            self._unread = 0
+            self._read_on.unpark_all()
+
+    async def send(self, payloads: Sequence[bytes], *, text: bool) -> None:
+        if self._unsent_bytes >= PUT_OFF and not self._broken and not self._over:
+            SEND_STALLS.add()
+            while self._unsent_bytes >= PUT_OFF and not self._broken and not self._over:
+                await self._room.park()
+        if self._broken or self._over:
+            raise BrokenResourceError("the connection is over")
+        for payload in payloads:
+            size = len(payload)
+            self._unsent_bytes += size
+            if text:
+                self._unsent.append(({"type": "websocket.send", "text": payload.decode()}, size))
+            else:
+                self._unsent.append(({"type": "websocket.send", "bytes": payload}, size))
+        self._wake_writer()
+        if self._room and self._unsent_bytes < PUT_OFF:
+            self._room.unpark()
+
+    async def close(self, close: Close) -> None:
+        self._over = True
+        self._room.unpark_all()
+        self._read_on.unpark_all()
+        if self._broken or close.code == ABNORMAL:
+            return
+        self._unsent.append(({"type": "websocket.close", "code": close.code, "reason": close.reason}, 0))
+        self._wake_writer()
+        await self._finished.wait()
+
+    def abort(self) -> None:
+        if self._aborted:
+            return
+        self._aborted = True
+        if not self._gone.is_set():
+            self._reach(shut_down)
+        self._break()
+        self._connection.end(Close(ABNORMAL, "aborted"))
+
+    def traffic(self) -> Traffic:
+        """Bytes are those of messages: the server does not tell those of frames, nor what compression saved."""
+        return Traffic(self._bytes_received, self._bytes_sent, self._close_received, self._close_sent)
+
+    # For the server
+
+    def keep_alive(self, now: float) -> None:
+        """Give up a peer that takes nothing of what is sent to it."""
+        if not self._kept_alive:
+            self._kept_alive = True
+            self._reach(self._have_kernel_ask)
+        elif not self._heard and self._hung_up():  # Hypercorn may have closed it before it was accepted, and not say so
+            self._connection.end(Close(ABNORMAL, "no close frame"))
+        if self._unsent_bytes:
+            self._reach(self._see_progress)
+        if self._progress or not self._unsent_bytes:
+            self._progress = False
+            self._progress_at = now
+        elif now - self._progress_at >= self._settings.stall_timeout and not self._over:
+            self._break()
+            self._give_up(Close(STALLED, "the peer stopped reading"))
+
+    def failed(self, error: Exception) -> None:
+        """A bug, or no memory: it ends this connection and nothing else."""
+        self._connection.fail(error)
+
+    # Inside
+
+    async def _read(self) -> None:
+        with self._reading:
+            try:
+                event = await self._receive()
+                while event["type"] == "websocket.receive":
+                    self._take(event)
+                    while self._unread > READ_AHEAD and not self._over and not self._hung_up():
+                        with move_on_after(LOOK):
+                            await self._read_on.park()
+                    event = await self._receive()
+            except Exception as error:
+                self.failed(error)
+                return
+            self._disconnected(event)
+
+    def _take(self, event: ASGIEvent) -> None:
+        self._heard = True
+        message = event.get("text")
+        if message is None:
+            message = event["bytes"]
+            size = len(message)
+        else:
+            size = len(message) if message.isascii() else len(message.encode())
+        self._bytes_received += size
+        if self._over:
+            return
+        connection = self._connection
+        if size > self._settings.max_message_bytes:
+            LIMIT_HITS.add("max_message_bytes")
+            self._give_up(Close(TOO_BIG, f"a message may have at most {self._settings.max_message_bytes} bytes"))
+            return
+        if passed := self._pace.passed(1, size):
+            self._give_up(too_fast(passed, self._settings))
+            return
+        connection.deliver((message,))
+        if connection.inbox:
+            self._unread += size + IN_INBOX
+
+    def _give_up(self, close: Close) -> None:
+        self._over = True  # and read no more of it
+        self._connection.end(close)
+
+    def _disconnected(self, event: ASGIEvent) -> None:
+        close = Close(event.get("code") or NO_STATUS, event.get("reason") or "")
+        if close.code != ABNORMAL and self._close_sent is None:  # the code behind our own is made up by Hypercorn
+            self._close_received = close.code
+        self._gone.set()
+        self._break()
+        self._connection.end(close)
+
+    async def _write(self) -> None:
+        with self._writing:
+            try:
+                while True:
+                    if not self._unsent:
+                        self._writer = current_task()
+                        await wait_task_rescheduled(self._stop_waiting)
+                        continue
+                    event, size = self._unsent.popleft()
+                    await self._send(event)
+                    self._sent(event, size)
+            except OSError:  # ASGI 3.0: the peer is gone
+                self._break()
+            except Exception as error:
+                self._break()
+                self.failed(error)
+
+    def _sent(self, event: ASGIEvent, size: int) -> None:
+        self._progress = True
+        self._bytes_sent += size
+        self._unsent_bytes -= size
+        if event["type"] == "websocket.close":
+            self._close_sent = event["code"]
+        elif self._room and self._unsent_bytes < PUT_OFF:
+            self._room.unpark()
+
+    def _wake_writer(self) -> None:
+        if self._writer is not None:
+            reschedule(self._writer)
+            self._writer = None
+
+    def _stop_waiting(self, _: object) -> Abort:
+        self._writer = None
+        return Abort.SUCCEEDED
+
+    def _break(self) -> None:
+        """Give up sending."""
+        self._broken = True
+        self._unsent.clear()
+        self._room.unpark_all()
+        self._finished.set()
+
+    def _have_kernel_ask(self, sock: socket.socket) -> None:
+        """ASGI shows no pong, so the kernel asks the peer's whether it is still there."""
+        settings = self._settings
+        patience = settings.ping_interval + settings.ping_timeout
+        if not LINUX or patience > MAX_PROBE_TIME:
+            return
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, round(settings.ping_interval)))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, round(settings.ping_timeout / PROBES)))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, PROBES)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(patience * 1000))
+
+    def _hung_up(self) -> bool:
+        """Whether the peer did. What it left is bounded, so that can all be read up to the end."""
+        hung_up = False
+
+        def ask(sock: socket.socket) -> None:
+            nonlocal hung_up
+            asking = select.poll()
+            asking.register(sock, select.POLLRDHUP if LINUX else 0)  # and what poll always tells: POLLHUP and POLLERR
+            hung_up = bool(asking.poll(0))
+
+        return not self._reach(ask) or hung_up
+
+    def _see_progress(self, sock: socket.socket) -> None:
+        """Of a long message the peer may take a part at a time: the kernel knows how many bytes it has confirmed."""
+        if LINUX:
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, BYTES_ACKED.stop)
+            taken = int.from_bytes(info[BYTES_ACKED], byteorder)
+            self._progress = self._progress or taken != self._taken
+            self._taken = taken
+
+
+async def _deny(scope: Any, send: Send, refused: Refused) -> None:
+    if "websocket.http.response" not in scope.get("extensions", ()):
+        await send({"type": "websocket.close"})  # a server makes it 403
+        return
+    body = f"{refused}\n".encode()
+    headers = [(name.lower().encode(), value.encode()) for name, value in refused.headers.items()]
+    headers += [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "websocket.http.response.start", "status": refused.status.value, "headers": headers})
+    await send({"type": "websocket.http.response.body", "body": body})
+
+
+def _request(scope: Any) -> Request:
+    headers: dict[str, str] = {}
+    for raw_name, raw_value in scope["headers"]:
+        name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return Request("GET", scope["path"], scope["query_string"].decode("latin-1"), scope["http_version"], headers)
+
+
+def _peer(scope: Any) -> tuple[str, int]:
+    """The peer's address; where there is none, as over a Unix socket, one that no rule takes for this machine's."""
+    client = scope.get("client")
+    return ("unknown", 0) if client is None else (client[0], client[1])
+
+
+def shut_down(sock: socket.socket) -> None:
+    sock.shutdown(SHUT_RDWR)
