@@ -34,6 +34,7 @@ from tricorn.chat.log.base import Log, Unavailable
 from tricorn.chat.protocol import SUBPROTOCOLS, Id
 from tricorn.chat.terminal import INTERRUPTED, chat, websocket_url
 from tricorn.drill import drill
+from tricorn.host.config import load_config
 from tricorn.host.listener import Address, listen
 from tricorn.imports import guarded
 from tricorn.keys import Keys, load, parse_for_signing
@@ -46,6 +47,8 @@ from tricorn.web.pages import pages
 from tricorn.workers import Supervisor, Worker, reserve
 
 if TYPE_CHECKING:
+    from hypercorn.config import Config
+
     from tricorn.host.hypercorn import ASGIApp
 
 
@@ -90,6 +93,7 @@ def _parser() -> ArgumentParser:
     serve.add_argument("--workers", metavar="N", help="how many processes serve; several need a shared log (1)")
     serve.add_argument("--worker", metavar="DESCRIPTORS", help=SUPPRESS)  # what a supervisor starts
     serve.add_argument("--log", metavar="URL", help="where conversations are kept (sqlite:///tricorn.db)")
+    serve.add_argument("--config", metavar="FILE", help="options of Hypercorn's, for TLS and HTTP: a TOML file")
     serve.add_argument("--auth", choices=["none"], help="none: let everybody in, without a token")
 
     client = commands.add_parser("chat", help="chat in this terminal", description="Chat in this terminal.")
@@ -186,17 +190,24 @@ def _serve_command(arguments: Namespace) -> int:
     if arguments.workers is not None:
         settings = msgspec.structs.replace(settings, workers=parse_count(arguments.workers, "--workers "))
     check_exposure(settings)
-    log = connect_log(settings.log.reveal() if settings.log else "memory:", settings)
+    log = open_log(settings)
+    config = None if arguments.config is None else load_config(arguments.config)
     if arguments.worker is None and settings.workers > 1:
         check_shared(log, settings.workers)
         if arguments.audit != "off":
             _audit_agent(settings.agent, strict=arguments.audit == "strict")
         command = [sys.executable, "-m", "tricorn", *arguments.argv, "--audit", "off"]
-        return trio.run(_supervise, command, settings)
+        return trio.run(_supervise, command, settings, config)
     agent = load_agent(settings.agent)
     if arguments.audit != "off":
         _audit_agent(settings.agent, strict=arguments.audit == "strict")
-    return trio.run(_serve, agent, settings, log, None if arguments.worker is None else Worker(arguments.worker))
+    worker = None if arguments.worker is None else Worker(arguments.worker)
+    return trio.run(_serve, agent, settings, log, config, worker)
+
+
+def open_log(settings: Settings) -> Log:
+    """The log that the settings name, not entered yet. Raises `SettingError` where there is none of that name."""
+    return connect_log(settings.log.reveal() if settings.log else "memory:", settings)
 
 
 def check_shared(log: Log, workers: int) -> None:
@@ -267,19 +278,19 @@ def _settings(arguments: Namespace) -> Settings:
     return settings if arguments.agent is None else msgspec.structs.replace(settings, agent=arguments.agent)
 
 
-async def _serve(agent: Agent, settings: Settings, log: Log, worker: Worker | None) -> int:
+async def _serve(agent: Agent, settings: Settings, log: Log, config: Config | None, worker: Worker | None) -> int:
     try:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(log)
-            return await _serve_chat(agent, settings, log, worker)
+            return await _serve_chat(agent, settings, log, config, worker)
     except* Unavailable as errors:
         problem = errors.exceptions[0]
     print(f"tricorn: {problem}", file=sys.stderr)
     return 1
 
 
-async def _serve_chat(agent: Agent, settings: Settings, log: Log, worker: Worker | None) -> int:
-    keys, gate = await _gate(settings)
+async def _serve_chat(agent: Agent, settings: Settings, log: Log, config: Config | None, worker: Worker | None) -> int:
+    keys, gate = await make_gate(settings)
     listeners = [] if worker is not None else await _bound(listen, settings.host, settings.port, "--bind ")
     metrics = await _listen_for_metrics(settings) if worker is None else []
     await drill()
@@ -297,17 +308,18 @@ async def _serve_chat(agent: Agent, settings: Settings, log: Log, worker: Worker
                     path="/ws",
                     app=pages(chats.why_not_ready),
                     drain=chats.drain,
+                    config=config,
                 )
                 addresses = await nursery.start(serve)
                 if worker is None:
-                    _say_where(settings, addresses)
+                    _say_where(settings, config, addresses)
                 else:
                     support.start_soon(worker.obey)
             support.cancel_scope.cancel()
     return 0
 
 
-async def _supervise(command: Sequence[str], settings: Settings) -> int:
+async def _supervise(command: Sequence[str], settings: Settings, config: Config | None) -> int:
     reserved = await _bound(reserve, settings.host, settings.port, "--bind ")
     metrics = await _listen_for_metrics(settings)
     await drill()
@@ -315,13 +327,14 @@ async def _supervise(command: Sequence[str], settings: Settings) -> int:
         async with trio.open_nursery() as support:
             supervisor = Supervisor(command, settings.workers, reserved, drain_timeout=settings.drain_timeout)
             await _show_metrics(support, metrics, application(supervisor.scrape), settings)
-            status = await supervisor.run(partial(_say_where, settings))
+            status = await supervisor.run(partial(_say_where, settings, config))
             support.cancel_scope.cancel()
     return status
 
 
-def _say_where(settings: Settings, addresses: Sequence[Address]) -> None:
-    print(f"Tricorn is listening on http://{_address(*addresses[0])}", flush=True)
+def _say_where(settings: Settings, config: Config | None, addresses: Sequence[Address]) -> None:
+    scheme = "http" if config is None or not config.ssl_enabled else "https"
+    print(f"Tricorn is listening on {scheme}://{_address(*addresses[0])}", flush=True)
     if settings.service is not None:
         of = {"service": settings.service, "revision": settings.revision, "configuration": settings.configuration}
         report("INFO", "an instance has started", **of)
@@ -345,7 +358,7 @@ async def _bound(bind: Callable[[int, str], Awaitable[list[Socket]]], host: str,
         raise SettingError(f"{label}{_address(host, port)}: {what_failed(error)}") from None
 
 
-async def _gate(settings: Settings) -> tuple[Keys, Gate]:
+async def make_gate(settings: Settings) -> tuple[Keys, Gate]:
     if settings.jwt_key is None:
         return Keys(()), ThisMachine() if settings.auth is None else Everybody()
     keys = await load(settings.jwt_key.reveal(), settings.jwks_refresh)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trustme
 
 TRICORN = [sys.executable, "-m", "tricorn"]
 TIMEOUT = 60  # seconds; for what takes one or two
@@ -86,7 +88,7 @@ class Cli:
                 )
             )
             line = await read_until(process.stdout, b"\n")
-        assert line.startswith(b"Tricorn is listening on http://127.0.0.1:"), line
+        assert re.match(rb"Tricorn is listening on https?://127\.0\.0\.1:", line), line
         return Server(process, line.split()[-1].decode(), stderr)
 
 
@@ -118,6 +120,29 @@ async def test_a_script_posts_and_reads_the_events_of_its_run(cli: Cli) -> None:
     assert done.events[1]["post"] == done.events[0]["id"]
     assert done.events[4]["result"] == "1728"
     assert done.events[-1]["text"] == "".join(event["text"] for event in done.events[5:-1])
+
+
+async def test_inside_tls(cli: Cli) -> None:
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    certificate.private_key_and_cert_chain_pem.write_to_path(cli.directory / "server.pem")
+    authority.cert_pem.write_to_path(cli.directory / "authority.pem")
+    (cli.directory / "config.toml").write_text("certfile = 'server.pem'\nkeyfile = 'server.pem'\n")
+    server = await cli.serve("--config", "config.toml")
+    assert server.url.startswith("https://")
+    done = await cli.run("chat", server.url, "--message", "6*7", SSL_CERT_FILE="authority.pem")
+    assert (done.status, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1].endswith("42")
+    server.process.terminate()
+    assert await server.process.wait() == 0
+    assert "imported after start-up" not in server.stderr.read_text()
+
+
+async def test_options_that_mean_nothing_are_named(cli: Cli) -> None:
+    (cli.directory / "config.toml").write_text("bind = '0.0.0.0:80'\n")
+    done = await cli.run("serve", "--config", "config.toml")
+    assert (done.status, done.stdout) == (2, "")
+    assert done.stderr == "tricorn: --config config.toml: bind means nothing here; there is --bind\n"
 
 
 async def test_a_run_is_drawn(cli: Cli) -> None:
