@@ -100,6 +100,7 @@ class _Application:
         worker = _worker()
         async with lifespan(self._app, scope.get("state", {})), trio.open_nursery() as nursery:
             nursery.start_soon(keep_alive, self._transports, self._settings)
+            nursery.start_soon(self._router.attend)
             nursery.start_soon(self._end_with, worker)
             self._lives = True
             await send({"type": "lifespan.startup.complete"})

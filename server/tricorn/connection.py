@@ -63,8 +63,12 @@ class Transport(Protocol):
     def start(self, connection: WebSocket) -> None:
         """Deliver from now on what the peer sends."""
 
-    def idle(self) -> None:
-        """The connection has used all that was delivered: send what waits, read on."""
+    def idle(self) -> Awaitable[None] | None:
+        """The connection has used all that was delivered: send what waits, read on.
+
+        Returns what the receiving task has to await where it is to read itself: that delivers or ends, at most once.
+        Raises `trio.BusyResourceError` where another task does so.
+        """
 
     async def send(self, payloads: Sequence[bytes], *, text: bool) -> None:
         """Wait for room, then send messages. If cancelled, nothing was sent. A checkpoint only if it waits.
@@ -174,9 +178,14 @@ class WebSocket:
                 raise Disconnected(*self._cause)
             if self._receiver is not None:
                 raise trio.BusyResourceError("another task is receiving from this connection")
-            self._transport.idle()
-            self._receiver = current_task()
-            await wait_task_rescheduled(self._stop_waiting)
+            reading = self._transport.idle()
+            if reading is None:
+                self._receiver = current_task()
+                await wait_task_rescheduled(self._stop_waiting)
+            else:
+                await reading
+                if self._cause is not None and not self.inbox:
+                    raise Disconnected(*self._cause)
         self._paid = True
         return self.inbox.popleft()
 

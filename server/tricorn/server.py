@@ -59,11 +59,12 @@ class Server:
         self._transports: dict[Kept, trio.CancelScope] = {}  # with what its connection runs in
         places = Places(settings.max_connections, "max_connections")
         self._http = None
+        # WebSockets inside TLS and HTTP/2
+        self._inside = AsgiRouter(
+            handler, self._transports, settings, places=places, subprotocols=subprotocols, path=path
+        )
         if app is not None or config is not None:
-            inside = AsgiRouter(
-                handler, self._transports, settings, places=places, subprotocols=subprotocols, path=path
-            )
-            self._http = Hypercorn(app or upgrade_required, inside, settings, config)
+            self._http = Hypercorn(app or upgrade_required, self._inside, settings, config)
         self._readiness = best()
         self._router = Router(
             handler,
@@ -110,6 +111,7 @@ class Server:
             async with trio.open_nursery() as support:
                 await support.start(self._readiness.run)
                 support.start_soon(keep_alive, self._transports, self._settings)
+                support.start_soon(self._inside.attend)
                 app = nullcontext() if self._http is None else self._http.lifespan()
                 with self._holding:
                     async with app, trio.open_nursery() as connections:

@@ -11,7 +11,7 @@ from sys import byteorder, platform
 from typing import TYPE_CHECKING, Any
 
 import trio
-from trio import BrokenResourceError, CancelScope, Event, move_on_after
+from trio import BrokenResourceError, BusyResourceError, CancelScope, Event, move_on_after, sleep
 from trio.lowlevel import Abort, ParkingLot, checkpoint, current_task, reschedule, wait_task_rescheduled
 
 from ..close import ABNORMAL, NO_STATUS, STALLED, TOO_BIG, Close
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     Reach = Callable[[Callable[[socket.socket], None]], bool]
 
 LOOK = 0.5  # seconds between two looks whether the peer hung up, while reading is paused
+BUSY = 0.1  # seconds after which a receiver that is not back is taken to be busy with something else
 # Behind a request that came with more bytes Hypercorn answers 400, and the worker ends if it is told to accept before
 # that is through, which takes its reader some passes of Trio's scheduler.
 PASSES = 10
@@ -69,6 +70,7 @@ class AsgiRouter:
         self._path = path
         self._places = places
         self._serving: set[AsgiTransport] = set()
+        self._unattended = Unattended()
         self._one_ended = Event()
         self._closed = False
 
@@ -91,7 +93,7 @@ class AsgiRouter:
     async def _serve(self, scope: Any, request: Request, receive: Receive, send: Send, reach: Reach) -> None:
         offered = scope.get("subprotocols", ())
         subprotocol = next((name for name in offered if name in self._subprotocols), None)
-        transport = AsgiTransport(receive, send, reach, self._settings)
+        transport = AsgiTransport(receive, send, reach, self._unattended, self._settings)
         websocket = WebSocket(
             transport,
             peer=_peer(scope),
@@ -113,6 +115,10 @@ class AsgiRouter:
             self._serving.discard(transport)
             self._one_ended.set()
 
+    async def attend(self) -> None:
+        """See to it that every connection is read, also while its handler is busy. Runs until cancelled."""
+        await self._unattended.attend()
+
     async def close(self) -> None:
         """Close every connection with 1012, let nobody else in, and wait until all have ended.
 
@@ -126,28 +132,55 @@ class AsgiRouter:
             await self._one_ended.wait()
 
 
+class Unattended:
+    """Transports in whose `receive` nobody sat when they were put in here, most of them not for long."""
+
+    def __init__(self) -> None:
+        self._transports: set[AsgiTransport] = set()
+        self._some = ParkingLot()
+
+    def add(self, transport: AsgiTransport) -> None:
+        if not self._transports:
+            self._some.unpark()
+        self._transports.add(transport)
+
+    async def attend(self) -> None:
+        while True:
+            if not self._transports:
+                await self._some.park()
+            await sleep(BUSY)
+            transports, self._transports = self._transports, set()
+            for transport in transports:
+                transport.attend()
+
+
 class AsgiTransport:
     """A WebSocket behind `receive` and `send` of an ASGI server.
 
-    Reading: one task sits in `receive`, since that is how a server tells that the peer is gone. While the handler does
-    not keep up it waits instead, so that a busy handler is backpressure for its peer, and asks the socket now and then
-    whether the peer hung up.
+    Reading: somebody sits in `receive`, since that is how a server tells that the peer is gone. Who receives from the
+    connection does so itself, which costs no change of tasks; a `receive` that is cancelled loses nothing, as it is one
+    of a memory channel. While nobody does, a task reads ahead. While the handler does not keep up that waits instead,
+    so that a busy handler is backpressure for its peer, and asks the socket now and then whether the peer hung up.
 
     Writing: one task sits in `send`, which with Hypercorn cannot be cancelled. Who sends something waits only until
     there is room for it.
     """
 
-    def __init__(self, receive: Receive, send: Send, reach: Reach, settings: Settings) -> None:
+    def __init__(self, receive: Receive, send: Send, reach: Reach, unattended: Unattended, settings: Settings) -> None:
         self._receive = receive
         self._send = send
         self._reach = reach
+        self._unattended = unattended
         self._settings = settings
         self._connection: WebSocket
         self._nursery: trio.Nursery
         self._reading = CancelScope(shield=True)
         self._writing = CancelScope(shield=True)
+        self._reads_ahead = True  # the reading task reads, and not who receives from the connection
+        self._relieved = False  # it may stop to: somebody receives
+        self._receiving = False  # who receives from the connection sits in `receive`
         self._unread = 0  # bytes delivered while the connection had something to receive
-        self._read_on = ParkingLot()  # the reading task, while reading is paused
+        self._read_on = ParkingLot()  # the reading task, while it does not read or reading is paused
         self._unsent: deque[tuple[ASGIEvent, int]] = deque()  # events and the sizes of messages, in bytes
         self._unsent_bytes = 0  # in there and on the way
         self._writer: Task | None = None  # the writing task, while there is nothing to send
@@ -156,7 +189,8 @@ class AsgiTransport:
         self._over = False  # nothing more is delivered
         self._pace = Pace(settings.messages_per_second, settings.bytes_per_second)
         self._heard = False  # something was received
-        self._gone = Event()  # `websocket.disconnect` came: `receive` must not be called again
+        self._at_end = False  # `receive` must not be called again
+        self._gone = Event()  # `websocket.disconnect` came
         self._finished = Event()  # the closing handshake is done, or cannot be done
         self._aborted = False
         self._bytes_received = self._bytes_sent = 0
@@ -188,13 +222,21 @@ class AsgiTransport:
         self._nursery.start_soon(self._read)
         self._nursery.start_soon(self._write)
 
-    def idle(self) -> None:
+    def idle(self) -> Awaitable[None] | None:
+        if self._receiving:
+            raise BusyResourceError("another task is receiving from this connection")
+        if not self._reads_ahead:
+            self._receiving = True
+            return self._read_one()
+        self._relieved = True
         if self._unread:
             self._unread = 0
             self._read_on.unpark_all()
+        return None
 
     async def send(self, payloads: Sequence[bytes], *, text: bool) -> None:
-        if self._unsent_bytes >= PUT_OFF and not self._broken and not self._over:
+        waited = self._unsent_bytes >= PUT_OFF and not self._broken and not self._over
+        if waited:
             SEND_STALLS.add()
             while self._unsent_bytes >= PUT_OFF and not self._broken and not self._over:
                 await self._room.park()
@@ -208,13 +250,14 @@ class AsgiTransport:
             else:
                 self._unsent.append(({"type": "websocket.send", "bytes": payload}, size))
         self._wake_writer()
-        if self._room and self._unsent_bytes < PUT_OFF:
-            self._room.unpark()
+        if waited and self._unsent_bytes < PUT_OFF:
+            self._room.unpark()  # the next, now that this one's is on its way, so that they go out in order
 
     async def close(self, close: Close) -> None:
         self._over = True
         self._room.unpark_all()
         self._read_on.unpark_all()
+        self.attend()
         if self._broken or close.code == ABNORMAL:
             return
         self._unsent.append(({"type": "websocket.close", "code": close.code, "reason": close.reason}, 0))
@@ -256,22 +299,43 @@ class AsgiTransport:
         """A bug, or no memory: it ends this connection and nothing else."""
         self._connection.fail(error)
 
+    # For the router
+
+    def attend(self) -> None:
+        """Read ahead, unless somebody is receiving."""
+        if not self._receiving and not self._reads_ahead:
+            self._reads_ahead = True
+            self._read_on.unpark_all()
+
     # Inside
 
     async def _read(self) -> None:
         with self._reading:
-            try:
-                event = await self._receive()
-                while event["type"] == "websocket.receive":
-                    self._take(event)
-                    while self._unread > READ_AHEAD and not self._over and not self._hung_up():
-                        with move_on_after(LOOK):
-                            await self._read_on.park()
-                    event = await self._receive()
-            except Exception as error:
-                self.failed(error)
-                return
-            self._disconnected(event)
+            while not self._at_end:
+                await self._read_one()
+                while self._unread > READ_AHEAD and not self._over and not self._hung_up():
+                    with move_on_after(LOOK):
+                        await self._read_on.park()
+                if self._relieved and not self._over:
+                    self._reads_ahead = self._relieved = False
+                    self._unattended.add(self)
+                    while not self._reads_ahead:
+                        await self._read_on.park()
+
+    async def _read_one(self) -> None:
+        """Read one event. If cancelled, none is lost: Hypercorn's `receive` is that of a memory channel."""
+        try:
+            event = await self._receive()
+            if event["type"] == "websocket.receive":
+                self._take(event)
+            else:
+                self._disconnected(event)
+        except Exception as error:
+            self._at_end = True
+            self.failed(error)
+        finally:
+            self._receiving = False
+            self._unattended.add(self)
 
     def _take(self, event: ASGIEvent) -> None:
         self._heard = True
@@ -304,21 +368,22 @@ class AsgiTransport:
         close = Close(event.get("code") or NO_STATUS, event.get("reason") or "")
         if close.code != ABNORMAL and self._close_sent is None:  # the code behind our own is made up by Hypercorn
             self._close_received = close.code
+        self._at_end = True
         self._gone.set()
         self._break()
         self._connection.end(close)
 
     async def _write(self) -> None:
+        task = current_task()
         with self._writing:
             try:
                 while True:
-                    if not self._unsent:
-                        self._writer = current_task()
-                        await wait_task_rescheduled(self._stop_waiting)
-                        continue
-                    event, size = self._unsent.popleft()
-                    await self._send(event)
-                    self._sent(event, size)
+                    while self._unsent:
+                        event, size = self._unsent.popleft()
+                        await self._send(event)
+                        self._sent(event, size)
+                    self._writer = task
+                    await wait_task_rescheduled(self._stop_waiting)
             except OSError:  # ASGI 3.0: the peer is gone
                 self._break()
             except Exception as error:

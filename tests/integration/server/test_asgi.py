@@ -19,7 +19,7 @@ from fixtures.handlers import echo, flood, greet_and_sleep
 from fixtures.hosts import asgi
 from tricorn import Disconnected, Settings, WebSocket, asgi_app
 from tricorn.application import LOOK, MARGIN
-from tricorn.host.asgi import AsgiRouter
+from tricorn.host.asgi import BUSY, AsgiRouter
 from tricorn.host.descriptors import Descriptors, Ends
 from tricorn.host.places import Places
 
@@ -236,6 +236,71 @@ async def test_requests_go_to_the_app_and_without_one_they_are_told(application:
         response = await stream.receive_some()
         assert response.startswith(b"HTTP/1.1 426 ")
         assert b"upgrade: websocket" in response
+
+
+# Who reads
+
+
+async def test_who_received_and_is_busy_is_cancelled_when_the_peer_is_gone(
+    application: Served, patient_clock: MockClock
+) -> None:
+    ended = trio.Event()
+
+    async def handler(ws: WebSocket) -> None:
+        for _ in range(2):  # the second one by its own task
+            await ws.receive()
+        await ws.send("busy")
+        try:
+            await trio.sleep_forever()
+        finally:
+            ended.set()
+
+    async with application(handler) as server, server.connect() as client:
+        await client.send("one")
+        await wait_all_tasks_blocked()
+        await client.send("two")
+        assert await client.receive() == "busy"
+        client.reset()
+        with trio.fail_after(1.5 * BUSY):
+            await ended.wait()
+
+
+async def test_messages_stay_in_order_whoever_reads_them(application: Served, patient_clock: MockClock) -> None:
+    """The handler itself, or while it is busy the reading task."""
+    received: list[str | bytes] = []
+
+    async def handler(ws: WebSocket) -> None:
+        for pause in (0, 0, 2 * BUSY, 0, BUSY / 2, 0, 2 * BUSY, 2 * BUSY, 0, 0, 0):
+            await trio.sleep(pause)
+            received.append(await ws.receive())
+
+    async with application(handler) as server, server.connect() as client:
+        for number in range(11):
+            await client.send(f"{number}")
+            await trio.sleep(BUSY / 3)
+        assert await client.closed() == (1000, "")
+    assert received == [f"{number}" for number in range(11)]
+
+
+async def test_a_receive_of_the_server_that_fails_in_the_handler_is_told_there(records: Any) -> None:
+    events = [{"type": "websocket.receive", "text": "one"}, {"type": "websocket.connect"}]
+    ends: list[int] = []
+
+    async def handler(ws: WebSocket) -> None:
+        assert await ws.receive() == "one"
+        try:
+            await ws.receive()
+        except Disconnected as end:
+            ends.append(end.code)
+
+    async def receive() -> dict[str, Any]:
+        await wait_all_tasks_blocked()
+        return events.pop()
+
+    await converse(handler, receive, _ignore)
+    assert ends == [1011]
+    [record] = records.read("ERROR")
+    assert "pop from empty list" in record["stack_trace"]
 
 
 # Who is there

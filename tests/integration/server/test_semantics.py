@@ -135,8 +135,11 @@ async def test_nothing_else_can_be_sent(hosted: Served) -> None:
         assert await client.closed() == (1000, "")
 
 
-async def test_only_one_task_receives(hosted: Served) -> None:
+@pytest.mark.parametrize("before", [0, 1])
+async def test_only_one_task_receives(hosted: Served, before: int) -> None:
     async def handler(ws: WebSocket) -> None:
+        for _ in range(before):
+            await ws.receive()
         ws.nursery.start_soon(ws.receive)
         await wait_all_tasks_blocked()
         with pytest.raises(trio.BusyResourceError):
@@ -145,11 +148,15 @@ async def test_only_one_task_receives(hosted: Served) -> None:
         await trio.sleep_forever()
 
     async with hosted(handler) as server, server.connect() as client:
+        await client.send(*["before"] * before)
         assert await client.receive() == "busy"
 
 
-async def test_a_cancelled_receive_loses_nothing(hosted: Served) -> None:
+@pytest.mark.parametrize("before", [0, 1])
+async def test_a_cancelled_receive_loses_nothing(hosted: Served, before: int) -> None:
     async def handler(ws: WebSocket) -> None:
+        for _ in range(before):
+            await ws.receive()
         with trio.CancelScope() as scope:
             ws.nursery.start_soon(cancel_later, scope)
             await ws.receive()
@@ -166,6 +173,7 @@ async def test_a_cancelled_receive_loses_nothing(hosted: Served) -> None:
         scope.cancel()
 
     async with hosted(handler) as server, server.connect() as client:
+        await client.send(*["before"] * before)
         assert await client.receive() == "cancelled"
         await client.send("one", "two")
         assert [await client.receive() for _ in range(2)] == ["one", "two"]
@@ -314,12 +322,14 @@ async def test_somebody_outside_who_receives_gets_to_know(hosted: Served) -> Non
         await release.wait()
 
     async def receive_outside() -> None:
+        assert await arrived[0].receive() == "first"
         with pytest.raises(Disconnected, match="1000"):
             await arrived[0].receive()
 
     async with hosted(handler) as server, server.connect() as client, trio.open_nursery() as nursery:
         assert await client.receive() == "hello"
         nursery.start_soon(receive_outside)
+        await client.send("first")
         await wait_all_tasks_blocked()
         release.set()
         assert await client.closed() == (1000, "")
