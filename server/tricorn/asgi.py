@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
-from multiprocessing import parent_process
+from multiprocessing import current_process, parent_process
 from signal import SIG_IGN, SIGTERM, signal
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import trio
 
 from tricorn.application import asgi_app
 from tricorn.chat import SUBPROTOCOLS, Agent, Chat
-from tricorn.cli import load_agent, make_gate, open_log
+from tricorn.cli import check_shared, load_agent, make_gate, open_log
 from tricorn.drill import drill
 from tricorn.imports import guarded
 from tricorn.report import report
@@ -87,10 +87,18 @@ def _left_alone_by_sigterm() -> Iterator[None]:
         signal(SIGTERM, before)
 
 
+def _workers() -> int:
+    """How many processes serve: Hypercorn starts each as a `multiprocessing.Process` that is given its options."""
+    options = getattr(current_process(), "_kwargs", {}).get("config")
+    return getattr(options, "workers", 1)
+
+
 def _load() -> _Service:
     try:
         settings = Settings.from_environ()
-        return _Service(load_agent(settings.agent), settings, open_log(settings))
+        log = open_log(settings)
+        check_shared(log, _workers(), "hypercorn -w")
+        return _Service(load_agent(settings.agent), settings, log)
     except SettingError as error:
         raise SystemExit(f"tricorn: {error}") from None
 

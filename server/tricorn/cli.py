@@ -193,7 +193,7 @@ def _serve_command(arguments: Namespace) -> int:
     log = open_log(settings)
     config = None if arguments.config is None else load_config(arguments.config)
     if arguments.worker is None and settings.workers > 1:
-        check_shared(log, settings.workers)
+        check_shared(log, settings.workers, "--workers")
         if arguments.audit != "off":
             _audit_agent(settings.agent, strict=arguments.audit == "strict")
         command = [sys.executable, "-m", "tricorn", *arguments.argv, "--audit", "off"]
@@ -210,11 +210,11 @@ def open_log(settings: Settings) -> Log:
     return connect_log(settings.log.reveal() if settings.log else "memory:", settings)
 
 
-def check_shared(log: Log, workers: int) -> None:
+def check_shared(log: Log, workers: int, option: str) -> None:
     """Raise `SettingError` where so many workers would have a log each, and clients no way back to their own."""
     if workers > 1 and not log.shared:
         raise SettingError(
-            f"--workers {workers}: workers need a log that they can share, redis:// or postgresql://; "
+            f"{option} {workers}: workers need a log that they can share, redis:// or postgresql://; "
             "without one there must be 1"
         )
 

@@ -30,6 +30,12 @@ async def handler(ws):
 
 app = tricorn.asgi_app(handler)
 """
+# With a log that says it can be shared, which is enough: each client talks to one worker.
+SHARED = """
+from tricorn.chat.log.memory import MemoryLog
+MemoryLog.shared = True
+from tricorn.asgi import app
+"""
 
 
 class Running:
@@ -152,7 +158,8 @@ async def test_the_chat_and_its_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize("group", [False, True], ids=["parent", "group"])
 async def test_several_workers_all_end_in_order(tmp_path: Path, group: bool) -> None:
     """Also where whoever ends them sends SIGTERM to every process, as systemd does, and Hypercorn to its workers."""
-    async with hypercorn(tmp_path, "-k", "trio", "-w", "2") as server:
+    (tmp_path / "shared.py").write_text(SHARED)
+    async with hypercorn(tmp_path, "-k", "trio", "-w", "2", app="shared:app", TRICORN_LOG="memory:") as server:
         await server.until("CTRL + C", times=2)
         ends: list[list[str]] = []
 
@@ -239,6 +246,15 @@ async def test_what_keeps_it_from_starting_is_one_line(
         await server.ended()
         assert server.log.startswith(line), server.log
         assert server.log.count("\n") == 1, server.log
+
+
+@pytest.mark.parametrize("log", ["memory:", "sqlite:///log.db"])
+async def test_several_workers_with_a_log_each_do_not_start(tmp_path: Path, log: str) -> None:
+    line = "tricorn: hypercorn -w 2: workers need a log that they can share, redis:// or postgresql://; without one "
+    async with hypercorn(tmp_path, "-k", "trio", "-w", "2", serves=False, TRICORN_LOG=log) as server:
+        await server.ended()
+        # Hypercorn ends the others when the first has ended, maybe before they say so too.
+        assert set(server.log.splitlines()) == {f"{line}there must be 1"}
 
 
 async def test_a_key_that_cannot_be_read_is_told_first(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from hypercorn.trio import serve
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from fixtures.handlers import echo, flood, greet_and_sleep
-from fixtures.hosts import asgi
+from fixtures.hosts import asgi, hypercorn
 from tricorn import Disconnected, Settings, WebSocket, asgi_app
 from tricorn.application import LOOK, MARGIN
 from tricorn.host.asgi import BUSY, AsgiRouter
@@ -362,6 +362,31 @@ async def test_over_a_unix_socket_the_peer_is_nobody_in_particular(tmp_path: Pat
         while b"\x81\x01x" not in answer:
             answer += await stream.receive_some()
     assert seen == [("unknown", 0)]
+
+
+# What Hypercorn 0.18 does
+
+
+@pytest.mark.parametrize("said", [(4321, "bye"), None])
+async def test_hypercorn_does_not_tell_why_the_peer_left(running: Any, said: tuple[int, str] | None) -> None:
+    """Nor does what it keeps of a connection. When it does, what is marked `hides_codes` and `not_asgi` can go."""
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "websocket":
+            raise NotImplementedError
+        await receive()
+        await send({"type": "websocket.accept"})
+        seen.append(await receive())
+
+    async with running(hypercorn, app, graceful_timeout=3) as server, server.connect() as client:
+        if said:
+            await client.close(*said)
+            assert await client.closed() == said
+        else:
+            client.reset()
+        await wait_all_tasks_blocked()
+    assert seen == [{"type": "websocket.disconnect", "code": 1006}]
 
 
 # What other ASGI servers may do
