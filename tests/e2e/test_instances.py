@@ -1,4 +1,7 @@
-"""Three instances on one log, two hundred clients that come and go, and somebody who kills instances and the log."""
+"""Three instances on one log, two hundred clients that come and go, and somebody who kills instances and the log.
+
+One of the three is plain Hypercorn.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,8 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from functools import partial
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,55 +43,75 @@ async def talk(run):
 """
 
 
-class Instance:
-    """A `tricorn serve` that is killed and started again."""
+NATIVE = ("tricorn", "serve", "--audit", "off", "--bind")
+HYPERCORN = ("hypercorn", "-k", "trio", "tricorn.asgi:app", "--bind")
 
-    def __init__(self, directory: Path, log: str) -> None:
+
+class Instance:
+    """A server that is killed and started again, with all its processes."""
+
+    def __init__(self, directory: Path, log: str, kind: tuple[str, ...]) -> None:
         self.port = 0
         self._directory = directory
         self._log = log
-        self._process: trio.Process | None = None
+        self._kind = kind
+        self._process: trio.Process
+        self._ended = trio.Event()
 
     async def start(self, nursery: trio.Nursery) -> None:
-        command = [sys.executable, "-m", "tricorn", "serve", "--agent", "talkative:talk", "--audit", "off"]
         environ = {
             "TRICORN_LOG": self._log,
+            "TRICORN_AGENT": "talkative:talk",
             "TRICORN_LEASE": LEASE,
-            "TRICORN_BIND": f"127.0.0.1:{self.port}",
             "TRICORN_POSTS_PER_MINUTE": "1000",
         }
-        stderr = (self._directory / f"stderr-{id(self)}").open("ab")
-        with stderr:
-            self._process = await nursery.start(
-                partial(
-                    trio.run_process,
-                    command,
-                    cwd=self._directory,
-                    env=os.environ | environ,
-                    stdout=subprocess.PIPE,
-                    stderr=stderr,
-                    check=False,
-                )
-            )
-        assert self._process is not None
+        self._process = await trio.lowlevel.open_process(
+            [sys.executable, "-m", *self._kind, f"127.0.0.1:{self.port}"],
+            cwd=self._directory,
+            env=os.environ | environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self._ended = trio.Event()
+        self.port = await nursery.start(self._read)
+
+    async def _read(self, task_status: trio.TaskStatus[int]) -> None:
+        """Keep what it says in a file, until all its processes have ended. The started value is its port."""
+        try:
+            await self._keep_what_it_says(task_status)
+            self._ended.set()
+        finally:
+            if not self._ended.is_set():
+                self._kill_now()
+
+    async def _keep_what_it_says(self, task_status: trio.TaskStatus[int]) -> None:
         assert self._process.stdout is not None
-        line = b""
-        while b"\n" not in line:
-            chunk = await self._process.stdout.receive_some()
-            assert chunk, line
-            line += chunk
-        found = re.search(rb":(\d+)\n", line)
-        assert found, line
-        self.port = int(found[1])
+        said, listens = b"", None
+        with (self._directory / f"said-{id(self)}").open("ab") as file:
+            async for data in self._process.stdout:
+                file.write(data)
+                if listens is None:
+                    said += data
+                    listens = re.search(rb"(?:listening|Running) on http://[\d.]+:(\d+)\s", said)
+                    if listens is not None:
+                        task_status.started(int(listens[1]))
+        assert listens, said
 
     async def kill(self, by: signal.Signals) -> None:
-        assert self._process is not None
-        self._process.send_signal(by)
+        if by is signal.SIGKILL:
+            self._kill_now()
+        else:
+            self._process.send_signal(by)
         await self._process.wait()
+        await self._ended.wait()
+
+    def _kill_now(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     async def end(self) -> int:
         await self.kill(signal.SIGTERM)
-        assert self._process is not None
         assert self._process.returncode is not None
         return self._process.returncode
 
@@ -189,9 +211,11 @@ def place(tmp_path: Path) -> Path:
 
 
 @asynccontextmanager
-async def instances_on(log: str, place: Path, number: int) -> AsyncIterator[tuple[list[Instance], trio.Nursery]]:
+async def instances_on(
+    log: str, place: Path, kinds: Sequence[tuple[str, ...]]
+) -> AsyncIterator[tuple[list[Instance], trio.Nursery]]:
     async with trio.open_nursery() as nursery:
-        instances = [Instance(place, log) for _ in range(number)]
+        instances = [Instance(place, log, kind) for kind in kinds]
         for instance in instances:
             await instance.start(nursery)
         yield instances, nursery
@@ -220,7 +244,7 @@ async def play(
     place: Path,
     restart_log: Callable[[], None] | None = None,
     *,
-    instances: int = 3,
+    instances: Sequence[tuple[str, ...]] = (NATIVE, NATIVE, HYPERCORN),
     clients: int = 200,
     posts: int = 3,
     kills: int = 6,
@@ -235,12 +259,12 @@ async def play(
                 for client in talkers:
                     talking.start_soon(client.run)
             check(talkers, posts)
-            assert [await instance.end() for instance in serving] == [0] * instances
+            assert [await instance.end() for instance in serving] == [0] * len(instances)
 
 
 async def test_a_busy_server_on_sqlite_that_is_killed_fifty_times(place: Path) -> None:
     log = f"sqlite:///{place}/log.db"
-    await play(log, place, instances=1, clients=CONVERSATIONS, posts=40, kills=50, pause=0.15)
+    await play(log, place, instances=[NATIVE], clients=CONVERSATIONS, posts=40, kills=50, pause=0.15)
 
 
 async def test_redis(pytestconfig: pytest.Config, place: Path) -> None:
