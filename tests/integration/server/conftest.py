@@ -26,6 +26,10 @@ from tricorn.host.readiness import Epoll, PerSocket
 
 PATIENCE = 60  # seconds, for a whole test
 MOCK_PATIENCE = 1000  # seconds of a mock clock
+# Seconds between two looks of an application whether it is told to end: a mock clock stops at each for a while, and
+# with another one a test takes as long to end.
+MOCK_LOOK = 1.0
+LOOK = 0.01
 
 
 READINESSES = [
@@ -220,6 +224,8 @@ def hosted(
     """Like `served`, on every host, and on the native one over each kind of readiness."""
     if request.param is asgi and (mark := request.node.get_closest_marker("not_asgi")):
         pytest.skip(f"under Hypercorn {mark.args[0]}")
+    if request.param is asgi:
+        monkeypatch.setattr("tricorn.application.LOOK", MOCK_LOOK if "patient_clock" in request.fixturenames else LOOK)
     if request.param in HOSTS:
         return partial(run_server, request.param)
     monkeypatch.setattr("tricorn.server.best", request.param)
@@ -236,6 +242,12 @@ def running() -> Callable[..., AbstractAsyncContextManager[Server]]:
 def misses_hang_ups(request: pytest.FixtureRequest, hosted: object) -> bool:
     """Whether nothing tells of a hang-up while reading is paused, as there is no epoll."""
     return request.node.callspec.params["hosted"] is not Epoll
+
+
+@pytest.fixture
+def sees_the_end_within(request: pytest.FixtureRequest, hosted: object) -> float:
+    """Seconds in which the server sees that it is told to end, as an application has to look."""
+    return MOCK_LOOK if request.node.callspec.params["hosted"] is asgi else 0
 
 
 @pytest.fixture

@@ -135,23 +135,6 @@ async def test_an_app_that_does_not_start_up_ends_the_start() -> None:
         await serve(asgi_app(echo, app=app), config)
 
 
-# A peer that does not read
-
-
-async def test_who_reads_slowly_is_not_given_up(application: Served, patient_clock: MockClock) -> None:
-    async def handler(ws: WebSocket) -> None:
-        await ws.send(bytes(2**24))
-        await ws.receive()
-
-    settings = Settings(close_timeout=3, drain_timeout=10, stall_timeout=0.8, ping_interval=1000)
-    async with application(handler, settings=settings) as server, server.connect() as client:
-        for _ in range(3):
-            await trio.sleep(0.7)
-            for _ in range(64):
-                client.protocol.receive_data(await client.stream.receive_some(2**16))
-        assert await client.receive() == bytes(2**24)
-
-
 # Who is let in
 
 

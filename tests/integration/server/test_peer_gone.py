@@ -170,7 +170,6 @@ async def test_a_handler_that_does_not_receive_what_is_there_has_the_close_timeo
             await ended.wait()
 
 
-@pytest.mark.not_asgi("the peer's close frame is answered before the handler has")
 async def test_an_error_of_a_handler_that_saw_the_end_is_reported_but_not_told(hosted: Served, records: Any) -> None:
     async def handler(ws: WebSocket) -> None:
         async for _ in ws:
@@ -180,6 +179,7 @@ async def test_an_error_of_a_handler_that_saw_the_end_is_reported_but_not_told(h
     async with hosted(handler) as server, server.connect() as client:
         await client.close(4321, "bye")
         assert await client.closed() == (4321, "bye")
+        await wait_all_tasks_blocked()
         [record] = records.read("ERROR")
         assert "cleaning up failed" in record["stack_trace"]
 

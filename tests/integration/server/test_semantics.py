@@ -50,7 +50,7 @@ async def test_many_messages_in_one_write_are_answered_in_order(hosted: Served) 
         assert [await client.receive() for _ in messages] == messages
 
 
-@pytest.mark.not_asgi("this ends the worker: tests/e2e/test_hypercorn.py")
+@pytest.mark.not_asgi("it gets 400: tests/e2e/test_hypercorn.py")
 async def test_frames_in_the_segment_of_the_request_head(hosted: Served) -> None:
     async with hosted(echo) as server, server.open() as stream:
         client = server.client(stream)
@@ -62,7 +62,7 @@ async def test_frames_in_the_segment_of_the_request_head(hosted: Served) -> None
         assert await client.receive() == "two"
 
 
-@pytest.mark.not_asgi("this ends the worker: tests/e2e/test_hypercorn.py")
+@pytest.mark.not_asgi("it gets 400: tests/e2e/test_hypercorn.py")
 async def test_a_close_frame_in_the_segment_of_the_request_head(hosted: Served) -> None:
     async with hosted(echo) as server, server.open() as stream:
         client = server.client(stream)

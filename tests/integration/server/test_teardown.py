@@ -38,31 +38,34 @@ async def set_deadline(server: Any) -> None:
 
 
 @pytest.mark.parametrize("end", [cancel, set_deadline])
-@pytest.mark.not_asgi("it takes 0.1 seconds to see that the worker ends: test_asgi.py")
 async def test_everybody_is_told_when_the_server_ends(
-    hosted: Served, patient_clock: MockClock, end: Callable[[Any], Awaitable[None]]
+    hosted: Served, sees_the_end_within: float, patient_clock: MockClock, end: Callable[[Any], Awaitable[None]]
 ) -> None:
     async with hosted(greet_and_sleep, settings=SETTINGS) as server, server.connect() as one, server.connect() as other:
         for client in (one, other):
             assert await client.receive() == "hello"
-        async with seconds(0):
+        async with seconds(0, sees_the_end_within):
             await end(server)
             for client in (one, other):
                 assert await client.closed() == (1012, "")
 
 
-@pytest.mark.not_asgi("it takes 0.1 seconds to see that the worker ends: test_asgi.py")
 async def test_who_does_not_answer_the_close_frame_has_the_close_timeout(
-    hosted: Served, patient_clock: MockClock
+    hosted: Served, sees_the_end_within: float, patient_clock: MockClock
 ) -> None:
-    async with hosted(greet_and_sleep, settings=SETTINGS) as server, server.connect() as client, seconds(3):
+    async with (
+        hosted(greet_and_sleep, settings=SETTINGS) as server,
+        server.connect() as client,
+        seconds(3, sees_the_end_within),
+    ):
         assert await client.receive() == "hello"
         server.scope.cancel()
         assert await client.closed(answer=False) == (1012, "")
 
 
-@pytest.mark.not_asgi("it takes 0.1 seconds to see that the worker ends: test_asgi.py")
-async def test_who_goes_on_sending_has_the_close_timeout(hosted: Served, patient_clock: MockClock) -> None:
+async def test_who_goes_on_sending_has_the_close_timeout(
+    hosted: Served, sees_the_end_within: float, patient_clock: MockClock
+) -> None:
     message = Frame(Opcode.TEXT, b"and another thing").serialize(mask=True)
 
     async def send_until_it_fails(stream: trio.SocketStream) -> None:
@@ -78,7 +81,7 @@ async def test_who_goes_on_sending_has_the_close_timeout(hosted: Served, patient
     ):
         assert await client.receive() == "hello"
         nursery.start_soon(send_until_it_fails, client.stream)
-        async with seconds(3):
+        async with seconds(3, sees_the_end_within):
             server.scope.cancel()
             assert (await client.frame(answer=False)).opcode is Opcode.CLOSE
             await server.over.wait()
