@@ -12,7 +12,7 @@ import trio
 from trio import current_time, move_on_at, sleep
 from trio.lowlevel import current_task, in_trio_run
 
-from .host.asgi import AsgiRouter
+from .host.asgi import AsgiRouter, shut_down
 from .host.descriptors import Descriptors, Ends
 from .host.hypercorn import lifespan, upgrade_required
 from .host.native import keep_alive
@@ -75,6 +75,7 @@ class _Application:
             handler, self._transports, settings, places=places, subprotocols=subprotocols, path=path
         )
         self._descriptors = Descriptors()
+        self._answering: set[Reach] = set()  # the ways to the sockets of requests
         self._lives = False
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -85,7 +86,12 @@ class _Application:
         elif scope["type"] == "websocket":
             await self._router.serve(scope, receive, send, self._way_to_the_socket(scope))
         else:
-            await self._app(scope, receive, send)
+            reach = self._way_to_the_socket(scope)
+            self._answering.add(reach)
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                self._answering.discard(reach)
 
     def _way_to_the_socket(self, scope: Any) -> Reach:
         if scope.get("client") is None or scope.get("server") is None:  # a Unix socket: it cannot be told from others
@@ -128,6 +134,8 @@ class _Application:
             await self._router.close()
         for transport in list(self._transports):
             transport.abort()
+        for reach in self._answering:
+            reach(shut_down)
 
 
 def _worker() -> trio.lowlevel.Task:

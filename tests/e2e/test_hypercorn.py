@@ -197,6 +197,19 @@ async def test_who_reads_nothing_does_not_hold_up_the_end(tmp_path: Path) -> Non
         sock.close()
 
 
+async def test_who_does_not_read_pages_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    async with hypercorn(tmp_path, "-k", "trio") as server:
+        sock = trio.socket.socket()
+        sock.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_RCVBUF, 4096)
+        await sock.connect(("127.0.0.1", server.port))
+        await trio.SocketStream(sock).send_all(b"GET /client.js HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 5000)
+        assert (await sock.recv(100)).startswith(b"HTTP/1.1 200 ")
+        server.process.terminate()
+        with trio.fail_after(20):
+            assert await server.ended() == 0
+        sock.close()
+
+
 UPGRADE = (
     b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
