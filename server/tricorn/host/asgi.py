@@ -381,7 +381,13 @@ class AsgiTransport:
                     while self._unsent:
                         event, size = self._unsent.popleft()
                         await self._send(event)
-                        self._sent(event, size)
+                        self._progress = True
+                        self._bytes_sent += size
+                        self._unsent_bytes -= size
+                        if self._unsent_bytes < PUT_OFF <= self._unsent_bytes + size:
+                            self._room.unpark()
+                        if event["type"] == "websocket.close":
+                            self._close_sent = event["code"]
                     self._writer = task
                     await wait_task_rescheduled(self._stop_waiting)
             except OSError:  # ASGI 3.0: the peer is gone
@@ -389,15 +395,6 @@ class AsgiTransport:
             except Exception as error:
                 self._break()
                 self.failed(error)
-
-    def _sent(self, event: ASGIEvent, size: int) -> None:
-        self._progress = True
-        self._bytes_sent += size
-        self._unsent_bytes -= size
-        if event["type"] == "websocket.close":
-            self._close_sent = event["code"]
-        elif self._room and self._unsent_bytes < PUT_OFF:
-            self._room.unpark()
 
     def _wake_writer(self) -> None:
         if self._writer is not None:
