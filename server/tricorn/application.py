@@ -16,14 +16,13 @@ from .host.asgi import AsgiRouter, shut_down
 from .host.descriptors import Descriptors, Ends
 from .host.hypercorn import lifespan, upgrade_required
 from .host.native import keep_alive
-from .host.places import Places
 from .report import report_error
 from .settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    from .connection import Handler, Kept
+    from .connection import Cancellable, Handler, Kept
     from .host.asgi import Reach
     from .host.hypercorn import ASGIApp
 
@@ -69,11 +68,8 @@ class _Application:
         self._settings = settings
         self._app = app
         self._drain = drain
-        self._transports: dict[Kept, trio.CancelScope] = {}
-        places = Places(settings.max_connections, "max_connections")
-        self._router = AsgiRouter(
-            handler, self._transports, settings, places=places, subprotocols=subprotocols, path=path
-        )
+        self._transports: dict[Kept, Cancellable] = {}
+        self._router = AsgiRouter(handler, self._transports, settings, subprotocols=subprotocols, path=path)
         self._descriptors = Descriptors()
         self._answering: set[Reach] = set()  # the ways to the sockets of requests
         self._lives = False

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
 from math import inf
 from secrets import token_hex
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 import trio
 from outcome import Error
-from trio import current_effective_deadline, current_time, move_on_after
+from trio import Event, current_effective_deadline, current_time, move_on_after
 from trio.lowlevel import (
     Abort,
     checkpoint,
@@ -70,12 +69,15 @@ class Transport(Protocol):
         Raises `trio.BusyResourceError` where another task does so.
         """
 
-    async def send(self, payloads: Sequence[bytes], *, text: bool) -> None:
-        """Wait for room, then send messages. If cancelled, nothing was sent. A checkpoint only if it waits.
+    def send(self, payloads: Sequence[bytes], *, text: bool) -> bool:
+        """Send messages, and return True; where there is no room, send nothing and return False.
 
         Raises:
             trio.BrokenResourceError: the peer cannot be reached any more.
         """
+
+    async def room(self) -> None:
+        """Wait until there may be room. Cancelling it ends only the waiting."""
 
     async def close(self, close: Close) -> None:
         """Finish what is on its way and do the closing handshake. If cancelled, whatever is unsent stays so."""
@@ -95,6 +97,12 @@ class Kept(Transport, Protocol):
 
     def failed(self, error: Exception) -> None:
         """A bug, or no memory: it ends this connection and nothing else."""
+
+
+class Cancellable(Protocol):
+    """What can be cancelled: a connection, or a scope."""
+
+    def cancel(self) -> None: ...
 
 
 class WebSocket:
@@ -139,16 +147,16 @@ class WebSocket:
             "path": path,
             "trace": trace_id(headers),
         }
-        self.inbox: deque[Message] = deque()  # what was delivered and not received yet; hosts look whether it is empty
+        self.inbox: list[Message] = []  # what was delivered and not received yet, the last first
         self._transport = transport
         self._close_timeout = close_timeout
         self._phase = Phase.ACCEPTED
         self._receiver: trio.lowlevel.Task | None = None
-        self._paid = False  # the task may send once without yielding: it yielded, or received, since the last time
+        self._paid = False  # the next send is no checkpoint: the receive before it was one
         self._cause: Close | None = None
         self._due: Close | None = None  # the cause, if the deadline of the nursery's scope passes
         self._over = False  # nothing more to receive, nothing more may be sent
-        self._closed = trio.Event()
+        self._closed: Event | None = None  # where somebody waits for it
         # For the record of its end.
         self._began = self._ending_since = current_time()
         self._received = self._sent = 0
@@ -187,12 +195,12 @@ class WebSocket:
                 if self._cause is not None and not self.inbox:
                     raise Disconnected(*self._cause)
         self._paid = True
-        return self.inbox.popleft()
+        return self.inbox.pop()
 
     async def send(self, message: Message) -> None:
         """Send a message: str as text, bytes as binary. Waits while the peer does not keep up.
 
-        A checkpoint; it yields at the latest at the second send in a row. If cancelled, nothing of the message was
+        A checkpoint, but for the first send behind a receive, which was one. If cancelled, nothing of the message was
         sent; once begun, a message is sent whole or the connection is aborted.
 
         Raises:
@@ -200,15 +208,27 @@ class WebSocket:
             TypeError: the message is neither str nor bytes.
         """
         if isinstance(message, str):
-            await self._send((message.encode(),), text=True)
+            payloads, text = (message.encode(),), True
         elif isinstance(message, bytes | bytearray | memoryview):
-            await self._send((bytes(message),), text=False)
+            payloads, text = (bytes(message),), False
         else:
             raise TypeError(f"a message is str or bytes, not {type(message).__name__}")
+        if self._paid:
+            self._paid = False
+        else:
+            await checkpoint()
+        while not self._put(payloads, text):
+            await self._transport.room()
 
     async def send_text(self, payloads: Iterable[bytes]) -> None:
         """Send texts that are UTF-8 already, each as one message, all in one write. Otherwise like `send`."""
-        await self._send(list(payloads), text=True)
+        whole = list(payloads)
+        if self._paid:
+            self._paid = False
+        else:
+            await checkpoint()
+        while not self._put(whole, True):
+            await self._transport.room()
 
     async def close(self, code: int = NORMAL, reason: str = "") -> None:
         """Close the connection, once and for all: the first cause counts. Cancels the connection's nursery.
@@ -221,6 +241,10 @@ class WebSocket:
         """
         self._end(_close(code, reason))
         self._stop()
+        if self._closed is None:
+            self._closed = Event()
+            if self._phase is Phase.CLOSED:
+                self._closed.set()
         await self._closed.wait()
 
     def close_at(self, deadline: float, code: int, reason: str = "") -> None:
@@ -238,6 +262,10 @@ class WebSocket:
 
     async def __anext__(self) -> Message:
         """The next message, as `receive` gives it. Iteration ends when the connection is over."""
+        if self.inbox:  # as in there: a message costs a coroutine less
+            await checkpoint_if_cancelled()
+            self._paid = True
+            return self.inbox.pop()
         try:
             return await self.receive()
         except Disconnected:
@@ -267,7 +295,7 @@ class WebSocket:
     def deliver(self, messages: Sequence[Message]) -> None:
         """Take messages from the peer."""
         self._received += len(messages)
-        self.inbox.extend(messages)
+        self.inbox[:0] = messages[::-1]
         if self._receiver is not None:
             reschedule(self._receiver)
             self._receiver = None
@@ -285,6 +313,11 @@ class WebSocket:
             scope.deadline = min(scope.deadline, current_time() + self._close_timeout)
         else:
             self._stop()
+
+    def cancel(self) -> None:
+        """Close it with 1012, as cancelling what is around it does."""
+        self._end(Close(SERVICE_RESTART))
+        self._stop()
 
     def fail(self, error: Exception) -> None:
         """A bug, or no memory: it is reported, and ends this connection and nothing else."""
@@ -369,7 +402,8 @@ class WebSocket:
             self._transport.abort()
             self._tell_receiver(cause)  # a task that is not the connection's own
             self._move(Phase.CLOSED)
-            self._closed.set()
+            if self._closed is not None:
+                self._closed.set()
             CONNECTIONS.closed(self, cause.code)
             TEARDOWN_SECONDS.observe(current_time() - self._ending_since)
             self._record_end(cause, reached)
@@ -392,20 +426,17 @@ class WebSocket:
 
     # Inside
 
-    async def _send(self, payloads: Sequence[bytes], *, text: bool) -> None:
-        if self._paid:
-            self._paid = False
-            await checkpoint_if_cancelled()
-        else:
-            await checkpoint()
-        if not self._over:
-            try:
-                await self._transport.send(payloads, text=text)
-                self._sent += len(payloads)
-            except trio.BrokenResourceError:
-                pass  # no error yet: something that came before may still be worth receiving
+    def _put(self, payloads: Sequence[bytes], text: bool) -> bool:
+        """Have messages sent if there is room for them, and say whether there was."""
         if self._over and self._cause is not None:
             raise Disconnected(*self._cause)
+        try:
+            if not self._transport.send(payloads, text=text):
+                return False
+        except trio.BrokenResourceError:
+            return True  # no error yet: something that came before may still be worth receiving
+        self._sent += len(payloads)
+        return True
 
     def _stop_waiting(self, _: object) -> Abort:
         self._receiver = None

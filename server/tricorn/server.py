@@ -14,7 +14,6 @@ from .host.asgi import AsgiRouter
 from .host.hypercorn import Hypercorn, upgrade_required
 from .host.listener import Router, accept_forever, listen
 from .host.native import keep_alive
-from .host.places import Places
 from .host.readiness import best
 from .report import report_error
 from .settings import Settings
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
     from hypercorn.config import Config
 
-    from .connection import Handler, Kept
+    from .connection import Cancellable, Handler, Kept
     from .host.hypercorn import ASGIApp
     from .host.listener import Address
 
@@ -56,13 +55,10 @@ class Server:
     ) -> None:
         self._settings = settings
         self._drain = drain
-        self._transports: dict[Kept, trio.CancelScope] = {}  # with what its connection runs in
-        places = Places(settings.max_connections, "max_connections")
+        self._transports: dict[Kept, Cancellable] = {}  # with what closes it with 1012
         self._http = None
         # WebSockets inside TLS and HTTP/2
-        self._inside = AsgiRouter(
-            handler, self._transports, settings, places=places, subprotocols=subprotocols, path=path
-        )
+        self._inside = AsgiRouter(handler, self._transports, settings, subprotocols=subprotocols, path=path)
         if app is not None or config is not None:
             self._http = Hypercorn(app or upgrade_required, self._inside, settings, config)
         self._readiness = best()
@@ -71,7 +67,6 @@ class Server:
             self._readiness,
             self._transports,
             settings,
-            places=places,
             subprotocols=subprotocols,
             path=path,
             http=self._http,

@@ -33,8 +33,9 @@ class Transport:
     def idle(self) -> None:
         pass
 
-    async def send(self, payloads: Any, *, text: bool) -> None:
+    def send(self, payloads: Any, *, text: bool) -> bool:
         self.seen = self.seen._replace(bytes_sent=self.seen.bytes_sent + sum(map(len, payloads)))
+        return True
 
     async def close(self, close: Close) -> None:
         self.steps.append(close)

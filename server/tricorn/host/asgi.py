@@ -20,15 +20,15 @@ from ..metrics import LIMIT_HITS, SEND_STALLS
 from ..pace import Pace
 from .handshake import Refused, Request, check_entry
 from .native import PUT_OFF, READ_AHEAD, too_fast
+from .places import require_place
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from trio.lowlevel import Task
 
-    from ..connection import Handler, Kept
+    from ..connection import Cancellable, Handler, Kept
     from ..settings import Settings
-    from .places import Places
 
     ASGIEvent = dict[str, Any]
     Receive = Callable[[], Awaitable[ASGIEvent]]
@@ -56,10 +56,9 @@ class AsgiRouter:
     def __init__(
         self,
         handler: Handler,
-        transports: dict[Kept, CancelScope],
+        transports: dict[Kept, Cancellable],
         settings: Settings,
         *,
-        places: Places,
         subprotocols: Sequence[str],
         path: str | None,
     ) -> None:
@@ -68,7 +67,6 @@ class AsgiRouter:
         self._settings = settings
         self._subprotocols = subprotocols
         self._path = path
-        self._places = places
         self._serving: set[AsgiTransport] = set()
         self._unattended = Unattended()
         self._one_ended = Event()
@@ -85,8 +83,8 @@ class AsgiRouter:
             if self._closed:
                 raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the server is going away")
             check_entry(request, self._path, self._settings.origins)
-            with self._places.take():
-                await self._serve(scope, request, receive, send, reach)
+            require_place(len(self._transports), self._settings.max_connections, "max_connections")
+            await self._serve(scope, request, receive, send, reach)
         except Refused as refused:
             await _deny(scope, send, refused)
 
@@ -105,7 +103,8 @@ class AsgiRouter:
         )
         self._serving.add(transport)
         try:
-            with CancelScope() as self._transports[transport]:
+            with CancelScope() as scope:
+                self._transports[transport] = scope
                 for _ in range(PASSES):
                     await checkpoint()
                 await send({"type": "websocket.accept", "subprotocol": subprotocol})
@@ -185,6 +184,7 @@ class AsgiTransport:
         self._unsent_bytes = 0  # in there and on the way
         self._writer: Task | None = None  # the writing task, while there is nothing to send
         self._room = ParkingLot()  # tasks that wait until less is unsent
+        self._stalled = 0  # how many there are
         self._broken = False  # nothing can be sent any more
         self._over = False  # nothing more is delivered
         self._pace = Pace(settings.messages_per_second, settings.bytes_per_second)
@@ -234,14 +234,11 @@ class AsgiTransport:
             self._read_on.unpark_all()
         return None
 
-    async def send(self, payloads: Sequence[bytes], *, text: bool) -> None:
-        waited = self._unsent_bytes >= PUT_OFF and not self._broken and not self._over
-        if waited:
-            SEND_STALLS.add()
-            while self._unsent_bytes >= PUT_OFF and not self._broken and not self._over:
-                await self._room.park()
+    def send(self, payloads: Sequence[bytes], *, text: bool) -> bool:
         if self._broken or self._over:
             raise BrokenResourceError("the connection is over")
+        if self._unsent_bytes >= PUT_OFF:
+            return False
         for payload in payloads:
             size = len(payload)
             self._unsent_bytes += size
@@ -250,8 +247,18 @@ class AsgiTransport:
             else:
                 self._unsent.append(({"type": "websocket.send", "bytes": payload}, size))
         self._wake_writer()
-        if waited and self._unsent_bytes < PUT_OFF:
+        if self._stalled and self._unsent_bytes < PUT_OFF:
             self._room.unpark()  # the next, now that this one's is on its way, so that they go out in order
+        return True
+
+    async def room(self) -> None:
+        SEND_STALLS.add()
+        self._stalled += 1
+        try:
+            while self._unsent_bytes >= PUT_OFF and not self._broken and not self._over:
+                await self._room.park()
+        finally:
+            self._stalled -= 1
 
     async def close(self, close: Close) -> None:
         self._over = True

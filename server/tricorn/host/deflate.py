@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from zlib import _Compress, _Decompress
 
     from .handshake import Offer
-    from .websocket import Opcode
 
 NAME = "permessage-deflate"
 
@@ -89,7 +88,7 @@ class Deflater:
         self._takeover = agreement.server_takeover
         self._zlib: _Compress | None = None
 
-    def frame(self, opcode: Opcode, payload: bytes) -> bytes:
+    def frame(self, opcode: int, payload: bytes) -> bytes:
         """A whole data frame, compressed but where there is nothing in it: zlib makes no block of nothing."""
         if not payload:
             return frame(opcode, payload)

@@ -8,7 +8,7 @@ from binascii import Error as Base64Error
 from collections.abc import Sequence
 from hashlib import sha1
 from http import HTTPStatus
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
 import h11
@@ -53,17 +53,19 @@ class Head:
     def __init__(self, max_bytes: int) -> None:
         self.data = b""  # all that came, the head included
         self._max_bytes = max_bytes
-        self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=max_bytes)
+        self._h11: Any = h11.Connection(h11.SERVER, max_incomplete_event_size=max_bytes)
 
     @property
     def is_http2(self) -> bool:
         """Whether it began with the preface of HTTP/2."""
         return self.data.startswith(HTTP2_PREFACE)
 
-    @property
-    def rest(self) -> bytes:
-        """What came behind the head."""
-        return self._h11.trailing_data[0]
+    def finish(self) -> bytes:
+        """Return what came behind the head, and forget the head and all that was needed to read it."""
+        rest: bytes = self._h11.trailing_data[0]
+        self.data = b""
+        self._h11 = None
+        return rest
 
     def receive_data(self, data: bytes) -> Request | None:
         """Take what one read brought; return the request once its head is complete, and never one of HTTP/2.
@@ -84,7 +86,8 @@ class Head:
             raise Refused(status, f"bad request head: {error}") from None
         if not isinstance(event, h11.Request):
             return None
-        if len(self.data) - len(self.rest) > self._max_bytes:  # h11 looks only at heads that are incomplete
+        rest = len(self._h11.trailing_data[0])
+        if len(self.data) - rest > self._max_bytes:  # h11 looks only at heads that are incomplete
             text = f"a request head may have at most {self._max_bytes} bytes"
             raise Refused(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, text)
         if not event.http_version.startswith(b"1."):

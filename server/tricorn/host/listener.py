@@ -29,12 +29,12 @@ from .handshake import (
     wants_websocket,
 )
 from .native import READ_DEFLATED, READ_SIZE, NativeTransport
-from .places import Full, PeerPlaces, Places
+from .places import Full, PeerPlaces, Places, require_place
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    from ..connection import Handler, Kept
+    from ..connection import Cancellable, Handler, Kept
     from ..settings import Settings
     from .handshake import Request
     from .hypercorn import Hypercorn
@@ -119,10 +119,9 @@ class Router:
         self,
         handler: Handler,
         readiness: Readiness,
-        transports: dict[Kept, trio.CancelScope],
+        transports: dict[Kept, Cancellable],
         settings: Settings,
         *,
-        places: Places,
         subprotocols: Sequence[str],
         path: str | None,
         http: Hypercorn | None,
@@ -137,7 +136,6 @@ class Router:
         self._sockets = Places(settings.max_connections + SPARE, "max_connections")
         self._peers = PeerPlaces(settings.peer_connections)
         self._handshakes = Places(settings.max_handshakes, "max_handshakes")
-        self._websockets = places
 
     async def serve(self, sock: socket.socket, peer: Address) -> None:
         """Serve one socket until it is closed. Raises no Exception. If cancelled, closes it in the proper way.
@@ -146,8 +144,15 @@ class Router:
         """
         head = Head(self._settings.max_head_bytes)
         try:
-            with self._sockets.take(), self._peers.of(peer[0]).take():
-                await self._answer(sock, peer, head)
+            with self._sockets, self._peers.of(peer[0]):
+                upgraded = await self._answer(sock, peer, head)
+                if upgraded is not None:
+                    transport, websocket = upgraded
+                    self._transports[transport] = websocket
+                    try:
+                        await websocket.run(self._handler)
+                    finally:
+                        del self._transports[transport]
         except Full as full:
             _turn_away(sock, refuse(full, head))
         except OSError:
@@ -157,18 +162,19 @@ class Router:
         finally:
             sock.close()
 
-    async def _answer(self, sock: socket.socket, peer: Address, head: Head) -> None:
+    async def _answer(self, sock: socket.socket, peer: Address, head: Head) -> tuple[NativeTransport, WebSocket] | None:
+        """Answer the request on a socket. Return what is to be run where that upgraded it, with the head forgotten."""
         if self._http is not None and self._http.does_tls:
             await self._http.serve(sock, peer, b"")
-            return
+            return None
         try:
-            with self._handshakes.take(), CONNECTIONS.connecting():
+            with self._handshakes, CONNECTIONS.connecting():
                 request = await self._read_head(sock, head)
             if request is not None and wants_websocket(request):
                 check(request, self._path, self._settings.origins)
-                with self._websockets.take():
-                    await self._upgrade(sock, peer, request, head.rest)
-            elif request is None and not head.is_http2:
+                require_place(len(self._transports), self._settings.max_connections, "max_connections")
+                return self._upgrade(sock, peer, request, head)
+            if request is None and not head.is_http2:
                 pass  # the peer went before it had said what it wants
             elif self._http is not None:
                 await self._http.serve(sock, peer, head.data)
@@ -180,6 +186,7 @@ class Router:
             if refused.status in HEAD_TOO_LARGE:
                 LIMIT_HITS.add("max_head_bytes")
             await self._refuse(sock, refuse(refused, head))
+        return None
 
     async def _read_head(self, sock: socket.socket, head: Head) -> Request | None:
         """Return None where there will be no head that we can read: the stream ended, or it is HTTP/2."""
@@ -196,7 +203,9 @@ class Router:
             return None
         raise Refused(HTTPStatus.REQUEST_TIMEOUT, "the request head did not come in time")
 
-    async def _upgrade(self, sock: socket.socket, peer: Address, request: Request, rest: bytes) -> None:
+    def _upgrade(
+        self, sock: socket.socket, peer: Address, request: Request, head: Head
+    ) -> tuple[NativeTransport, WebSocket]:
         subprotocol = choose_subprotocol(request, self._subprotocols)
         agreement = None
         offers = offered_extensions(request)
@@ -205,7 +214,7 @@ class Router:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         extensions = agreement.header() if agreement else None
         sock.send(accept(request, subprotocol, extensions))  # nothing was sent before, so there is room
-        transport = NativeTransport(sock, rest, self._readiness, self._settings, agreement)
+        transport = NativeTransport(sock, head.finish(), self._readiness, self._settings, agreement)
         websocket = WebSocket(
             transport,
             peer=peer,
@@ -215,11 +224,7 @@ class Router:
             subprotocol=subprotocol,
             close_timeout=self._settings.close_timeout,
         )
-        try:
-            with trio.CancelScope() as self._transports[transport]:
-                await websocket.run(self._handler)
-        finally:
-            del self._transports[transport]
+        return transport, websocket
 
     async def _refuse(self, sock: socket.socket, response: bytes) -> None:
         """Send a response and wait for the peer's end: closed with something unread, the socket would take it back."""

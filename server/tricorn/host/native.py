@@ -7,7 +7,7 @@ from socket import SHUT_RD, SHUT_WR, SO_LINGER, SOL_SOCKET
 from struct import pack
 from typing import TYPE_CHECKING, Protocol
 
-from trio import BrokenResourceError, Event, current_time, sleep
+from trio import BrokenResourceError, current_time, sleep
 from trio.lowlevel import ParkingLot
 
 from ..close import ABNORMAL, NO_PONG, STALLED, TOO_BIG, TOO_FAST, Close
@@ -30,6 +30,7 @@ READ_DEFLATED = 4096  # bytes; the same where they may inflate, to a thousand ti
 READ_AHEAD = 65536  # bytes; what is read while the connection has something to receive, before reading pauses
 RESET = pack("ii", 1, 0)  # for SO_LINGER: close with RST and keep nothing
 PUT_OFF = 65536  # bytes; what is put off at most to go out in one write
+TEXT, BINARY = int(Opcode.TEXT), int(Opcode.BINARY)
 LOOKS_PER_TIMEOUT = 4  # how often keepalive looks in its shortest time: it may be late by a quarter
 
 
@@ -70,7 +71,6 @@ class NativeTransport:
         self._readiness = readiness
         self._settings = settings
         self._connection: WebSocket
-        self._inflates = agreement is not None
         self._codec = Receiver(settings.max_message_bytes, Inflater(agreement) if agreement else None)
         self._pace = Pace(settings.messages_per_second, settings.bytes_per_second)
         self._frame = Deflater(agreement).frame if agreement else frame
@@ -78,14 +78,13 @@ class NativeTransport:
         self._unread = 0  # bytes read, or inflated, while the connection had something to receive
         self._put_off: list[bytes] = []  # frames
         self._put_off_bytes = 0
-        self._pong = b""  # the answer to the last ping that came while something was unsent
         self._unsent: bytes | memoryview = b""  # what the socket has not taken of the last write
-        self._room = ParkingLot()  # tasks that wait until nothing is unsent
+        self._waiting = ParkingLot()  # tasks that wait until nothing is unsent or, when closing, until that is finished
         self._broken = False  # nothing can be sent any more
         self._closing = False  # the close frame was the last thing sent
         self._close_code: int | None = None  # the one in it
         self._bytes_received = self._bytes_sent = 0
-        self._finished = Event()  # the closing handshake is done, or cannot be done
+        self._finished = False  # the closing handshake is done, or cannot be done
         self._aborted = False
         # For keepalive: what happened since it last looked, and when something last had.
         self._heard = True
@@ -93,6 +92,10 @@ class NativeTransport:
         self._pinged_at: float | None = None
         self._progress = False
         self._progress_at = 0.0
+
+    @property
+    def _inflates(self) -> bool:
+        return self._read_size == READ_DEFLATED
 
     # For the connection
 
@@ -110,30 +113,36 @@ class NativeTransport:
             self.wants_read = True
             self._readiness.change(self)
 
-    async def send(self, payloads: Sequence[bytes], *, text: bool) -> None:
-        if self._unsent and not self._broken:
-            SEND_STALLS.add()
-            while self._unsent and not self._broken:
-                await self._room.park()
+    def send(self, payloads: Sequence[bytes], *, text: bool) -> bool:
         if self._broken or self._closing:
             raise BrokenResourceError("the connection is over")
-        opcode = Opcode.TEXT if text else Opcode.BINARY
+        if self._unsent:
+            return False
+        opcode = TEXT if text else BINARY
+        put_off = self._put_off
+        if not put_off and self._connection.inbox:
+            self._readiness.flush_soon(self)
         for payload in payloads:
             data = self._frame(opcode, payload)
-            self._put_off.append(data)
+            put_off.append(data)
             self._put_off_bytes += len(data)
-        if self._connection.inbox and self._put_off_bytes < PUT_OFF:
-            self._readiness.flush_soon(self)
-        else:
+        if not self._connection.inbox or self._put_off_bytes >= PUT_OFF:
             self.flush()
+        return True
+
+    async def room(self) -> None:
+        if self._unsent and not self._broken and not self._closing:
+            SEND_STALLS.add()
+            while self._unsent and not self._broken and not self._closing:
+                await self._waiting.park()
 
     async def close(self, close: Close) -> None:
         self._closing = True
-        self._room.unpark_all()
+        self._waiting.unpark_all()
         if close.code == ABNORMAL:
             self.flush()
             while self._unsent and not self._broken:  # the peer may have ended only its half of the stream
-                await self._room.park()
+                await self._waiting.park()
         if self._broken or close.code == ABNORMAL:
             return
         self._put_off.append(close_frame(close))
@@ -143,7 +152,8 @@ class NativeTransport:
             self.wants_read = True
             self._readiness.change(self)
         self._look_finished()
-        await self._finished.wait()
+        while not self._finished:
+            await self._waiting.park()
 
     def abort(self) -> None:
         if self._aborted:
@@ -195,16 +205,18 @@ class NativeTransport:
     def flush(self) -> None:
         if self._unsent or self._broken:
             return
-        if self._pong:
-            self._put_off.append(self._pong)
-            self._pong = b""
+        pings = self._codec.pings
+        if pings:
+            if not self._closing:
+                self._put_off += [frame(Opcode.PONG, ping) for ping in pings]
+            pings.clear()
         frames = self._put_off
         if frames:
             self._put_off = []
             self._put_off_bytes = 0
             self._write(frames[0] if len(frames) == 1 else b"".join(frames))
-        if self._room and not self._unsent:
-            self._room.unpark()  # one: the next when this one's is on its way, so that they go out in order
+        if self._waiting and not self._unsent:
+            self._waiting.unpark()  # one: the next when this one's is on its way, so that they go out in order
 
     def failed(self, error: Exception) -> None:
         """A bug, or no memory: it ends this connection and nothing else."""
@@ -250,7 +262,9 @@ class NativeTransport:
         if messages and not self._closing:
             connection.deliver(messages)
         if codec.pings:
-            self._answer_pings()
+            if self._unsent:
+                del codec.pings[:-1]  # answering the last of those that wait is enough, RFC 6455 §5.5.3
+            self.flush()
         over = codec.closed or codec.violation
         if over is None and (passed := self._pace.passed(len(messages), len(data))) and not self._closing:
             over = codec.violation = too_fast(passed, self._settings)  # from here on nothing that comes is looked at
@@ -266,17 +280,6 @@ class NativeTransport:
             if self._unread > READ_AHEAD and not self._broken:
                 self.wants_read = False
                 self._readiness.change(self)
-
-    def _answer_pings(self) -> None:
-        """RFC 6455 §5.5.3: where several wait, answering the last is enough."""
-        pings, self._codec.pings = self._codec.pings, []
-        if self._closing:
-            return
-        if self._unsent:
-            self._pong = frame(Opcode.PONG, pings[-1])
-        else:
-            self._put_off += [frame(Opcode.PONG, ping) for ping in pings]
-            self.flush()
 
     def _end_of_stream(self, reason: str) -> None:
         self.at_eof = True
@@ -306,24 +309,27 @@ class NativeTransport:
         """Give up sending."""
         self._broken = True
         self._put_off = []
-        self._room.unpark_all()
-        self._finished.set()
+        self._finish()
         if self.wants_write:
             self.wants_write = False
             if not self._aborted:
                 self._readiness.change(self)
+
+    def _finish(self) -> None:
+        self._finished = True
+        self._waiting.unpark_all()
 
     def _look_finished(self) -> None:
         """See whether the closing handshake is done: both close frames, or ours and the peer's end of the stream."""
         if not self._closing or self._unsent or self._put_off:
             return
         if self._codec.closed is not None or self.at_eof:
-            self._finished.set()
+            self._finish()
         elif self._codec.violation is not None:  # its close frame would not be understood: let it see the end instead
             try:
                 self._socket.shutdown(SHUT_WR)
             except OSError:
-                self._finished.set()
+                self._finish()
 
 
 def too_fast(limit: str, settings: Settings) -> Close:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from http import HTTPStatus
 from random import randrange
 from socket import AF_INET6, inet_pton
@@ -13,7 +12,7 @@ from ..metrics import LIMIT_HITS
 from .handshake import Refused
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from types import TracebackType
 
 RETRY_AFTER = range(5, 16)  # seconds; any of them, so that those who were refused together do not come back together
 
@@ -26,29 +25,32 @@ class Full(Refused):
         super().__init__(HTTPStatus.SERVICE_UNAVAILABLE, text, {"Retry-After": str(retry_after)})
 
 
+def require_place(taken: int, limit: float, setting: str) -> None:
+    """Raise `Full` where so many are here already as the limit, which `setting` names, lets in."""
+    if taken >= limit:
+        LIMIT_HITS.add(setting)
+        raise Full("full, come back later")
+
+
 class Places:
-    """So many may be here at a time; `setting` names the limit, and `taken` is how many are."""
+    """So many may be here at a time: entering it takes a place until the end of the block, or raises `Full`.
+
+    `setting` names the limit, and `taken` is how many are here.
+    """
 
     def __init__(self, limit: float, setting: str) -> None:
         self._limit = limit
         self._setting = setting
         self.taken = 0
 
-    @contextmanager
-    def take(self) -> Iterator[None]:
-        """Take a place until the end of the block.
-
-        Raises:
-            Full: there is none.
-        """
-        if self.taken >= self._limit:
-            LIMIT_HITS.add(self._setting)
-            raise Full("full, come back later")
+    def __enter__(self) -> None:
+        require_place(self.taken, self._limit, self._setting)
         self.taken += 1
-        try:
-            yield
-        finally:
-            self.taken -= 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.taken -= 1
 
 
 class PeerPlaces:

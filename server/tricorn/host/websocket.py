@@ -16,6 +16,8 @@ from websockets.frames import apply_mask  # type: ignore[attr-defined]
 from ..close import INVALID_DATA, NO_STATUS, PROTOCOL_ERROR, TOO_BIG, Close, may_be_sent
 
 if TYPE_CHECKING:
+    from codecs import IncrementalDecoder
+
     from .deflate import Inflater
 
 Message = str | bytes
@@ -88,7 +90,7 @@ class Receiver:
     """
 
     def __init__(self, max_message_bytes: int, inflater: Inflater | None = None) -> None:
-        self.pings: list[bytes] = []  # payloads of pings; whoever answers them clears the list
+        self.pings: list[bytes] = []  # payloads of pings; who answers them clears the list
         self.closed: Close | None = None  # the peer's close frame
         self.violation: Close | None = None  # what the peer did wrong, as the close to answer with
         self._max = max_message_bytes
@@ -102,7 +104,7 @@ class Receiver:
         self._message = Opcode.CONTINUATION  # of the message on its way: TEXT, BINARY, or CONTINUATION for none
         self._inflating: Inflater | None = None  # if that message is compressed
         self._parts = bytearray()
-        self._utf8 = _utf8_decoder()
+        self._utf8: IncrementalDecoder | None = None  # made with the first text that comes in pieces
 
     def receive_data(self, data: bytes) -> list[Message]:
         """Take what one read brought and return the messages that it completed. Never raises.
@@ -209,6 +211,8 @@ class Receiver:
             if len(payload) > room:
                 raise self._too_big()
         if self._message == Opcode.TEXT:
+            if self._utf8 is None:
+                self._utf8 = _utf8_decoder()
             self._utf8.decode(payload, finished)
             if b"\xed\xa0" <= self._utf8.getstate()[0] < b"\xee":  # which the decoder lets pass until its third byte
                 raise _Violation(INVALID_DATA, "not UTF-8: a surrogate")

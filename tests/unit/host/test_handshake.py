@@ -42,8 +42,9 @@ def test_a_head_in_one_piece() -> None:
     assert head.receive_data(HEAD + b"behind") == Request(
         "GET", "/chat", "a=1&b=%20", "1.1", {"host": "example.com", "x-one": "1, 2", "x-two": "é"}
     )
-    assert head.rest == b"behind"
     assert head.data == HEAD + b"behind"
+    assert head.finish() == b"behind"
+    assert head.data == b""
 
 
 def test_a_head_byte_by_byte() -> None:
@@ -53,7 +54,8 @@ def test_a_head_byte_by_byte() -> None:
     read = head.receive_data(HEAD[-1:])
     assert read is not None
     assert read.path == "/chat"
-    assert (head.data, head.rest) == (HEAD, b"")
+    assert head.data == HEAD
+    assert head.finish() == b""
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ from tricorn.metrics import LIMIT_HITS
 def test_a_place_is_free_again_behind_the_block() -> None:
     hits = LIMIT_HITS.values["max_handshakes"]
     places = Places(1, "max_handshakes")
-    with places.take():
+    with places:
         assert places.taken == 1
-        with pytest.raises(Full) as caught, places.take():
+        with pytest.raises(Full) as caught, places:
             raise AssertionError
         assert places.taken == 1
-    with places.take():
+    with places:
         pass
     assert places.taken == 0
     assert caught.value.status == 503
@@ -42,14 +42,14 @@ def test_those_who_are_refused_together_do_not_come_back_together() -> None:
 )
 def test_whose_places_they_are(one: str, other: str, same: bool) -> None:
     peers = PeerPlaces(1)
-    with peers.of(one).take():
+    with peers.of(one):
         assert (peers.of(other).taken == 1) is same
 
 
 def test_places_of_nobody_are_forgotten() -> None:
     peers = PeerPlaces(1)
     for number in range(100):
-        with peers.of(f"192.0.2.{number}").take():
+        with peers.of(f"192.0.2.{number}"):
             pass
     gc.collect()
     assert len(peers._by_network) == 0
