@@ -292,10 +292,11 @@ class WebSocket:
         finally:
             await self._tear_down()
 
-    def deliver(self, messages: Sequence[Message]) -> None:
-        """Take messages from the peer."""
+    def deliver(self, messages: list[Message]) -> None:
+        """Take messages from the peer, and the list that they are in."""
         self._received += len(messages)
-        self.inbox[:0] = messages[::-1]
+        messages.reverse()
+        self.inbox = messages + self.inbox if self.inbox else messages
         if self._receiver is not None:
             reschedule(self._receiver)
             self._receiver = None

@@ -363,7 +363,7 @@ class AsgiTransport:
         if passed := self._pace.passed(1, size):
             self._give_up(too_fast(passed, self._settings))
             return
-        connection.deliver((message,))
+        connection.deliver([message])
         if connection.inbox:
             self._unread += size + IN_INBOX
 

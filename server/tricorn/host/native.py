@@ -79,7 +79,7 @@ class NativeTransport:
         self._put_off: list[bytes] = []  # frames
         self._put_off_bytes = 0
         self._unsent: bytes | memoryview = b""  # what the socket has not taken of the last write
-        self._waiting = ParkingLot()  # tasks that wait until nothing is unsent or, when closing, until that is finished
+        self._waiting: ParkingLot | None = None  # tasks that wait until nothing is unsent, or the closing is finished
         self._broken = False  # nothing can be sent any more
         self._closing = False  # the close frame was the last thing sent
         self._close_code: int | None = None  # the one in it
@@ -134,15 +134,15 @@ class NativeTransport:
         if self._unsent and not self._broken and not self._closing:
             SEND_STALLS.add()
             while self._unsent and not self._broken and not self._closing:
-                await self._waiting.park()
+                await self._wait()
 
     async def close(self, close: Close) -> None:
         self._closing = True
-        self._waiting.unpark_all()
+        self._wake_all()
         if close.code == ABNORMAL:
             self.flush()
             while self._unsent and not self._broken:  # the peer may have ended only its half of the stream
-                await self._waiting.park()
+                await self._wait()
         if self._broken or close.code == ABNORMAL:
             return
         self._put_off.append(close_frame(close))
@@ -153,7 +153,7 @@ class NativeTransport:
             self._readiness.change(self)
         self._look_finished()
         while not self._finished:
-            await self._waiting.park()
+            await self._wait()
 
     def abort(self) -> None:
         if self._aborted:
@@ -215,7 +215,7 @@ class NativeTransport:
             self._put_off = []
             self._put_off_bytes = 0
             self._write(frames[0] if len(frames) == 1 else b"".join(frames))
-        if self._waiting and not self._unsent:
+        if self._waiting is not None and not self._unsent:
             self._waiting.unpark()  # one: the next when this one's is on its way, so that they go out in order
 
     def failed(self, error: Exception) -> None:
@@ -300,9 +300,10 @@ class NativeTransport:
             return
         self._progress = True
         self._bytes_sent += sent
-        self._unsent = memoryview(data)[sent:] if sent < len(data) else b""
-        if self.wants_write != bool(self._unsent):
-            self.wants_write = not self.wants_write
+        all_sent = sent == len(data)
+        self._unsent = b"" if all_sent else memoryview(data)[sent:]
+        if self.wants_write is all_sent:
+            self.wants_write = not all_sent
             self._readiness.change(self)
 
     def _break(self) -> None:
@@ -315,9 +316,18 @@ class NativeTransport:
             if not self._aborted:
                 self._readiness.change(self)
 
+    async def _wait(self) -> None:
+        if self._waiting is None:
+            self._waiting = ParkingLot()
+        await self._waiting.park()
+
+    def _wake_all(self) -> None:
+        if self._waiting is not None:
+            self._waiting.unpark_all()
+
     def _finish(self) -> None:
         self._finished = True
-        self._waiting.unpark_all()
+        self._wake_all()
 
     def _look_finished(self) -> None:
         """See whether the closing handshake is done: both close frames, or ours and the peer's end of the stream."""

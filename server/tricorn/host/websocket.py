@@ -42,6 +42,7 @@ _RSV = 0x70
 _MASKED = 0x80
 _WHOLE_TEXT = _FIN | Opcode.TEXT
 _WHOLE_BINARY = _FIN | Opcode.BINARY
+_WHOLE = (_WHOLE_TEXT, _WHOLE_BINARY)
 _OPCODES = frozenset(Opcode)
 
 _header16 = Struct("!BBH").pack
@@ -140,26 +141,22 @@ class Receiver:
                 start = position + 14
             else:
                 raise _Violation(PROTOCOL_ERROR, "a frame from a client must be masked")
-            if (first != _WHOLE_TEXT and first != _WHOLE_BINARY) or self._message:
+            plain = first in _WHOLE and not self._message
+            if not plain:
                 self._check(first, length)
             if start > size:
                 break
             if length > 125:
                 length = _extended_length(data[position + 2 : start - 4])
-            mask = data[start - 4 : start]
             if length + len(self._parts) > self._max and not (first & 8 or first & RSV1 or self._inflating):
                 raise self._too_big()
+            mask = data[start - 4 : start]
             end = start + length
-            if end <= size and not self._message:  # the plain case: a whole frame
+            if plain and end <= size:
                 payload = apply_mask(data[start:end], mask)
-                if first == _WHOLE_TEXT:
-                    messages.append(payload.decode())
-                    position = end
-                    continue
-                if first == _WHOLE_BINARY:
-                    messages.append(payload)
-                    position = end
-                    continue
+                messages.append(payload.decode() if first == _WHOLE_TEXT else payload)
+                position = end
+                continue
             self._opcode = Opcode(first & 0x0F)
             self._fin = first >= _FIN
             self._left = length
