@@ -149,7 +149,8 @@ class Answering:
         except (LeaseLost, PastLost) as error:
             self._abandon(error)
         else:
-            self._begun = self._begun or isinstance(event, AgentStarted)
-            self.follow()
+            if isinstance(event, AgentStarted):
+                self._begun = True
+                self.follow()
         if self._lost is not None:
             await checkpoint()  # cancelled now, but not where the last words are said

@@ -6,7 +6,7 @@ from random import random
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from trio import CancelScope, move_on_after, open_nursery, sleep
+from trio import CancelScope, current_time, move_on_after, open_nursery, sleep, sleep_until
 from trio.lowlevel import checkpoint
 
 from tricorn.auth import Gate, ThisMachine
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tricorn.connection import WebSocket
 
 LOOKS_PER_LEASE = 4
+BEATS = 10  # looks in the time of a heartbeat, at most
 LOOK_AT_ONCE, SOON = 100, 0.25  # conversations, and seconds until the next look where there may be more
 LOG_PATIENCE = 1.0  # seconds; probes wait as long, unless they are told otherwise
 RETRY_AFTER = 1.0  # seconds until the first clients may come back
@@ -53,11 +54,13 @@ class Chat:
         self._conversations: dict[str, Conversation] = {}
         self._sessions: set[Session] = set()
         self._looking = CancelScope()
+        self._beating = CancelScope()
         self.closing = False
 
     async def __aenter__(self) -> Self:
         self._nursery = await self._opening.__aenter__()
-        self._nursery.start_soon(self._look_after, self._looking)
+        self._nursery.start_soon(self._look_after)
+        self._nursery.start_soon(self._beat)
         return self
 
     async def __aexit__(
@@ -65,6 +68,7 @@ class Chat:
     ) -> bool | None:
         self._end_conversations()
         self._looking.cancel()
+        self._beating.cancel()
         return await self._opening.__aexit__(kind, error, traceback)
 
     async def session(self, ws: WebSocket) -> None:
@@ -130,9 +134,23 @@ class Chat:
         for conversation in self._conversations.values():
             conversation.end()
 
-    async def _look_after(self, scope: CancelScope) -> None:
+    async def _beat(self) -> None:
+        """Have every session that said nothing for `heartbeat` seconds, or a tenth more, say that it is there."""
+        heartbeat = self.settings.heartbeat
+        with self._beating:
+            while True:
+                now = current_time()
+                first = now
+                for session in self._sessions:
+                    if session.spoke_at + heartbeat <= now:
+                        session.beat()
+                    else:
+                        first = min(first, session.spoke_at)
+                await sleep_until(max(first + heartbeat, now + heartbeat / BEATS))
+
+    async def _look_after(self) -> None:
         """Answer where nobody does, as behind an instance that has died: now, and then often enough for `lease`."""
-        with scope:
+        with self._looking:
             while True:
                 try:
                     with patience(self.settings.log_timeout):

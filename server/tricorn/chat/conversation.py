@@ -71,6 +71,7 @@ class Conversation:
         self._holds = 0
         self._cursors: set[Cursor] = set()
         self._notified = 0  # the head that cursors were last told of
+        self._seen = (self._transcript.progress, 0)  # and what the log came to then
         self._attending = False  # as the log was told
         self._followed = False  # at another instance, when the log was last asked
         self._asked = 0  # the seq of the last post
@@ -335,12 +336,15 @@ class Conversation:
             self._notified = self._transcript.head
             for cursor in self._cursors:
                 cursor.notify(cursor)
-            self._answering.follow()
-            self._count()
-            posts = self._transcript.progress.posts
-            if posts and posts[-1].seq > self._asked:
-                self._asked = posts[-1].seq
-                self._linger_anew()
+            progress = self._transcript.progress
+            if self._seen != (progress, progress.turns):  # and not just some more of an answer
+                self._seen = (progress, progress.turns)
+                self._answering.follow()
+                self._count()
+                posts = progress.posts
+                if posts and posts[-1].seq > self._asked:
+                    self._asked = posts[-1].seq
+                    self._linger_anew()
         if self._transcript.is_behind:
             self._news.set()
         if self._answering.may_hold and self._answering.due:

@@ -50,6 +50,7 @@ class Progress:
         posts: those that are not answered, in order. That of the run that goes on is the first.
         run: the one that goes on.
         answered: the seq of the last post that is answered.
+        turns: how often one of these changed.
     """
 
     def __init__(self, state: State) -> None:
@@ -57,6 +58,7 @@ class Progress:
         self.answered = state.answered
         self.posts: deque[Asked] = deque()
         self.run: OpenRun | None = None
+        self.turns = 0
 
     @property
     def waiting(self) -> int:
@@ -72,14 +74,17 @@ class Progress:
         run = self.run if self.run is not None and self.run.id == event.run else None
         if event.type == "user_message":
             self.posts.append(Asked(entry.seq, event.id, event.user, event.text))
+            self.turns += 1
         elif event.type == "agent_started" and event.post_seq > self.answered:
             self.run = OpenRun(event.run, event.post_seq, event.at)
+            self.turns += 1
         elif event.type == "tool_executing" and run is not None:
             run.calls[event.call] = OpenCall(event.call, event.tool, event.at)
         elif event.type == "tool_completed" and run is not None:
             run.calls.pop(event.call, None)
         elif event.type == "agent_completed" and run is not None:
             self.run, self.answered = None, run.post
+            self.turns += 1
             while self.posts and self.posts[0].seq <= self.answered:
                 self.posts.popleft()
 

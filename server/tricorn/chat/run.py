@@ -42,6 +42,8 @@ LAST_WORDS = 2.0
 TOOL_NAME_MAX = 128  # characters
 TOOL_ERROR_MAX = 500  # characters of a ToolError's text that people are shown
 
+ESCAPED = 6  # bytes that one ASCII character has in JSON, at most
+
 TOOL_FAILED = "the tool failed"
 TOOL_LEFT_OPEN = "not finished"
 TOOL_ENDED = {"cancelled": "cancelled", "timeout": "timed out", "interrupted": "interrupted"}
@@ -137,6 +139,8 @@ class Run:
     def _check_text(self, text: str, what: str) -> None:
         if not isinstance(text, str):
             raise TypeError(f"{what} must be a str, not {type(text).__name__}")
+        if text.isascii() and ESCAPED * len(text) + 2 <= self._room:
+            return  # as nearly always: nothing else would be found out by encoding it
         self._check_size(_encode(text), what)  # raises UnicodeEncodeError for a lone surrogate, which is not JSON's
 
     def _check_size(self, json: bytes, what: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, get_args
 from msgspec import DecodeError, Struct, ValidationError
 from msgspec.json import Decoder, Encoder
 from trio import Event, current_time, move_on_after, move_on_at
-from trio.lowlevel import checkpoint
+from trio.lowlevel import Abort, Task, checkpoint, current_task, reschedule, wait_task_rescheduled
 
 from tricorn.auth import Identity, NotAdmitted, handshake_token
 from tricorn.chat.allowance import Allowance
@@ -91,7 +91,9 @@ class Session:
         self._cursors: dict[str, Cursor] = {}
         self._behind: dict[Cursor, None] = {}  # those of the cursors that have something to read
         self._outbox: deque[bytes] = deque()
-        self._wake = Event()
+        self._woken = False  # since the writer last looked what there is
+        self._writer: Task | None = None  # the writer, while it waits
+        self.spoke_at = current_time()  # in Trio's time
         self._flushing = False
         self._flushed = Event()
 
@@ -108,6 +110,12 @@ class Session:
                 cursor.conversation.detach(cursor)
             self._flushed.set()
 
+    def beat(self) -> None:
+        """Tell the client that this is still here, where there is nothing else on its way."""
+        self.spoke_at = current_time()
+        if self._writer is not None:
+            self._put(Heartbeat())
+
     def closing(self) -> None:
         """Tell the client that the server is about to close the connection."""
         self._put(Closing(reason="the server is shutting down", retry_after=self._chat.retry_after()))
@@ -115,16 +123,22 @@ class Session:
     async def flush(self) -> None:
         """Wait until the client was sent all that there is, or is gone. A checkpoint; may be cancelled."""
         self._flushing = True
-        self._wake.set()
+        self._wake()
         await self._flushed.wait()
 
     def _put(self, reply: Reply) -> None:
         self._outbox.append(_encode(reply))
-        self._wake.set()
+        self._wake()
 
     def _notify(self, cursor: Cursor) -> None:
         self._behind[cursor] = None
-        self._wake.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        self._woken = True
+        if self._writer is not None:
+            reschedule(self._writer)
+            self._writer = None
 
     # Who it is
 
@@ -317,20 +331,31 @@ class Session:
     # The writer
 
     async def _write(self) -> None:
-        """Send all that there is in one go, again and again; and a heartbeat where there is nothing for long."""
+        """Send all that there is in one go, again and again."""
         while True:
-            self._wake = Event()
+            self._woken = False
             payloads = await self._take()
             if payloads:
                 await self._ws.send_text(_batches(payloads) if self._batch else payloads)
+                self.spoke_at = current_time()
                 continue
             if self._flushing:
                 self._flushed.set()
-            heartbeat = self._chat.settings.heartbeat
-            with move_on_after(min(heartbeat, READ_AGAIN) if self._behind else heartbeat) as silence:
-                await self._wake.wait()
-            if silence.cancelled_caught and not self._behind:
-                self._put(Heartbeat())
+            if self._behind:  # the log did not answer
+                with move_on_after(READ_AGAIN):
+                    await self._wait()
+            else:
+                await self._wait()
+
+    async def _wait(self) -> None:
+        """Wait until there may be something to send. No checkpoint where there is already."""
+        if not self._woken:
+            self._writer = current_task()
+            await wait_task_rescheduled(self._stop_waiting)
+
+    def _stop_waiting(self, _: object) -> Abort:
+        self._writer = None
+        return Abort.SUCCEEDED
 
     async def _take(self) -> list[bytes]:
         """Take all replies, and of the events that every cursor has before it its share of this turn.

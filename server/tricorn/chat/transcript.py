@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from math import inf
+from time import perf_counter
 
-from trio import Lock, TooSlowError, current_time, fail_after
+from trio import Semaphore, TooSlowError, WouldBlock, fail_after
 
 from tricorn.chat.log.base import Entry, Lease, Log, PastLost, State, Unavailable
 from tricorn.chat.progress import Progress
@@ -31,6 +32,9 @@ def patience(seconds: float) -> Iterator[None]:
         raise Unavailable(f"the log did not answer within {seconds:g} s") from None
 
 
+NO_TIMEOUT = nullcontext()
+
+
 class Transcript:
     """The entries of a conversation, own and foreign, in one order without a hole. `seconds` is what a call may take.
 
@@ -50,10 +54,10 @@ class Transcript:
         self.progress = Progress(State("", 1, 0, 0))
         self.doubted = False
         self._log = log
-        self._seconds = seconds
+        self._seconds = inf if log.immediate else seconds
         self._changed = changed
         self.heard = 0
-        self._lock = Lock()  # one at a time adds entries
+        self._lock = Semaphore(1)  # one at a time adds entries
         self._tail: deque[Entry] = deque(maxlen=TAIL)
 
     @property
@@ -94,18 +98,23 @@ class Transcript:
 
         A checkpoint before that and none after it. If this is cancelled or raises, it may be in the log, or not.
         """
-        async with self._lock:
+        try:
+            self._lock.acquire_nowait()
+        except WouldBlock:
+            await self._lock.acquire()
+        try:
             sure = False
             try:
-                began = current_time()
-                with patience(self._seconds):
+                began = perf_counter()
+                with NO_TIMEOUT if self._seconds == inf else patience(self._seconds):
                     entry, repeated = await self._log.append(
                         self.key, self.epoch, event, key, lease=lease, answered=answered
                     )
-                APPEND_SECONDS.observe(current_time() - began)
+                APPEND_SECONDS.observe(perf_counter() - began)
                 if not repeated:
                     APPENDED.add(str(event.__struct_config__.tag))
-                await self._read_to(entry.seq - 1)
+                if entry.seq > self.head + 1:
+                    await self._read_to(entry.seq - 1)
                 sure = True
             finally:
                 if not sure:
@@ -113,6 +122,8 @@ class Transcript:
             if entry.seq > self.head:
                 self._add([entry])
             return entry, repeated
+        finally:
+            self._lock.release()
 
     async def find(self, key: str) -> Entry | None:
         """The entry that was added with this key."""

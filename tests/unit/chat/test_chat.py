@@ -234,6 +234,8 @@ async def test_draining_a_chat_without_anybody_is_a_checkpoint() -> None:
 class UselessLog(MemoryLog):
     """Does what it was told to when it is asked whether it works."""
 
+    immediate = False
+
     def __init__(self, ask: Callable[[], Awaitable[None]]) -> None:
         super().__init__()
         self._ask = ask

@@ -24,6 +24,8 @@ from tricorn.settings import Settings
 class WatchedLog(MemoryLog):
     """Counts what it is asked, and can be held up or fail."""
 
+    immediate = False
+
     def __init__(self) -> None:
         super().__init__()
         self.reads = 0

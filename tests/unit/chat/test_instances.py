@@ -402,6 +402,8 @@ async def test_what_is_written_before_the_log_is_watched_is_not_missed(connect: 
 class Failing(MemoryLog):
     """Does not answer while `error` is set."""
 
+    immediate = False
+
     error: Exception | None = None
     hangs = False
 
@@ -432,6 +434,8 @@ class Failing(MemoryLog):
 
 class Refusing(MemoryLog):
     """Does not answer one kind of question, `refused`; what was asked is done or not."""
+
+    immediate = False
 
     refused = ""
     does = False

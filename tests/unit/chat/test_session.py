@@ -49,11 +49,15 @@ async def fill(log: MemoryLog, count: int, conversation: str = "c") -> None:
 class LostLog(MemoryLog):
     """Says that there is more than there is."""
 
+    immediate = False
+
     async def open(self, conversation: str) -> State:
         return (await super().open(conversation))._replace(head=5)
 
 
 class BadLog(MemoryLog):
+    immediate = False
+
     async def open(self, conversation: str) -> State:
         if conversation == "local/bad":
             raise OSError("secret")
@@ -499,6 +503,8 @@ async def test_asking_without_reading_closes_with_4004(connect: Connect) -> None
 
 class SlowLog(MemoryLog):
     """Reading takes so long that much else can happen meanwhile."""
+
+    immediate = False
 
     async def read(self, conversation: str, after: int, limit: int) -> list[Entry]:
         await trio.testing.wait_all_tasks_blocked()

@@ -115,14 +115,18 @@ class Log(Protocol):
     As with a nursery, what the block raises may come out in an ExceptionGroup. Also when what is around the block is
     cancelled, the log works until the block is left: that is when runs say their last words.
 
-    Every method is a checkpoint, but for `unwatch`, and may be called by any number of tasks at a time; of one
-    conversation, one task at a time appends under the lease. What is returned belongs to the caller.
+    Every method is a checkpoint, but for `unwatch`, and for the `append` of a log that is `immediate`: that can be
+    cancelled always and yields now and then, so that what an agent says in one go can be read in one go.
+
+    Each may be called by any number of tasks at a time; of one conversation, one task at a time appends under the
+    lease. What is returned belongs to the caller.
 
     If one is cancelled, it may have done what was asked, or not. Raises `Unavailable` where the store does not answer
     or refuses; how long an engine may try before that is the business of the caller's cancel scopes.
     """
 
     shared: bool  # several instances can have the same store at a time
+    immediate: bool  # it waits for nothing, so that what is asked of it needs no time
 
     async def __aenter__(self) -> Self: ...
 

@@ -13,11 +13,13 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from trio import current_time
-from trio.lowlevel import checkpoint
+from trio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from tricorn.chat.log.base import KEEP_EVERYTHING, Entry, Hear, Lease, LeaseLost, PastLost, Retention, State, draft
 from tricorn.chat.protocol import AnyEvent, UserMessage
 from tricorn.settings import SettingError, Settings
+
+APPENDED_AT_ONCE = 64  # entries, before others get their turn
 
 
 class MemoryLog:
@@ -27,6 +29,7 @@ class MemoryLog:
     """
 
     shared = False  # with another process
+    immediate = True
 
     def __init__(
         self, *, retention: Retention = KEEP_EVERYTHING, lease: float = 15.0, beside: MemoryLog | None = None
@@ -37,6 +40,7 @@ class MemoryLog:
         self._instances: set[MemoryLog] = set() if beside is None else beside._instances
         self._watchers: dict[str, Hear] = {}
         self._alive_until = inf
+        self._appended = 0
         self._instances.add(self)
 
     async def __aenter__(self) -> Self:
@@ -74,7 +78,11 @@ class MemoryLog:
         lease: Lease | None = None,
         answered: int | None = None,
     ) -> tuple[Entry, bool]:
-        await checkpoint()
+        self._appended += 1
+        if self._appended % APPENDED_AT_ONCE:
+            await checkpoint_if_cancelled()
+        else:
+            await checkpoint()
         past = self._store[conversation]
         entry, repeated = past.append(self, epoch, event, key, lease, answered)
         if not repeated:

@@ -85,6 +85,7 @@ class PostgresLog:
     """An instance's log in a PostgreSQL database. `connect` makes it."""
 
     shared = True
+    immediate = False
 
     def __init__(self, conninfo: str, where: str, settings: Settings) -> None:
         self._conninfo = conninfo

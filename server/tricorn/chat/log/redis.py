@@ -77,6 +77,7 @@ class RedisLog:
     """An instance's log in a Redis. `connect` makes it."""
 
     shared = True
+    immediate = False
 
     def __init__(self, make: Callable[[], BaseConnection], where: str, settings: Settings, channels: str) -> None:
         self._make = make

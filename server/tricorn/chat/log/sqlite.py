@@ -35,6 +35,7 @@ class SQLiteLog:
     """The log in a file. `connect` makes it."""
 
     shared = False
+    immediate = False
 
     def __init__(self, path: str, settings: Settings) -> None:
         self._path = path
