@@ -5,6 +5,7 @@ Exit status 2 is for what was asked wrongly, 1 for what then went wrong. Both co
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from argparse import SUPPRESS, ArgumentParser, Namespace
@@ -294,6 +295,8 @@ async def _serve_chat(agent: Agent, settings: Settings, log: Log, config: Config
     listeners = [] if worker is not None else await _bound(listen, settings.host, settings.port, "--bind ")
     metrics = await _listen_for_metrics(settings) if worker is None else []
     await drill()
+    gc.collect()
+    gc.freeze()  # what start-up made stays: no later collection needs to look at it
     with guarded(settings.import_guard):
         async with trio.open_nursery() as support:
             support.start_soon(keys.stay_fresh)
