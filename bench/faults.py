@@ -1,9 +1,9 @@
 """What becomes of WebSocket servers when things go wrong, in one table.
 
     pip install -e '.[bench]'
-    python bench/faults.py [--servers a,b] [--faults x,y] [--quick] [--churn 20000] [--json FILE]
+    python -m bench.faults [--servers a,b] [--faults x,y] [--quick] [--churn 20000] [--json FILE]
 
-Each server is a process of its own, run as its documentation has it (`bench/production`), with its own defaults, and
+Each server is a process of its own, run as its documentation has it (`bench/servers`), with its own defaults, and
 new for each fault. What stands in the table was seen by a client or read from `/proc`. Times are on the wall: what
 counts is their magnitude. The load is raw frames over sockets of this machine; `vanish` needs to be root and has a
 network namespace of its own. Without `--quick` it takes about ten minutes.
@@ -20,18 +20,34 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from platform import python_version
 from struct import pack
+from typing import Any
 
 import trio
 
-from under_test import HANDSHAKE, SERVERS, Client, Server, frame, serving, text
+from .client import Client, connected, frame, handshake, text
+from .process import NotStarted, Server, serving
 
+MIB = 1 << 20
 RESET = pack("ii", 1, 0)  # for SO_LINGER: close with RST
+
+
+SERVERS = (
+    "tricorn",
+    "trio-websocket",
+    "websockets-trio",
+    "websockets-asyncio",
+    "hypercorn-trio",
+    "hypercorn-asyncio",
+    "uvicorn-websockets",
+    "uvicorn-wsproto",
+    "aiohttp",
+)
 
 
 @dataclass
@@ -78,7 +94,7 @@ async def _terminated(server: Server, clients: list[Client], sizes: Sizes) -> st
             nursery.start_soon(watch, client)
         os.kill(server.process.pid, signal.SIGTERM)
         with trio.move_on_after(sizes.patience) as scope:
-            status = await server.process.wait()
+            status = await trio.to_thread.run_sync(server.process.wait, abandon_on_cancel=True)
         nursery.cancel_scope.cancel()
     if scope.cancelled_caught:
         return f"does not end ({sizes.patience:.0f} s); {counted(ends) or 'nothing'}"
@@ -87,12 +103,12 @@ async def _terminated(server: Server, clients: list[Client], sizes: Sizes) -> st
 
 
 async def sigterm_idle(server: Server, sizes: Sizes) -> str:
-    async with server.clients(sizes.clients) as clients:
+    async with connected(server, sizes.clients) as clients:
         return await _terminated(server, clients, sizes)
 
 
 async def sigterm_busy(server: Server, sizes: Sizes) -> str:
-    async with server.clients(sizes.clients) as clients:
+    async with connected(server, sizes.clients) as clients:
         for client in clients:
             await client.sock.send(text("hello") * 200)
         return await _terminated(server, clients, sizes)
@@ -100,10 +116,10 @@ async def sigterm_busy(server: Server, sizes: Sizes) -> str:
 
 async def sigterm_stalled(server: Server, sizes: Sizes) -> str:
     """One client has asked for a flood and reads nothing; the others are idle."""
-    stalled = await server.connect(receive_buffer=4096)
-    await stalled.sock.send(text("flood"))
+    stalled = await Client.connect(server, "/flood", receive_buffer=4096)
+    await stalled.sock.send(text("hello"))
     await trio.sleep(0.5)
-    async with server.clients(sizes.clients) as clients:
+    async with connected(server, sizes.clients) as clients:
         found = await _terminated(server, clients, sizes)
     stalled.sock.close()
     return found
@@ -112,9 +128,9 @@ async def sigterm_stalled(server: Server, sizes: Sizes) -> str:
 async def never_reads(server: Server, sizes: Sizes) -> str:
     """Clients that asked for a flood and read nothing: memory for each, and when the server gives them up."""
     before, number = server.memory(), 20
-    clients = [await server.connect(receive_buffer=4096) for _ in range(number)]
+    clients = [await Client.connect(server, "/flood", receive_buffer=4096) for _ in range(number)]
     for client in clients:
-        await client.sock.send(text("flood"))
+        await client.sock.send(text("hello"))
     began, peak = trio.current_time(), before
     dropped = 0
     while trio.current_time() - began < sizes.patience and dropped < number:
@@ -124,7 +140,7 @@ async def never_reads(server: Server, sizes: Sizes) -> str:
     took = trio.current_time() - began
     for client in clients:
         client.sock.close()
-    kept = f"{max(0.0, peak - before) / number:.1f} MiB each"
+    kept = f"{max(0, peak - before) / number / MIB:.1f} MiB each"
     return (
         f"{kept}; dropped after {took:.0f} s" if dropped == number else f"{kept}; not dropped ({sizes.patience:.0f} s)"
     )
@@ -138,10 +154,10 @@ def _is_reset(client: Client) -> bool:
 
 async def rst_storm(server: Server, sizes: Sizes) -> str:
     """Resets in the middle of a frame, while another client is served."""
-    other = await server.connect()
+    other = await Client.connect(server)
     worst, resets, began = 0.0, 0, server.cpu()
     for _ in range(sizes.storm):
-        client = await server.connect()
+        client = await Client.connect(server)
         await client.sock.send(b"\x81\xfe\x10\x00half")
         client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         client.sock.close()
@@ -170,7 +186,7 @@ async def slow_handshake(server: Server, sizes: Sizes) -> str:
 
     async def drip() -> None:
         try:
-            for byte in HANDSHAKE:
+            for byte in handshake():
                 await sock.send(bytes([byte]))
                 await trio.sleep(1)
         except OSError:
@@ -197,7 +213,7 @@ async def descriptors(server: Server, sizes: Sizes) -> str:
         sock = trio.socket.socket()
         socks.append(sock)
         await sock.connect((server.host, server.port))
-        await sock.send(HANDSHAKE)
+        await sock.send(handshake())
     await trio.sleep(0.5)
     if not server.is_alive():
         return "the server ends"
@@ -209,7 +225,7 @@ async def descriptors(server: Server, sizes: Sizes) -> str:
     with trio.move_on_after(10) as scope:
         while True:
             try:
-                client = await Client.connect(server.host, server.port)
+                client = await Client.connect(server)
                 await client.echo()
                 client.sock.close()
                 break
@@ -220,7 +236,7 @@ async def descriptors(server: Server, sizes: Sizes) -> str:
 
 async def half_close(server: Server, sizes: Sizes) -> str:
     """A client that asks, closes its side, and waits for the answer."""
-    client = await server.connect()
+    client = await Client.connect(server)
     await client.sock.send(text("hello"))
     client.sock.shutdown(socket.SHUT_WR)
     began = trio.current_time()
@@ -241,8 +257,8 @@ async def half_close(server: Server, sizes: Sizes) -> str:
 
 async def ping_flood(server: Server, sizes: Sizes) -> str:
     """Pings without end, whose pongs nobody reads: memory, and what another client waits for."""
-    other, flooder = await server.connect(), await server.connect(receive_buffer=4096)
-    before, worst, peak, sent = server.memory(), 0.0, 0.0, 0
+    other, flooder = await Client.connect(server), await Client.connect(server, receive_buffer=4096)
+    before, worst, peak, sent = server.memory(), 0.0, 0, 0
     burst = frame(9, b"x" * 100) * 100
     refused = False
     while sent < sizes.pings and not refused:
@@ -259,7 +275,7 @@ async def ping_flood(server: Server, sizes: Sizes) -> str:
     worst, peak = max(worst, await _latency(other)), max(peak, server.memory())
     flooder.sock.close()
     slowed = "reading stops" if scope.cancelled_caught else "dropped" if refused else "all read"
-    return f"+{max(0.0, peak - before):.0f} MiB, {slowed}; others wait {seconds(worst)}"
+    return f"+{max(0, peak - before) / MIB:.0f} MiB, {slowed}; others wait {seconds(worst)}"
 
 
 async def churn(server: Server, sizes: Sizes) -> str:
@@ -267,7 +283,7 @@ async def churn(server: Server, sizes: Sizes) -> str:
 
     async def come_and_go(number: int) -> None:
         for turn in range(number):
-            client = await server.connect()
+            client = await Client.connect(server)
             if turn % 3 == 0:
                 client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             elif turn % 3 == 1:
@@ -284,14 +300,14 @@ async def churn(server: Server, sizes: Sizes) -> str:
     await many(sizes.churn // 10)
     memory, held = server.memory(), server.descriptors()
     await many(sizes.churn)
-    return f"{server.memory() - memory:+.1f} MiB, {server.descriptors() - held:+d} descriptors"
+    return f"{(server.memory() - memory) / MIB:+.1f} MiB, {server.descriptors() - held:+d} descriptors"
 
 
 async def crash(server: Server, sizes: Sizes) -> str:
     """A handler that raises among many others: what its client sees, and how many others notice."""
-    async with server.clients(sizes.neighbours) as neighbours:
-        client = await server.connect()
-        await client.sock.send(text("crash"))
+    async with connected(server, sizes.neighbours) as neighbours:
+        client = await Client.connect(server, "/crash")
+        await client.sock.send(text("hello"))
         end = "nothing"
         with trio.move_on_after(10):
             end = await client.end()
@@ -311,7 +327,7 @@ async def crash(server: Server, sizes: Sizes) -> str:
 
 async def vanish(server: Server, sizes: Sizes) -> str:
     """A peer whose network is gone, without a FIN: when its connection is."""
-    client = await server.connect()
+    client = await Client.connect(server)
     await client.echo()
     await trio.run_process(["ip", "link", "set", _link(server.name), "down"])
     began = trio.current_time()
@@ -324,14 +340,20 @@ async def vanish(server: Server, sizes: Sizes) -> str:
     return f"not noticed ({patience:.0f} s)"
 
 
+@asynccontextmanager
+async def _served(name: str, **options: Any) -> AsyncIterator[Server]:
+    with ExitStack() as stack:
+        yield await trio.to_thread.run_sync(stack.enter_context, serving(name, "defaults", **options))
+
+
 def _link(name: str) -> str:
-    return f"tricorn{list(SERVERS).index(name)}"
+    return f"tricorn{SERVERS.index(name)}"
 
 
 @asynccontextmanager
 async def _apart(name: str) -> AsyncIterator[Server]:
     """A server in a network namespace of its own, behind a link that can be taken down."""
-    link, index = _link(name), list(SERVERS).index(name)
+    link, index = _link(name), SERVERS.index(name)
     host = f"10.213.{index}.2"
     steps = [
         f"ip netns add {link}",
@@ -344,7 +366,8 @@ async def _apart(name: str) -> AsyncIterator[Server]:
     try:
         for step in steps:
             await trio.run_process(step.split(), capture_stderr=True)
-        async with serving(name, host=host, bind="0.0.0.0", before=("ip", "netns", "exec", link)) as server:
+        async with _served(name, host="0.0.0.0", before=("ip", "netns", "exec", link)) as server:
+            server.host = host
             yield server
     finally:
         with trio.CancelScope(shield=True, deadline=trio.current_time() + 10):
@@ -377,9 +400,9 @@ async def try_out(name: str, fault: Fault, sizes: Sizes) -> str:
             async with _apart(name) as server:
                 return await fault(server, sizes)
         before = ("prlimit", "--nofile=64") if fault is descriptors else ()
-        async with serving(name, before=before) as server:
+        async with _served(name, before=before) as server:
             return await fault(server, sizes)
-    except (OSError, trio.TooSlowError, subprocess.CalledProcessError) as error:
+    except (OSError, NotStarted, trio.TooSlowError, subprocess.CalledProcessError) as error:
         return f"fails: {error or type(error).__name__}"
 
 

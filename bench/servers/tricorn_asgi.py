@@ -1,26 +1,7 @@
-"""Tricorn as an ASGI app under Hypercorn on Trio. Prints its port."""
-
-from functools import partial
-
-import trio
-from hypercorn.config import Config
-from hypercorn.trio import serve
+"""Tricorn as an ASGI application, for Hypercorn on Trio."""
 
 import tricorn
 
+from .tricorn_native import BARE, handle
 
-async def echo(ws: tricorn.WebSocket) -> None:
-    async for message in ws:
-        await ws.send(message)
-
-
-async def main() -> None:
-    config = Config()
-    config.bind = ["127.0.0.1:0"]
-    config.errorlog = None
-    async with trio.open_nursery() as nursery:
-        [address] = await nursery.start(partial(serve, tricorn.asgi_app(echo), config))
-        print(address.rpartition(":")[2], flush=True)
-
-
-trio.run(main)
+app = tricorn.asgi_app(handle, settings=BARE)

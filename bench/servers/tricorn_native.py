@@ -1,19 +1,43 @@
-"""Tricorn's native host. Prints its port."""
+"""Tricorn's own host."""
+
+import signal
+import sys
+from functools import partial
+from math import inf
 
 import trio
 
 import tricorn
+from tricorn.settings import Settings
+
+DEFAULTS = Settings()
+# What no peer has: limits on how fast a client may be and on how many there are.
+BARE = Settings(ping_interval=inf, messages_per_second=inf, bytes_per_second=inf, max_connections=100_000)
+DEFLATE = Settings(ping_interval=inf, messages_per_second=inf, bytes_per_second=inf, deflate="takeover")
 
 
-async def echo(ws: tricorn.WebSocket) -> None:
+async def handle(ws: tricorn.WebSocket) -> None:
+    if ws.path != "/":
+        await misbehave(ws)
     async for message in ws:
         await ws.send(message)
 
 
-async def main() -> None:
+async def misbehave(ws: tricorn.WebSocket) -> None:
+    await ws.receive()
+    while ws.path == "/flood":
+        await ws.send("x" * 65536)
+    raise RuntimeError("as it was asked to")
+
+
+async def main(host: str, settings: Settings) -> None:
     async with trio.open_nursery() as nursery:
-        [(_, port)] = await nursery.start(tricorn.serve, echo, 0)
-        print(port, flush=True)
+        [(_, port)] = await nursery.start(partial(tricorn.serve, handle, 0, host, settings=settings))
+        print(f"listening on http://{host}:{port}", flush=True)
+        with trio.open_signal_receiver(signal.SIGTERM) as signals:
+            async for _ in signals:
+                nursery.cancel_scope.cancel()
 
 
-trio.run(main)
+if __name__ == "__main__":
+    trio.run(main, sys.argv[1], {"defaults": DEFAULTS, "bare": BARE, "deflate": DEFLATE}[sys.argv[2]])

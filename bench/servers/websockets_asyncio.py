@@ -1,19 +1,41 @@
-"""websockets on asyncio, without compression and with its own pings off. Prints its port."""
+"""websockets on asyncio or uvloop, ended by SIGTERM as its documentation has it."""
 
 import asyncio
+import signal
+import sys
+from pkgutil import resolve_name
+from typing import Any
 
 from websockets.asyncio.server import ServerConnection, serve
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "bare": {"compression": None, "ping_interval": None},
+    "deflate": {"ping_interval": None},
+}
 
-async def echo(ws: ServerConnection) -> None:
+
+async def handle(ws: ServerConnection) -> None:
+    if ws.request.path != "/":
+        await misbehave(ws)
     async for message in ws:
         await ws.send(message)
 
 
-async def main() -> None:
-    async with serve(echo, "127.0.0.1", 0, compression=None, ping_interval=None) as server:
-        print(server.sockets[0].getsockname()[1], flush=True)
-        await server.serve_forever()
+async def misbehave(ws: ServerConnection) -> None:
+    await ws.recv()
+    while ws.request.path == "/flood":
+        await ws.send("x" * 65536)
+    raise RuntimeError("as it was asked to")
 
 
-asyncio.run(main())
+async def main(host: str, options: dict[str, Any]) -> None:
+    async with serve(handle, host, 0, **options) as server:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.close)
+        print(f"listening on http://{host}:{server.sockets[0].getsockname()[1]}", flush=True)
+        await server.wait_closed()
+
+
+if __name__ == "__main__":
+    with asyncio.Runner(loop_factory=resolve_name(f"{sys.argv[3]}:new_event_loop")) as runner:
+        runner.run(main(sys.argv[1], OPTIONS[sys.argv[2]]))

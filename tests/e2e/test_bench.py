@@ -1,33 +1,73 @@
-"""The benchmark runs and names every server. What it measures is not a test's business."""
+"""The benchmarks run and find something. What they measure is not a test's business."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
+import pytest
 import trio
 
-BENCH = Path(__file__).parents[2] / "bench"
+from bench.load import Clients, Failed, echoes
+from bench.process import NotStarted, serving
+from bench.servers import SERVERS, Program
+
+ROOT = Path(__file__).parents[2]
 
 
-async def test_echo() -> None:
-    command = [sys.executable, BENCH / "echo.py", "--connections", "2", "--messages", "20", "--rounds", "1"]
-    finished = await trio.run_process(command, capture_stdout=True)
+async def test_suites(tmp_path: Path) -> None:
+    servers = ["tricorn", "websockets-asyncio"]
+    command = [sys.executable, "-m", "bench", "tiny", "--servers", ",".join(servers), "--results", str(tmp_path)]
+    finished = await trio.run_process(command, cwd=ROOT, capture_stdout=True, capture_stderr=True)
     printed = finished.stdout.decode()
-    for program in (BENCH / "servers").glob("*.py"):
-        assert f"\n{program.stem} " in printed
+    for name, suite in json.loads((tmp_path / "results.json").read_text())["suites"].items():
+        assert f"\n## {name}\n" in f"\n{printed}"
+        assert not suite["notes"]
+        for case in suite["cases"].values():
+            assert list(case) == servers
+            assert all(len(rounds) == 1 for figures in case.values() for rounds in figures.values())
 
 
 async def test_log() -> None:
-    command = [sys.executable, BENCH / "log.py", "--events", "20", "--rounds", "1", "--readers", "1"]
+    command = [sys.executable, ROOT / "bench/log.py", "--events", "20", "--rounds", "1", "--readers", "1"]
     finished = await trio.run_process(command, capture_stdout=True)
     assert finished.stdout.decode().splitlines()[2].split() == ["memory", "sqlite"]
 
 
 async def test_faults() -> None:
-    servers, faults = "tricorn,websockets (asyncio)", "half-close;handler crashes;SIGTERM, idle clients"
-    command = [sys.executable, BENCH / "faults.py", "--quick", "--servers", servers, "--faults", faults]
-    finished = await trio.run_process(command, capture_stdout=True, capture_stderr=True)
+    servers, faults = "tricorn,websockets-asyncio", "half-close;handler crashes;SIGTERM, idle clients"
+    command = [sys.executable, "-m", "bench.faults", "--quick", "--servers", servers, "--faults", faults]
+    finished = await trio.run_process(command, cwd=ROOT, capture_stdout=True, capture_stderr=True)
     rows = [line.split(" | ") for line in finished.stdout.decode().splitlines() if line.startswith("| ")]
     assert [row[0].removeprefix("| ") for row in rows[1:]] == faults.split(";")
     assert all("fails" not in cell for row in rows for cell in row)
+
+
+LIAR = """
+from websockets.sync.server import serve
+
+def lie(ws):
+    for number, message in enumerate(ws):
+        ws.send(message if number < 3 else message[:-1] + "?")
+
+with serve(lie, "127.0.0.1", 0, compression=None) as server:
+    print(f"listening on http://127.0.0.1:{server.socket.getsockname()[1]}", flush=True)
+    server.serve_forever()
+"""
+
+
+def test_a_wrong_echo_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "liar.py").write_text(LIAR)
+    monkeypatch.setitem(SERVERS, "liar", Program((sys.executable, str(tmp_path / "liar.py"))))
+    with serving("liar") as server, Clients(server) as clients:
+        clients.connect(2)
+        clients.exchange(echoes(64), 6)
+        with pytest.raises(Failed, match="something else"):
+            clients.exchange(echoes(64), 6)
+
+
+def test_a_server_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SERVERS, "absent", Program((sys.executable, "-m", "no_such_server")))
+    with pytest.raises(NotStarted, match="No module named no_such_server"), serving("absent"):
+        raise AssertionError

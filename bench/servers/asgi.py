@@ -1,4 +1,4 @@
-"""An ASGI application, for Hypercorn and uvicorn."""
+"""A bare ASGI application, for Hypercorn and uvicorn."""
 
 from typing import Any
 
@@ -12,9 +12,14 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
                 return
     await receive()
     await send({"type": "websocket.accept"})
+    if scope["path"] != "/":
+        await misbehave(scope, receive, send)
     while (event := await receive())["type"] == "websocket.receive":
-        if event.get("text") == "crash":
-            raise RuntimeError("as it was asked to")
-        while event.get("text") == "flood":
-            await send({"type": "websocket.send", "text": "x" * 65536})
         await send({"type": "websocket.send", "text": event["text"]})
+
+
+async def misbehave(scope: Any, receive: Any, send: Any) -> None:
+    await receive()
+    while scope["path"] == "/flood":
+        await send({"type": "websocket.send", "text": "x" * 65536})
+    raise RuntimeError("as it was asked to")

@@ -1,0 +1,90 @@
+"""The servers, each a process: how it is started, and in which of three ways.
+
+`defaults` is what its documentation begins with; `bare` is without compression and without pings of its own, the
+fastest that its documentation tells of; `deflate` is `bare` with compression. A server listens on a port that the
+kernel chooses and says which in the first line with an address. An echo server has three paths: `/` echoes text,
+`/crash` raises at the first message, `/flood` answers the first message without end.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Literal
+
+Mode = Literal["defaults", "bare", "deflate"]
+
+PYTHON = sys.executable
+ASGI = "bench.servers.asgi:app"
+
+
+@dataclass(frozen=True)
+class Program:
+    """A server's command, in which `{host}` and `{mode}` stand for themselves, and what its modes add to it."""
+
+    command: tuple[str, ...]
+    options: dict[Mode, tuple[str, ...]] = field(default_factory=dict)
+    path: str = "/"
+    deflates: bool = True
+    crashes: bool = True  # at /crash; one that has no handlers has none that could
+
+    def line(self, host: str, mode: Mode) -> list[str]:
+        return [part.format(host=host, mode=mode) for part in (*self.command, *self.options.get(mode, ()))]
+
+
+def own(module: str, *arguments: str, deflates: bool = True, crashes: bool = True) -> Program:
+    """A program of this folder."""
+    command = (PYTHON, "-m", f"bench.servers.{module}", "{host}", "{mode}", *arguments)
+    return Program(command, deflates=deflates, crashes=crashes)
+
+
+def hypercorn(worker: str, app: str = ASGI, path: str = "/") -> Program:
+    return Program((PYTHON, "-m", "hypercorn", "-k", worker, "-b", "{host}:0", app), path=path)
+
+
+def uvicorn(implementation: str) -> Program:
+    bare = ("--no-access-log", "--ws-ping-interval", "86400", "--ws-per-message-deflate")
+    return Program(
+        (PYTHON, *f"-m uvicorn --loop uvloop --ws {implementation} --host {{host}} --port 0 {ASGI}".split()),
+        {"bare": (*bare, "false"), "deflate": (*bare, "true")},
+    )
+
+
+# No limit on what one user may do, since no load is a person; and the log in memory, which both versions have.
+CHAT = ("env", "TRICORN_POSTS_PER_MINUTE=1000000", "TRICORN_LOG=memory:", "TRICORN_MAX_CONNECTIONS=100000")
+
+
+def chat(program: Program) -> Program:
+    return Program((*CHAT, *program.command), path="/ws")
+
+
+def asyncio_version(loop: str) -> Program:
+    return chat(Program((PYTHON, "-m", "bench.asyncio_version", "--bind", "{host}:0", "--loop", loop)))
+
+
+ECHO = {
+    "tricorn": own("tricorn_native"),
+    "tricorn-hypercorn": hypercorn("trio", "bench.servers.tricorn_asgi:app"),
+    "trio-websocket": own("trio_websocket", deflates=False),
+    "websockets-trio": own("websockets_trio"),
+    "websockets-asyncio": own("websockets_asyncio", "asyncio"),
+    "websockets-uvloop": own("websockets_asyncio", "uvloop"),
+    "hypercorn-trio": hypercorn("trio"),
+    "hypercorn-asyncio": hypercorn("asyncio"),
+    "hypercorn-uvloop": hypercorn("uvloop"),
+    "uvicorn-websockets": uvicorn("websockets-sansio"),
+    "uvicorn-wsproto": uvicorn("wsproto"),
+    "aiohttp": own("aiohttp", "asyncio"),
+    "aiohttp-uvloop": own("aiohttp", "uvloop"),
+    "picows-uvloop": own("picows", deflates=False),
+    "node-ws": Program(("env", "NODE_PATH=/usr/share/nodejs", "node", "bench/servers/node_ws.js", "{host}", "{mode}")),
+    "c-epoll": own("epoll_echo", deflates=False, crashes=False),
+}
+CHATS = {
+    "tricorn-serve": chat(Program((PYTHON, "-m", "tricorn", "serve", "--bind", "{host}:0"))),
+    "tricorn-serve-hypercorn": chat(hypercorn("trio", "tricorn.asgi:app")),
+    "asyncio-version": asyncio_version("asyncio"),
+    "asyncio-version-uvloop": asyncio_version("uvloop"),
+    "asyncio-version-hypercorn": chat(hypercorn("asyncio", "bench.asyncio_version.asgi:app")),
+}
+SERVERS = ECHO | CHATS

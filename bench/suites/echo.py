@@ -1,0 +1,51 @@
+"""What an echoed message costs: by size, by number of connections, with many on the way, compressed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from ..load import Clients, Meter, echoes
+from ..process import Server
+from ..servers import ECHO
+from .suite import Case, Figures, Sizes, Suite, per_message
+
+SIZES = {"64 B": 64, "4 KiB": 4 << 10, "1 MiB": 1 << 20}
+IN_FLIGHT = 16
+ON_THE_WAY = 128 << 20  # bytes; a server may have to keep all of it
+
+
+def measure(server: Server, *, connections: int, size: int, messages: int, in_flight: int = 1) -> Figures:
+    exchanges = echoes(size, in_flight)
+    number = max(messages // in_flight, connections)
+    at_once = min(connections, ON_THE_WAY // (size * in_flight))
+    with Clients(server) as clients:
+        clients.connect(connections)
+        clients.exchange(exchanges, max(number // 5, connections), at_once)  # warm
+        with Meter(server) as meter:
+            clients.exchange(exchanges, number, at_once)
+    return per_message(meter, number * in_flight)
+
+
+def echo(sizes: Sizes) -> Iterator[Case]:
+    for connections in sizes.connections:
+        for name, size in SIZES.items():
+            messages = max(sizes.messages * 64 // max(64, size // 4), 3)
+            yield Case(
+                f"{connections} × {name}",
+                partial(measure, connections=connections, size=size, messages=messages),
+            )
+
+
+def pipelined(sizes: Sizes) -> Iterator[Case]:
+    connections = sizes.connections[len(sizes.connections) // 2]
+    yield Case(
+        f"{connections} × 64 B, {IN_FLIGHT} in flight",
+        partial(measure, connections=connections, size=64, messages=sizes.messages * 5, in_flight=IN_FLIGHT),
+    )
+
+
+SUITES = {
+    "echo": Suite("CPU of the server for an echoed message, in µs", echo, tuple(ECHO)),
+    "pipelined": Suite("The same, with more messages on the way", pipelined, tuple(ECHO)),
+}
