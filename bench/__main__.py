@@ -52,6 +52,8 @@ class Run:
         with ExitStack() as stack:
             running: dict[tuple[str, Mode], Server] = {}
             for case in cases:
+                if not self._progress.console.is_terminal:
+                    self._progress.console.print(f"{name}: {case.name}")
                 failed = set()
                 for _ in range(self._sizes.rounds):
                     for server in servers:
@@ -60,9 +62,11 @@ class Run:
                             try:
                                 figures = self._measure(case, server, running, stack)
                                 self._results.add(name, case.name, server, figures)
-                            except (Failed, NotStarted) as error:
+                            except (Failed, NotStarted, OSError) as error:
                                 failed.add(server)
-                                self._results.note(name, case.name, server, str(error))
+                                self._results.note(
+                                    name, case.name, server, getattr(error, "strerror", None) or str(error)
+                                )
                         self._progress.advance(bar)
         self._progress.update(bar, description=name, refresh=True)
 
@@ -112,7 +116,7 @@ def main() -> None:
         for suite in suites:
             run.suite(suite)
             results.save()
-    print(results.table())
+    print(results.table(suites))
     return 0
 
 

@@ -30,12 +30,13 @@ class NotStarted(Exception):
 class Server:
     """A server's process and those that it has started. What is asked of them is the sum over all."""
 
-    def __init__(self, name: str, process: subprocess.Popen[bytes], output: IO[bytes], host: str) -> None:
+    def __init__(self, name: str, process: subprocess.Popen[bytes], output: IO[bytes], host: str, began: float) -> None:
         self.name = name
         self.path = SERVERS[name].path
         self.process = process
         self.host = host
         self.port = 0
+        self.began = began  # on the monotonic clock
         self._output = output
 
     def output(self) -> bytes:
@@ -58,12 +59,12 @@ class Server:
 
     def _sum(self, read: Callable[[int], float]) -> float:
         total = 0.0
-        for pid in self._pids():
+        for pid in self.pids():
             with suppress(OSError):  # it has ended
                 total += read(pid)
         return total
 
-    def _pids(self) -> list[int]:
+    def pids(self) -> list[int]:
         pids = [self.process.pid]
         for pid in pids:
             with suppress(OSError):
@@ -110,12 +111,13 @@ def serving(
     Raises NotStarted where it does not come up.
     """
     with TemporaryFile() as output:
+        began = monotonic()
         try:
             process = _start([*before, *SERVERS[name].line(host, mode)], output, cores)
         except FileNotFoundError as error:
             raise NotStarted(f"there is no program {error.filename}") from None
         try:
-            server = Server(name, process, output, host)
+            server = Server(name, process, output, host, began)
             server.wait_for_address()
             yield server
         finally:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import machine, python_version, release
 from statistics import median
 from typing import Any
 
+from .servers import CHATS, ECHO
 from .suites import SUITES
 
-OURS = {"tricorn", "tricorn-serve"}  # what the others are compared with; no case has both
+OURS = dict.fromkeys(ECHO, "tricorn") | dict.fromkeys(CHATS, "tricorn-serve")  # what each is compared with
 PACKAGES = ("aiohttp", "hypercorn", "picows", "trio", "trio-websocket", "uvicorn", "uvloop", "websockets", "wsproto")
 DECIMALS = ((100, 0), (10, 1), (0, 2))
 
@@ -48,9 +49,9 @@ class Results:
         self._file.write_text(json.dumps({"suites": self.suites}, indent=1, ensure_ascii=False) + "\n")
         self._file.with_name("results.md").write_text(self.table())
 
-    def table(self) -> str:
-        """All suites that were run, a table for each."""
-        return "\n".join(line for name in SUITES if name in self.suites for line in self._suite(name))
+    def table(self, suites: Iterable[str] = SUITES) -> str:
+        """These suites, a table for each."""
+        return "\n".join(line for name in suites if name in self.suites for line in self._suite(name))
 
     def _suite(self, name: str) -> Iterator[str]:
         suite, found = SUITES[name], self.suites[name]
@@ -85,8 +86,10 @@ def cell(servers: dict[str, dict[str, list[float]]], server: str, figure: str) -
     shown = number(median(values))
     if len(values) > 1:
         shown += f" ({number(min(values))}–{number(max(values))})"
-    ours = [servers[name][figure] for name in OURS if name in servers and name != server]
-    return shown if not ours or not median(ours[0]) else f"{shown} {median(values) / median(ours[0]):.2f}×"
+    ours = servers.get(OURS[server], {}).get(figure)
+    if server == OURS[server] or not ours or not median(ours):
+        return shown
+    return f"{shown} {median(values) / median(ours):.2f}×"
 
 
 def number(value: float) -> str:

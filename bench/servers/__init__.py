@@ -27,15 +27,15 @@ class Program:
     path: str = "/"
     deflates: bool = True
     crashes: bool = True  # at /crash; one that has no handlers has none that could
+    imports: bool = True  # modules, of Python
 
     def line(self, host: str, mode: Mode) -> list[str]:
         return [part.format(host=host, mode=mode) for part in (*self.command, *self.options.get(mode, ()))]
 
 
-def own(module: str, *arguments: str, deflates: bool = True, crashes: bool = True) -> Program:
+def own(module: str, *arguments: str, **facts: bool) -> Program:
     """A program of this folder."""
-    command = (PYTHON, "-m", f"bench.servers.{module}", "{host}", "{mode}", *arguments)
-    return Program(command, deflates=deflates, crashes=crashes)
+    return Program((PYTHON, "-m", f"bench.servers.{module}", "{host}", "{mode}", *arguments), **facts)
 
 
 def hypercorn(worker: str, app: str = ASGI, path: str = "/") -> Program:
@@ -77,8 +77,10 @@ ECHO = {
     "aiohttp": own("aiohttp", "asyncio"),
     "aiohttp-uvloop": own("aiohttp", "uvloop"),
     "picows-uvloop": own("picows", deflates=False),
-    "node-ws": Program(("env", "NODE_PATH=/usr/share/nodejs", "node", "bench/servers/node_ws.js", "{host}", "{mode}")),
-    "c-epoll": own("epoll_echo", deflates=False, crashes=False),
+    "node-ws": Program(
+        ("env", "NODE_PATH=/usr/share/nodejs", "node", "bench/servers/node_ws.js", "{host}", "{mode}"), imports=False
+    ),
+    "c-epoll": own("epoll_echo", deflates=False, crashes=False, imports=False),
 }
 CHATS = {
     "tricorn-serve": chat(Program((PYTHON, "-m", "tricorn", "serve", "--bind", "{host}:0"))),

@@ -1,8 +1,15 @@
 """The suites, by name, in the order in which they run."""
 
-from . import echo
+from . import chat, connections, deflate, echo, start, tail
 from .suite import FULL, QUICK, TINY, Case, Figures, Sizes, Suite
 
-SUITES: dict[str, Suite] = {**echo.SUITES}
+SUITES: dict[str, Suite] = {
+    **echo.SUITES,
+    **chat.SUITES,
+    **connections.SUITES,
+    **tail.SUITES,
+    **start.SUITES,
+    **deflate.SUITES,
+}
 
 __all__ = ["FULL", "QUICK", "SUITES", "TINY", "Case", "Figures", "Sizes", "Suite"]

@@ -12,21 +12,26 @@ import trio
 from bench.load import Clients, Failed, echoes
 from bench.process import NotStarted, serving
 from bench.servers import SERVERS, Program
+from bench.suites import SUITES
 
 ROOT = Path(__file__).parents[2]
 
 
-async def test_suites(tmp_path: Path) -> None:
-    servers = ["tricorn", "websockets-asyncio"]
+async def test_every_suite_finds_something_of_every_server(tmp_path: Path) -> None:
+    servers = ["tricorn", "websockets-asyncio", "tricorn-serve"]
     command = [sys.executable, "-m", "bench", "tiny", "--servers", ",".join(servers), "--results", str(tmp_path)]
     finished = await trio.run_process(command, cwd=ROOT, capture_stdout=True, capture_stderr=True)
     printed = finished.stdout.decode()
-    for name, suite in json.loads((tmp_path / "results.json").read_text())["suites"].items():
+    found = json.loads((tmp_path / "results.json").read_text())["suites"]
+    assert list(found) == list(SUITES)
+    for name, suite in found.items():
         assert f"\n## {name}\n" in f"\n{printed}"
         assert not suite["notes"]
         for case in suite["cases"].values():
-            assert list(case) == servers
-            assert all(len(rounds) == 1 for figures in case.values() for rounds in figures.values())
+            assert list(case) == [server for server in servers if server in SUITES[name].servers]
+            for figures in case.values():
+                assert figures
+                assert all(isinstance(value, int | float) for [value] in figures.values())
 
 
 async def test_log() -> None:
