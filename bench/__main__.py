@@ -1,6 +1,8 @@
 """The benchmarks.
 
+    pip install -e '.[bench]'
     python -m bench [quick] [SUITE ...] [--servers a,b] [--rounds N] [--results DIR]
+    python -m bench --readme
 
 Each figure is the median of several rounds, in which all servers take turns. Servers have one core, the load has the
 others. What is found goes into `bench/results` (of `quick`: `build/bench`) as JSON, as a table and as plots.
@@ -14,17 +16,20 @@ import resource
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .load import Failed
-from .process import NotStarted, Server, serving
-from .report import Results
+from .process import ROOT, NotStarted, Server, serving
+from .report import Results, write_readme
 from .servers import SERVERS, Mode
 from .suites import FULL, QUICK, SUITES, TINY, Case, Sizes
 
+RESULTS = ROOT / "bench/results"
 SIZES = {"quick": QUICK, "tiny": TINY}
 
 
@@ -94,7 +99,11 @@ def main() -> None:
     parser.add_argument("--servers", metavar="A,B", help=f"of: {', '.join(SERVERS)} (all; of `quick` some)")
     parser.add_argument("--rounds", type=int, help="how often each figure is measured")
     parser.add_argument("--results", metavar="DIR", type=Path, help="where to put what is found")
+    parser.add_argument("--readme", action="store_true", help="put what is in bench/results into README.md, no more")
     arguments = parser.parse_args()
+    if arguments.readme:
+        write_readme(Results(RESULTS / "results.json").readme(), ROOT / "README.md")
+        return 0
     size = next((word for word in arguments.words if word in SIZES), None)
     sizes = FULL if size is None else SIZES[size]
     sizes = replace(sizes, rounds=arguments.rounds or sizes.rounds)
@@ -104,7 +113,7 @@ def main() -> None:
     if unknown := [word for word in arguments.words if word not in SIZES and word not in SUITES]:
         parser.error(f"there is no suite {', '.join(unknown)}; there are {', '.join(SUITES)}")
     suites = [word for word in arguments.words if word in SUITES] or list(SUITES)
-    directory = arguments.results or (Path("bench/results") if size is None else Path("build/bench"))
+    directory = arguments.results or (RESULTS if size is None else ROOT / "build/bench")
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
@@ -116,6 +125,10 @@ def main() -> None:
         for suite in suites:
             run.suite(suite)
             results.save()
+    if find_spec("matplotlib"):
+        import_module(".plots", __package__).draw(results.suites, directory)
+    else:
+        console.print("no plots: matplotlib is not installed")
     print(results.table(suites))
     return 0
 

@@ -16,6 +16,22 @@ from .suites import SUITES
 
 OURS = dict.fromkeys(ECHO, "tricorn") | dict.fromkeys(CHATS, "tricorn-serve")  # what each is compared with
 PACKAGES = ("aiohttp", "hypercorn", "picows", "trio", "trio-websocket", "uvicorn", "uvloop", "websockets", "wsproto")
+BUSY = 90  # per cent, from which on the load may be what was waited for
+# What README shows of each server: suite, case, figure, title.
+ECHO_HEADLINES = (
+    ("echo", "100 × 64 B", "µs CPU", "echo, 64 B"),
+    ("pipelined", "100 × 64 B, 16 in flight", "µs CPU", "16 in flight"),
+    ("echo", "100 × 4 KiB", "µs CPU", "4 KiB"),
+    ("growth", "10,000", "µs CPU", "among 10,000"),
+    ("connect", "handshake", "µs CPU", "handshake"),
+    ("idle", "10,000", "KiB", "idle, KiB"),
+)
+CHAT_HEADLINES = (
+    ("chat", "100 conversations, tricorn.v1", "µs CPU", "100 conversations"),
+    ("chat", "100 conversations, tricorn.v1.batch", "µs CPU", "the same, in batches"),
+    ("fanout", "1,000 readers", "µs CPU", "1,000 readers of one"),
+)
+BEGIN, END = "<!-- python -m bench --readme -->\n", "<!-- end -->\n"
 DECIMALS = ((100, 0), (10, 1), (0, 2))
 
 
@@ -53,13 +69,44 @@ class Results:
         """These suites, a table for each."""
         return "\n".join(line for name in suites if name in self.suites for line in self._suite(name))
 
+    def readme(self) -> str:
+        """The main figures: medians, and how they compare with ours."""
+        found = self.suites["echo"]
+        rounds = max(len(each) for case in found["cases"].values() for each in case["tricorn"].values())
+        versions = found["machine"]["versions"]
+        return (
+            f"CPU of the server for an echoed message of 100 connections, in µs, where nothing else is said.\n"
+            f"Medians of {rounds} rounds on {found['machine']['cores']} cores ({found['machine']['architecture']}), "
+            f"Python {versions['python']}; [all of it](bench/results/results.md).\n\n"
+            f"{self._headlines(ECHO_HEADLINES, ECHO)}\n"
+            "![](bench/results/echo.svg)\n\n"
+            "CPU of the server for an event of the chat that is delivered to a client, in µs:\n\n"
+            f"{self._headlines(CHAT_HEADLINES, CHATS)}"
+        )
+
+    def _headlines(self, headlines: Iterable[tuple[str, str, str, str]], servers: Iterable[str]) -> str:
+        columns = [
+            (title, self.suites[suite]["cases"][case], figure)
+            for suite, case, figure, title in headlines
+            if case in self.suites.get(suite, {}).get("cases", {})
+        ]
+        rows = [
+            (server, [cell(case, server, figure, spread=False) for _, case, figure in columns]) for server in servers
+        ]
+        return "".join(
+            [
+                f"| | {' | '.join(title for title, _, _ in columns)} |\n|---|{'---:|' * len(columns)}\n",
+                *(f"| {server} | {' | '.join(cells)} |\n" for server, cells in rows if any(cells)),
+            ]
+        )
+
     def _suite(self, name: str) -> Iterator[str]:
         suite, found = SUITES[name], self.suites[name]
         columns = [
             (case, figure)
             for case, servers in found["cases"].items()
-            for figure in next(iter(servers.values()), {})
-            if figure in suite.shown
+            for figure in suite.shown
+            if any(figure in figures for figures in servers.values())
         ]
         titles = [f"{case}: {figure}" if len(suite.shown) > 1 else case for case, figure in columns]
         yield f"## {name}\n\n{suite.about}.\n"
@@ -74,17 +121,34 @@ class Results:
                 where = [case for case, said in notes.items() if said == sentence]
                 everywhere = len(where) == len(found["cases"])
                 yield f"- {server}{'' if everywhere else ' (' + ', '.join(where) + ')'}: {sentence}"
-        if found["notes"]:
-            yield ""
+        if busy := list(_waited_for_load(found["cases"])):
+            yield f"- The load was busy all the time, so the server may have waited for it: {'; '.join(busy)}"
+        yield ""
 
 
-def cell(servers: dict[str, dict[str, list[float]]], server: str, figure: str) -> str:
-    """A median with its minimum and maximum, and how it compares with ours."""
+def write_readme(section: str, readme: Path) -> None:
+    """Put the section where README has it. Raises ValueError where there is no such place."""
+    before, begin, rest = readme.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{readme} has no place for it: {BEGIN}{END}")
+    readme.write_text(f"{before}{BEGIN}{section}{END}{after}")
+
+
+def _waited_for_load(cases: dict[str, dict[str, dict[str, list[float]]]]) -> Iterator[str]:
+    for case, servers in cases.items():
+        for server, figures in servers.items():
+            if "load busy %" in figures and median(figures["load busy %"]) > BUSY:
+                yield f"{server}, {case}"
+
+
+def cell(servers: dict[str, dict[str, list[float]]], server: str, figure: str, *, spread: bool = True) -> str:
+    """A median, with minimum and maximum if `spread`, and how it compares with ours."""
     values = servers.get(server, {}).get(figure)
     if not values:
         return ""
     shown = number(median(values))
-    if len(values) > 1:
+    if spread and len(values) > 1:
         shown += f" ({number(min(values))}–{number(max(values))})"
     ours = servers.get(OURS[server], {}).get(figure)
     if server == OURS[server] or not ours or not median(ours):

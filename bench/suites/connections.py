@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from functools import partial
-from select import select
+from select import POLLIN, poll
 from time import perf_counter
 
 from ..load import Clients, Failed, Meter, echoes
@@ -48,13 +48,15 @@ def terminate(server: Server, *, number: int, patience: float) -> Figures:
         clients.connect(number)
         clients.exchange(echoes(64), number)
         process = os.pidfd_open(server.process.pid)
+        ended = poll()
+        ended.register(process, POLLIN)
         try:
             processes = len(server.pids())  # what the ended children of a process have spent is not to be had
             spent, began = server.cpu(), perf_counter()
             os.kill(server.process.pid, signal.SIGTERM)
             while len(clients) and (heard := clients.hear(patience)):
                 told += sum(client.answer_close(data) in GOING for client, data in heard)
-            if len(clients) or not select([process], [], [], patience)[0]:
+            if len(clients) or not ended.poll(patience * 1000):
                 raise Failed(f"does not end in {patience:.0f} s; {told} of {number} told")
             took, spent = perf_counter() - began, server.cpu() - spent
         finally:

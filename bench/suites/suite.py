@@ -56,7 +56,7 @@ QUICK = Sizes(
     chats=20,
     readers=50,
     posts=1,
-    tail=0.5,
+    tail=0.2,
     patience=10.0,
     servers=("tricorn", "trio-websocket", "websockets-asyncio", "aiohttp-uvloop", "c-epoll", *CHATS),
 )
