@@ -128,7 +128,7 @@ def echo(clients: Clients, ears: dict[Client, Ear], payloads: list[bytes], reque
 
 
 def deflate(sizes: Sizes) -> Iterator[Case]:
-    connections = sizes.connections[len(sizes.connections) // 2]
+    connections = sizes.clients
     messages = max(sizes.messages // 2, connections)
     yield Case("plain", partial(plain, connections=connections, messages=messages))
     yield Case("deflate", partial(compressed, connections=connections, messages=messages), mode="deflate")

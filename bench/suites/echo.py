@@ -42,7 +42,7 @@ def echo(sizes: Sizes) -> Iterator[Case]:
 
 
 def pipelined(sizes: Sizes) -> Iterator[Case]:
-    connections = sizes.connections[len(sizes.connections) // 2]
+    connections = sizes.clients
     yield Case(
         f"{connections} × 64 B, {IN_FLIGHT} in flight",
         partial(measure, connections=connections, messages=sizes.messages * 5, in_flight=IN_FLIGHT),

@@ -19,6 +19,7 @@ class Sizes:
     rounds: int
     messages: int  # of 64 bytes; of larger ones fewer
     connections: tuple[int, ...]
+    clients: int  # connections where it is not their number that counts
     growth: tuple[int, ...]
     idle: tuple[int, ...]
     many: int  # connections that are ended together
@@ -33,8 +34,9 @@ class Sizes:
 
 FULL = Sizes(
     rounds=5,
-    messages=20_000,
+    messages=10_000,
     connections=(1, 100, 1000),
+    clients=100,
     growth=(1, 10, 100, 1000, 10_000),
     idle=(1000, 10_000),
     many=10_000,
@@ -42,13 +44,14 @@ FULL = Sizes(
     chats=100,
     readers=1000,
     posts=5,
-    tail=5.0,
+    tail=2.0,
     patience=60.0,
 )
 QUICK = Sizes(
     rounds=3,
     messages=2000,
     connections=(100,),
+    clients=100,
     growth=(1, 100),
     idle=(200,),
     many=200,
@@ -64,6 +67,7 @@ TINY = Sizes(
     rounds=1,
     messages=20,
     connections=(2,),
+    clients=2,
     growth=(1, 4),
     idle=(4,),
     many=4,

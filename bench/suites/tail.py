@@ -115,7 +115,7 @@ def tail(sizes: Sizes) -> Iterator[Case]:
             name,
             partial(
                 measure,
-                connections=sizes.connections[len(sizes.connections) // 2],
+                connections=sizes.clients,
                 messages=sizes.messages,
                 seconds=sizes.tail,
                 misbehaviour=misbehaviour,
