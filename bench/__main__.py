@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import resource
+import sys
 from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import replace
@@ -21,6 +22,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
+from signal import SIGTERM, signal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -95,6 +97,7 @@ def main() -> None:
     if arguments.readme:
         write_readme(Results(RESULTS / "results.json").readme(), ROOT / "README.md")
         return
+    signal(SIGTERM, lambda *_: sys.exit(128 + SIGTERM))  # or the servers would be left behind
     results = Results(arguments.results / "results.json")
     console = Console(stderr=True)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
