@@ -168,7 +168,7 @@ class Clients:
                         sock.close()
 
     def exchange(self, exchanges: Sequence[Exchange], number: int, at_once: int | None = None) -> None:
-        """Have so many exchanges, by one client after the other, no more than `at_once` at a time.
+        """Have so many exchanges, no more than `at_once` at a time; who has waited longest is next.
 
         Raises `Failed` where something else comes back than must, or nothing, and OSError where a connection is lost.
         """

@@ -66,10 +66,10 @@ def test_a_wrong_echo_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     (tmp_path / "liar.py").write_text(LIAR)
     monkeypatch.setitem(SERVERS, "liar", Program((sys.executable, str(tmp_path / "liar.py"))))
     with serving("liar") as server, Clients(server) as clients:
-        clients.connect(2)
-        clients.exchange(echoes(64), 6)
+        clients.connect(1)
+        clients.exchange(echoes(64), 3)
         with pytest.raises(Failed, match="something else"):
-            clients.exchange(echoes(64), 6)
+            clients.exchange(echoes(64), 1)
 
 
 def test_a_server_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
