@@ -1,0 +1,54 @@
+"""`python -m bench.asyncio_version --bind 127.0.0.1:0 --loop uvloop`: serve the chat until SIGTERM or Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from argparse import ArgumentParser
+
+import uvloop
+from msgspec.structs import replace
+
+from tricorn.settings import SettingError, Settings, parse_bind
+
+from .chat import make_chat
+from .server import Server
+
+LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+
+
+def main() -> int:
+    """Exit status 2 is for what was asked wrongly, with one line on stderr."""
+    parser = ArgumentParser(prog="python -m bench.asyncio_version", description="Serve the chat on asyncio.")
+    parser.add_argument("--bind", metavar="HOST:PORT", help="where to listen; port 0 picks one (127.0.0.1:8080)")
+    parser.add_argument("--loop", choices=LOOPS, default="asyncio", help="the event loop (%(default)s)")
+    parser.add_argument("--agent", metavar="MODULE:FUNCTION", help="the agent that answers (the demo agent)")
+    parser.add_argument("--auth", choices=["none"], help="none: let everybody in, without a token")
+    arguments = parser.parse_args()
+    sys.path.insert(0, os.getcwd())  # where agents are looked for
+    try:
+        settings = Settings.from_environ()
+        if arguments.bind is not None:
+            host, port = parse_bind(arguments.bind, "--bind ")
+            settings = replace(settings, host=host, port=port)
+        if arguments.agent is not None:
+            settings = replace(settings, agent=arguments.agent)
+        if arguments.auth is not None:
+            settings = replace(settings, auth=arguments.auth)
+        with asyncio.Runner(loop_factory=LOOPS[arguments.loop]) as runner:
+            runner.run(serve(settings))
+    except (SettingError, OSError) as error:
+        print(f"tricorn: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+async def serve(settings: Settings) -> None:
+    """Serve the chat until a signal ends it."""
+    async with make_chat(settings) as chat:
+        await Server(chat).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

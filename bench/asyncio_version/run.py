@@ -1,0 +1,205 @@
+"""One run: an agent answers one post. What it does goes into the conversation's log, from its start to its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from itertools import count
+from secrets import token_hex
+from time import monotonic
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from msgspec import Raw
+from msgspec.json import Encoder
+
+from tricorn.chat.protocol import (
+    AgentCompleted,
+    AgentMessage,
+    AgentStarted,
+    AgentThinking,
+    Outcome,
+    RunEvent,
+    ToolCompleted,
+    ToolExecuting,
+)
+from tricorn.chat.run import TOOL_ENDED, TOOL_ERROR_MAX, TOOL_FAILED, TOOL_LEFT_OPEN, TOOL_NAME_MAX, ToolError
+from tricorn.report import report_error
+
+if TYPE_CHECKING:
+    from .conversation import Conversation
+
+_encode = Encoder().encode
+
+
+class Asked(NamedTuple):
+    """A post and its seq in the log."""
+
+    seq: int
+    id: str
+    user: str
+    text: str
+
+
+class Run:
+    """What an agent gets: what it was asked, and the ways to show its work.
+
+    The log is in memory, so nothing here waits. Raises RuntimeError after the end of the run, TypeError where something
+    has no JSON form, and ValueError where the event would be longer than it may be.
+    """
+
+    def __init__(self, conversation: Conversation, asked: Asked) -> None:
+        self.id = token_hex(8)
+        self.conversation = conversation.id
+        self.user = asked.user
+        self.message = asked.text
+        self.asked = asked
+        self.cause: Literal["cancelled", "interrupted"] | None = None
+        self._log = conversation.append
+        self._deadline: asyncio.Timeout | None = None
+        self._over = False
+        self._answer: list[str] = []
+        self._calls = count(1)
+        self._tools: dict[Tool, None] = {}  # in progress
+
+    async def think(self, text: str) -> None:
+        """Say what the agent is about. An empty text is no event."""
+        self._speak(AgentThinking, text)
+
+    async def say(self, text: str) -> None:
+        """Say a piece of the answer, which is all pieces joined as they are. An empty text is no event."""
+        self._speak(AgentMessage, text)
+        self._answer.append(text)
+
+    def tool(self, name: str, /, **arguments: Any) -> Tool:
+        """Show the use of a tool: `async with run.tool("forecast", city="Oslo") as tool: tool.result = ...`."""
+        return Tool(self, name, arguments)
+
+    def _speak(self, kind: type[AgentThinking | AgentMessage], text: str) -> None:
+        if not isinstance(text, str):
+            raise TypeError(f"the text must be a str, not {type(text).__name__}")
+        if text:
+            self._append(kind, text=text)
+
+    def _append(self, kind: type[RunEvent], **fields: Any) -> None:
+        if self._over:
+            raise RuntimeError("the run is over")
+        self._log(kind, run=self.id, **fields)
+
+    def _ending(self) -> Outcome | None:
+        """Why the run does not end by itself."""
+        if self.cause is not None:
+            return self.cause
+        return "timeout" if self._deadline is not None and self._deadline.expired() else None
+
+
+class Tool:
+    """A tool at work. Set `result` to what it found: anything that has a JSON form.
+
+    An exception goes on when the tool is left; people are shown the text of a `ToolError`, and of any other only that
+    there was one.
+    """
+
+    def __init__(self, run: Run, name: str, arguments: dict[str, Any]) -> None:
+        self.result: Any = None
+        self._run = run
+        self._name = name
+        self._arguments = arguments
+
+    async def __aenter__(self) -> Tool:
+        run = self._run
+        if not isinstance(self._name, str) or len(self._name) > TOOL_NAME_MAX:
+            raise ValueError(f"the name of a tool must be a str of at most {TOOL_NAME_MAX} characters")
+        self._call = f"{run.id}.{next(run._calls)}"
+        self._began = monotonic()
+        run._append(ToolExecuting, call=self._call, tool=self._name, arguments=self._arguments)
+        run._tools[self] = None
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._complete(error=self._shown(error))
+            return
+        try:
+            result = None if self.result is None else Raw(_encode(self.result))
+            self._complete(result=result)
+        except Exception:
+            self._complete(error=TOOL_FAILED)
+            raise
+
+    def _complete(self, **outcome: Any) -> None:
+        run = self._run
+        if self in run._tools:  # or else the end of the run has spoken for it
+            seconds = monotonic() - self._began
+            run._append(ToolCompleted, call=self._call, tool=self._name, seconds=seconds, **outcome)
+            del run._tools[self]
+
+    def _shown(self, error: BaseException) -> str:
+        """What people may see of the exception that ended the tool."""
+        errors = [leaf for leaf in _leaves(error) if not isinstance(leaf, asyncio.CancelledError)]
+        if not errors:
+            return TOOL_ENDED[self._run._ending() or "cancelled"]
+        if not all(isinstance(leaf, ToolError) for leaf in errors):
+            return TOOL_FAILED
+        text = "; ".join(map(str, errors))
+        if len(text) > TOOL_ERROR_MAX:
+            text = text[:TOOL_ERROR_MAX] + "…"
+        return text.encode(errors="replace").decode() or TOOL_FAILED
+
+
+Agent = Callable[[Run], Awaitable[None]]
+
+
+async def perform(run: Run, agent: Agent, seconds: float) -> None:
+    """Let an agent work for at most `seconds`, from `agent_started` to `agent_completed`, whatever it does.
+
+    What it raises is reported and ends here. If this is cancelled the run ends so too, for `run.cause`.
+    """
+    began = monotonic()
+    outcome: Outcome = "success"
+    error_id = None
+    name = getattr(agent, "__name__", type(agent).__name__)
+    run._append(AgentStarted, agent=name, post=run.asked.id, post_seq=run.asked.seq)
+    try:
+        async with asyncio.timeout(seconds) as run._deadline:
+            if run.cause is not None:
+                await asyncio.sleep(0)  # it was cancelled before it began, and hears of that only where it waits
+            await agent(run)
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            outcome = run.cause or "interrupted"
+            raise
+        outcome = "failed"  # the agent was cancelled by something of its own
+        error_id = report_error(error, conversation=run.conversation, run=run.id, user=run.user)
+    except Exception as error:
+        outcome = run._ending() or "failed"
+        if not (isinstance(error, TimeoutError) and run._deadline is not None and run._deadline.expired()):
+            error_id = report_error(error, conversation=run.conversation, run=run.id, user=run.user)
+    except BaseException:
+        outcome = "interrupted"
+        raise
+    finally:
+        _seal(run, outcome, monotonic() - began, error_id)
+
+
+def _seal(run: Run, outcome: Outcome, seconds: float, error_id: str | None) -> None:
+    """Say all that is owed, and the last word."""
+    for tool in list(run._tools):
+        tool._complete(error=TOOL_ENDED.get(outcome, TOOL_LEFT_OPEN))
+    last = {"outcome": outcome, "seconds": seconds, "error_id": error_id}
+    try:
+        run._append(AgentCompleted, text="".join(run._answer) or None, **last)
+    except ValueError:  # the whole answer does not fit into one event
+        run._append(AgentCompleted, **last)
+    run._over = True
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error

@@ -1,0 +1,374 @@
+"""One client: requests are served as they come, replies and events sent at once, or by a task while it lags behind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
+from time import time
+from typing import TYPE_CHECKING, Protocol, cast
+
+from msgspec.json import Encoder
+from websockets.asyncio.server import ServerConnection, broadcast
+from websockets.exceptions import ConnectionClosed
+
+from tricorn.auth import Identity, NotAdmitted, handshake_token
+from tricorn.chat.conversation import Ended, Full
+from tricorn.chat.protocol import (
+    BATCH_SUBPROTOCOL,
+    ENVELOPE,
+    Authenticate,
+    Cancel,
+    Closing,
+    Error,
+    Heartbeat,
+    Leave,
+    Limits,
+    Open,
+    Opened,
+    Ping,
+    Pong,
+    Post,
+    Posted,
+    Reply,
+    Request,
+    Welcome,
+)
+from tricorn.chat.session import EXPIRY_NOTICE, decode
+from tricorn.close import (
+    FORBIDDEN,
+    INTERNAL_ERROR,
+    NORMAL,
+    OUTBOX_OVERFLOW,
+    STALLED,
+    TOKEN_EXPIRED,
+    TOO_FAST,
+    TOO_MANY_CONNECTIONS,
+    UNAUTHENTICATED,
+    Close,
+)
+from tricorn.pace import BURST
+from tricorn.report import report_error
+
+from .allowance import Allowance, Bucket
+from .conversation import Cursor, batches
+
+if TYPE_CHECKING:
+    from .chat import Chat
+
+_encode = Encoder().encode
+
+
+class Connection(Protocol):
+    """What a session needs of its transport. One that `keeps_up` is a `ServerConnection`, fit for `broadcast`."""
+
+    context: dict[str, object]  # what every record about the connection says of it
+
+    @property
+    def peer(self) -> str:
+        """The peer's address."""
+
+    @property
+    def subprotocol(self) -> str | None:
+        """The one agreed on."""
+
+    @property
+    def request_headers(self) -> Mapping[str, str]:
+        """Those of the handshake, names in lower case."""
+
+    @property
+    def keeps_up(self) -> bool:
+        """Whether it can be written to without waiting."""
+
+    def __aiter__(self) -> AsyncIterator[str | bytes]:
+        """Its messages. Ends, or raises ConnectionClosed, when the peer is gone."""
+
+    async def send(self, message: bytes, *, text: bool) -> None:
+        """Send a message and wait for room. Raises ConnectionClosed or OSError when the peer is gone."""
+
+
+class Ending(Exception):
+    """The session is over, and `close` says why."""
+
+    def __init__(self, code: int, reason: str = "") -> None:
+        super().__init__(f"{code} {reason}")
+        self.close = Close(code, reason)
+
+
+class Session:
+    """What one client is told. It *lags* while a task is there that writes: then nothing is sent but by that."""
+
+    def __init__(self, chat: Chat, ws: Connection) -> None:
+        self.ws = ws
+        self.batch = ws.subprotocol == BATCH_SUBPROTOCOL
+        self.writer: asyncio.Task[None] | None = None
+        self._chat = chat
+        self._settings = chat.settings
+        self._loop = asyncio.get_running_loop()
+        self._identity: Identity | None = None  # nobody gets anything yet
+        self._allowance: Allowance | None = None
+        self._due = Close(UNAUTHENTICATED, "no good token came in time")  # what a passed deadline means
+        self._cursors: dict[str, Cursor] = {}
+        self._outbox: deque[bytes] = deque()
+        self._spoke_at = self._loop.time()
+        self._heart: asyncio.TimerHandle | None = None
+        self._notice: asyncio.TimerHandle | None = None
+        self._messages = Bucket(BURST * self._settings.messages_per_second, BURST)
+        self._bytes = Bucket(BURST * self._settings.bytes_per_second, BURST)
+
+    async def run(self) -> Close:
+        """Serve the client until it is gone or to be got rid of; return how to close."""
+        close = Close(NORMAL)
+        try:
+            async with (
+                asyncio.timeout(self._settings.auth_timeout) as self._deadline,
+                asyncio.TaskGroup() as self._tasks,
+            ):
+                await self._arrive()
+                await self._read()
+                if self.writer is not None:
+                    self.writer.cancel()
+        except* Ending as endings:
+            close = _first(endings).close
+        except* TimeoutError:
+            close = self._due
+        except* Exception as errors:
+            close = Close(INTERNAL_ERROR, report_error(errors, **self.ws.context))
+        finally:
+            for timer in (self._heart, self._notice):
+                if timer is not None:
+                    timer.cancel()
+            if self._allowance is not None:
+                self._chat.allowances.leave(self._allowance)
+            for cursor in self._cursors.values():
+                cursor.conversation.detach(cursor)
+        return close
+
+    def say_closing(self) -> None:
+        """Tell the client that the server is about to close the connection."""
+        if self._identity is not None:
+            self._put(Closing(reason="the server is shutting down", retry_after=self._chat.retry_after()))
+
+    # What is sent
+
+    def fall_behind(self) -> None:
+        """Have a task send what there is to send, as fast as the client reads, until it has caught up."""
+        if self.writer is None:
+            for cursor in self._cursors.values():
+                cursor.conversation.leave_live(cursor)
+            self.writer = self._tasks.create_task(self._write())
+
+    async def _write(self) -> None:
+        try:
+            while payloads := self._take():
+                for payload in payloads:
+                    async with asyncio.timeout(self._settings.stall_timeout):
+                        await self.ws.send(payload, text=True)
+        except TimeoutError:
+            raise Ending(STALLED, "the client reads nothing") from None
+        except (ConnectionClosed, OSError):
+            return  # who reads from it gets to know as well
+        self._spoke_at = self._loop.time()
+        self.writer = None
+        if self.ws.keeps_up:
+            for cursor in self._cursors.values():
+                cursor.conversation.go_live(cursor)
+
+    def _take(self) -> list[bytes]:
+        """All replies, and of the events that every cursor has before it its share of this turn."""
+        lines = [*self._outbox]
+        self._outbox.clear()
+        for cursor in self._cursors.values():
+            events = cursor.conversation.read(cursor.seq)
+            cursor.seq += len(events)
+            lines += events
+        return [b"\n".join(batch) for batch in batches(lines)] if self.batch else lines
+
+    def _put(self, reply: Reply) -> None:
+        if self.writer is None and self.ws.keeps_up:
+            self._spoke_at = self._loop.time()
+            broadcast((cast(ServerConnection, self.ws),), _encode(reply), text=True)
+        else:
+            self._outbox.append(_encode(reply))
+            self.fall_behind()
+
+    def _beat(self) -> None:
+        """Send a heartbeat where nothing else was for so long."""
+        spoke_at = max([self._spoke_at, *(cursor.conversation.spoke_at for cursor in self._cursors.values())])
+        left = spoke_at + self._settings.heartbeat - self._loop.time()
+        if left <= 0:
+            if self.writer is None:
+                self._put(Heartbeat())
+            left = self._settings.heartbeat
+        self._heart = self._loop.call_later(left, self._beat)
+
+    # Who it is
+
+    async def _arrive(self) -> None:
+        gate = self._chat.gate
+        try:
+            token = handshake_token(self.ws.request_headers)
+        except NotAdmitted as refusal:
+            raise Ending(*refusal.close) from None
+        if token is not None or not gate.wants_token:
+            await self._authenticate(token)
+
+    async def _authenticate(self, token: str | None) -> None:
+        """Take the latest token for what it says, wholly; it must be of the same user."""
+        try:
+            identity = await self._chat.gate.admit(token, self.ws.peer, self.ws.request_headers)
+        except NotAdmitted as refusal:
+            raise Ending(*refusal.close) from None
+        if self._identity is not None and identity.user != self._identity.user:
+            raise Ending(FORBIDDEN, "the token is of another user")
+        if self._allowance is None:
+            self._allowance = self._chat.allowances.enter(identity.user)
+        if self._allowance is None:
+            raise Ending(TOO_MANY_CONNECTIONS, f"at most {self._settings.user_connections} connections")
+        self._expire(identity.expires_at)
+        if self._identity is None:
+            self._beat()
+        self._identity = identity
+        self.ws.context["user"] = identity.user
+        self._put(self._welcome(identity))
+        if self._chat.closing:
+            self.say_closing()
+        for id, cursor in list(self._cursors.items()):
+            if cursor.conversation is not self._chat.conversation(identity.key(id)):
+                self._leave(id)
+                self._put(Error(code="not_found", message="the new token does not open this conversation", ref=id))
+
+    def _expire(self, at: float | None) -> None:
+        """End the session at `at`, in seconds since the Unix epoch, and say so before."""
+        if self._notice is not None:
+            self._notice.cancel()
+        self._due = Close(TOKEN_EXPIRED, "the token has expired")
+        if at is None:
+            self._deadline.reschedule(None)
+            return
+        end = self._loop.time() + at + self._settings.jwt_leeway - time()
+        self._deadline.reschedule(end)
+        notice = Closing(reason="the token expires", retry_after=0.0)
+        self._notice = self._loop.call_at(end - EXPIRY_NOTICE, self._put, notice)
+
+    def _welcome(self, who: Identity) -> Welcome:
+        settings = self._settings
+        limits = Limits(
+            message_bytes=settings.max_message_bytes,
+            event_bytes=settings.event_bytes,
+            text_characters=settings.text_characters,
+            open_conversations=settings.open_conversations,
+            user_runs=settings.user_runs,
+            posts_per_minute=settings.posts_per_minute,
+        )
+        return Welcome(
+            connection=str(self.ws.context["connection"]),
+            user=who.user,
+            heartbeat=settings.heartbeat,
+            limits=limits,
+            expires_at=who.expires_at,
+        )
+
+    # Requests
+
+    async def _read(self) -> None:
+        try:
+            async for message in self.ws:
+                self._check_pace(message)
+                for line in self._lines(message):
+                    await self._answer(decode(line))
+                    if self.writer is not None:
+                        if len(self._outbox) > self._settings.outbox:
+                            raise Ending(OUTBOX_OVERFLOW, "outbox overflow")
+                        await asyncio.sleep(0)  # many requests in one message: who writes has a turn too
+        except ConnectionClosed:
+            pass
+
+    def _check_pace(self, message: str | bytes) -> None:
+        if self._messages.take() or self._bytes.take(len(message)):
+            raise Ending(TOO_FAST, "far too many messages or bytes")
+
+    def _lines(self, message: str | bytes) -> list[str | bytes]:
+        if self.batch and isinstance(message, str):
+            return [line for line in message.split("\n") if line.strip()]
+        return [message]
+
+    async def _answer(self, request: Request | Error) -> None:
+        if isinstance(request, Authenticate):
+            await self._authenticate(request.token)
+        elif self._identity is None or self._allowance is None:
+            raise Ending(UNAUTHENTICATED, "authenticate first")
+        else:
+            reply = request if isinstance(request, Error) else self._serve(request, self._identity, self._allowance)
+            if reply is not None:
+                self._put(reply)
+
+    def _serve(self, request: Open | Post | Cancel | Leave | Ping, who: Identity, allowance: Allowance) -> Reply | None:
+        """Serve a request. Nothing waits: what it sets off is sent behind the reply."""
+        match request:
+            case Post():
+                return self._post(request, who, allowance)
+            case Open():
+                return self._open(request, who)
+            case Cancel():
+                if self._chat.conversation(who.key(request.conversation)).cancel(request.run):
+                    return None
+                message = f"no run {request.run} goes on in this conversation"
+                return Error(code="not_found", message=message, ref=request.conversation)
+            case Leave():
+                self._leave(request.conversation)
+                return None
+            case Ping():
+                return Pong()
+
+    def _open(self, request: Open, who: Identity) -> Reply:
+        id = request.conversation
+        limit = self._settings.open_conversations
+        if id not in self._cursors and len(self._cursors) >= limit:
+            return Error(code="too_many", message=f"{limit} conversations are open; leave one first", ref=id)
+        conversation = self._chat.conversation(who.key(id))
+        after = request.after if request.epoch in (None, conversation.epoch) else 0
+        if after > conversation.head:
+            message = f"there is no event {after}: the last one is {conversation.head}"
+            return Error(code="not_found", message=message, ref=id)
+        self._leave(id)
+        cursor = self._cursors[id] = Cursor(self, conversation, after)
+        conversation.attach(cursor)
+        if self.writer is None and self.ws.keeps_up and after == conversation.told:
+            conversation.go_live(cursor)
+        else:
+            self.fall_behind()
+        return Opened(conversation=id, epoch=conversation.epoch, head=conversation.head)
+
+    def _post(self, request: Post, who: Identity, allowance: Allowance) -> Reply:
+        id, text = request.id, request.text
+        settings = self._settings
+        limit = settings.text_characters
+        if len(text) > limit:
+            return Error(code="too_long", message=f"{len(text)} characters are over the limit of {limit}", ref=id)
+        if len(_encode(text)) > settings.event_bytes - ENVELOPE:
+            return Error(code="too_long", message="the text does not fit into an event", ref=id)
+        if not text.strip():
+            return Error(code="malformed", message="the text is empty", ref=id)
+        seconds = allowance.posts.take()
+        if seconds:
+            if allowance.refusals.take():
+                raise Ending(TOO_FAST, f"more than {settings.posts_per_minute} posts a minute")
+            return Error(code="too_fast", message=f"too many posts; post again in {seconds:.1f} s", ref=id)
+        try:
+            seq = self._chat.conversation(who.key(request.conversation)).post(id, text, allowance)
+        except Full as full:
+            return Error(code="too_many", message=str(full), ref=id)
+        except Ended:
+            return Error(code="closing", message="the server is shutting down; post again later", ref=id)
+        return Posted(id=id, conversation=request.conversation, seq=seq)
+
+    def _leave(self, conversation: str) -> None:
+        cursor = self._cursors.pop(conversation, None)
+        if cursor is not None:
+            cursor.conversation.detach(cursor)
+
+
+def _first(endings: BaseExceptionGroup[Ending]) -> Ending:
+    first = endings.exceptions[0]
+    return first if isinstance(first, Ending) else _first(first)
