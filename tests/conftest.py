@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["fixtures.browser", "fixtures.real_services", "fixtures.service"]
+pytest_plugins = ["fixtures.against", "fixtures.browser", "fixtures.real_services", "fixtures.service"]
 
 TESTS = Path(__file__).parent
 LAYERS = ("unit", "integration", "e2e", "mission_critical")
+ROOT = TESTS.parent
+AGAINST = ("tricorn", "asyncio", "uvloop")
 SERVICES = ("replica", "tricorn")
 WIDTH = 64  # characters of a verdict
 CONFORMANCE: list[str] = []
@@ -21,6 +23,7 @@ OUTCOMES = ("passed", "failed", "error", "skipped")
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("Tricorn")
     group.addoption("--category", choices=LAYERS, help="run the tests of one layer, and those that always run")
+    group.addoption("--against", choices=AGAINST, default=AGAINST[0], help="the server of the tests of any server")
     group.addoption("--real-services", action="store_true", help="fail, not skip, where PostgreSQL or Redis is missing")
     group.addoption("--all-messages", action="store_true", help="run the conformance suite at full size, for minutes")
     group.addoption("--step", type=int, help="of every checkpoint: try this one only")
@@ -32,6 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for layer in LAYERS:
         config.addinivalue_line("markers", f"{layer}: lies in tests/{layer}; set by itself")
     config.addinivalue_line("markers", "always: runs whatever --category says")
+    config.addinivalue_line("markers", "any_server: talks to a process that serves the chat; --against says which")
+    config.addinivalue_line("markers", "not_asyncio(reason): cannot be had of the asyncio version")
     config.addinivalue_line("markers", "not_asgi(reason): means nothing, or cannot be had, under plain Hypercorn")
     config.addinivalue_line("markers", "real_llm: asks a real model; skipped without --real-llm")
 
@@ -39,12 +44,18 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     category = config.getoption("--category")
+    against_asyncio = config.getoption("--against") != AGAINST[0]
     selected, deselected = [], []
     for item in items:
         item.add_marker(item.path.relative_to(TESTS).parts[0])
         if item.get_closest_marker("real_llm") and not config.getoption("--real-llm"):
             item.add_marker(pytest.mark.skip(reason="asks a real model: --real-llm"))
+        not_asyncio = item.get_closest_marker("not_asyncio")
+        if against_asyncio and not_asyncio is not None:
+            item.add_marker(pytest.mark.skip(reason=not_asyncio.args[0]))
         chosen = category is None or item.get_closest_marker(category) or item.get_closest_marker("always")
+        if against_asyncio and item.get_closest_marker("any_server") is None:
+            chosen = False
         (selected if chosen else deselected).append(item)
     if deselected:
         config.hook.pytest_deselected(items=deselected)
@@ -88,9 +99,11 @@ def conformance() -> list[str]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def environment_of_servers() -> Iterator[None]:
+def environment_of_servers(request: pytest.FixtureRequest) -> Iterator[None]:
     """Have every `tricorn serve` that a test starts fail at what it would import late, and keep its log to itself."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("TRICORN_IMPORT_GUARD", "deny")
         environment.setenv("TRICORN_LOG", "memory:")  # no test leaves a file behind, or finds another's
+        if request.config.getoption("--against") != AGAINST[0]:
+            environment.setenv("PYTHONPATH", str(ROOT))  # where `bench` is
         yield

@@ -127,7 +127,7 @@ class Server:
         finally:
             self._connections.discard(ws)
         if close.code == NORMAL:  # it is the peer's end, or the server's
-            close = Close(ws.close_code or NORMAL, ws.close_reason or "")
+            close = Close(int(ws.close_code or NORMAL), ws.close_reason or "")
         report(
             "WARNING" if close.code in FAULTS else "INFO",
             "connection closed",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -15,26 +14,33 @@ from typing import Protocol
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, WebSocketRoute, expect
 
+pytestmark = pytest.mark.any_server
+
 MARKUP = "<img src=x onerror=\"document.title='broken in'\">"
 
 
 class Serving(Protocol):
-    def __call__(self, bind: str = ...) -> AbstractContextManager[str]: ...
+    def __call__(self, bind: str = ..., status: int = ...) -> AbstractContextManager[str]: ...
 
 
-@contextmanager
-def serving(bind: str = "127.0.0.1:0", status: int = 0) -> Iterator[str]:
-    """`tricorn serve` until the end of the block, where SIGTERM ends it with this status. Gives its address."""
-    with Popen([sys.executable, "-m", "tricorn", "serve", "--bind", bind], stdout=PIPE, text=True) as process:
-        try:
-            line = process.stdout.readline() if process.stdout else ""
-            address = re.search(r"http://[^\s/]+", line)
-            assert address, f"no address in {line!r}"
-            yield address[0]
-        finally:
-            process.terminate()
-            process.wait(20)
-    assert process.returncode == status
+@pytest.fixture(scope="module")
+def serving(serve: list[str]) -> Serving:
+    """A server until the end of the block, where SIGTERM ends it with this status. Gives its address."""
+
+    @contextmanager
+    def serving(bind: str = "127.0.0.1:0", status: int = 0) -> Iterator[str]:
+        with Popen([*serve, "--bind", bind], stdout=PIPE, text=True) as process:
+            try:
+                line = process.stdout.readline() if process.stdout else ""
+                address = re.search(r"http://[^\s/]+", line)
+                assert address, f"no address in {line!r}"
+                yield address[0]
+            finally:
+                process.terminate()
+                process.wait(20)
+        assert process.returncode == status
+
+    return serving
 
 
 def kill_server(log: str) -> None:
@@ -45,7 +51,7 @@ def kill_server(log: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+def address(serving: Serving) -> Iterator[str]:
     with serving() as address:
         yield address
 
@@ -184,7 +190,7 @@ def test_a_run_goes_on_while_the_connection_is_cut(page: Page, address: str) -> 
     expect(page.locator(".message")).to_have_count(1)
 
 
-def test_what_is_written_while_the_server_is_away_is_answered_when_it_is_back(page: Page) -> None:
+def test_what_is_written_while_the_server_is_away_is_answered_when_it_is_back(page: Page, serving: Serving) -> None:
     with serving() as address:
         visit(page, address)
         write(page, "slow 60")
@@ -200,8 +206,9 @@ def test_what_is_written_while_the_server_is_away_is_answered_when_it_is_back(pa
         page.close()
 
 
+@pytest.mark.not_asyncio("it has no log that outlives the process")
 def test_the_page_goes_on_after_the_server_was_killed(
-    page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: Page, serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In mid-answer, by SIGKILL; the next process has the same log, and goes on with what waits."""
     log = f"sqlite:///{tmp_path}/log.db"

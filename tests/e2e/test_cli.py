@@ -55,7 +55,8 @@ class Result:
 class Cli:
     """Runs `tricorn` in a directory that has agents in it."""
 
-    def __init__(self, directory: Path, nursery: trio.Nursery) -> None:
+    def __init__(self, serve: list[str], directory: Path, nursery: trio.Nursery) -> None:
+        self.command = serve
         self.directory = directory
         self.nursery = nursery
         (directory / "agents_of_mine.py").write_text(AGENTS)
@@ -79,7 +80,7 @@ class Cli:
             process = await self.nursery.start(
                 partial(
                     trio.run_process,
-                    [*TRICORN, "serve", "--bind", "127.0.0.1:0", *arguments],
+                    [*self.command, "--bind", "127.0.0.1:0", *arguments],
                     stdout=subprocess.PIPE,
                     stderr=file,
                     check=False,
@@ -102,12 +103,13 @@ async def read_until(stream: trio.abc.ReceiveStream, end: bytes) -> bytes:
 
 
 @pytest.fixture
-async def cli(tmp_path: Path, nursery: trio.Nursery) -> AsyncIterator[Cli]:
-    yield Cli(tmp_path, nursery)
+async def cli(serve: list[str], tmp_path: Path, nursery: trio.Nursery) -> AsyncIterator[Cli]:
+    yield Cli(serve, tmp_path, nursery)
     # What a test left running gets SIGTERM, and SIGKILL if that does not end it.
     nursery.cancel_scope.cancel()
 
 
+@pytest.mark.any_server
 async def test_a_script_posts_and_reads_the_events_of_its_run(cli: Cli) -> None:
     server = await cli.serve()
     done = await cli.run("chat", server.url, "--json", "--message", "12*(7+5)^2")
@@ -179,6 +181,7 @@ async def test_a_conversation_that_goes_on(cli: Cli) -> None:
     assert everything == Result(0, first.stdout + second.stdout, "")
 
 
+@pytest.mark.any_server
 async def test_an_agent_that_fails_is_exit_status_1_and_nothing_else(cli: Cli) -> None:
     server = await cli.serve("--agent", "agents_of_mine:fails")
     failed = await cli.run("chat", server.url, "--json", "--message", "x")
@@ -192,6 +195,7 @@ async def test_an_agent_that_fails_is_exit_status_1_and_nothing_else(cli: Cli) -
     ]
 
 
+@pytest.mark.any_server
 async def test_a_post_that_is_refused(cli: Cli) -> None:
     server = await cli.serve(TRICORN_TEXT_CHARACTERS="3")
     done = await cli.run("chat", server.url, "--message", "four")
@@ -200,6 +204,7 @@ async def test_a_post_that_is_refused(cli: Cli) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.any_server
 async def test_a_run_that_the_end_of_the_server_interrupts(cli: Cli) -> None:
     server = await cli.serve()
     chat = [*TRICORN, "chat", server.url, "--json", "--message", "slow 3"]
@@ -231,6 +236,7 @@ async def test_a_server_that_falls_silent(cli: Cli) -> None:
     assert seqs == list(range(1, len(seqs) + 1))
 
 
+@pytest.mark.any_server
 @pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_ends_the_server_with_exit_status_0(cli: Cli, by: signal.Signals) -> None:
     server = await cli.serve()
@@ -334,6 +340,7 @@ async def test_a_person_at_a_terminal(cli: Cli) -> None:
             assert await process.wait() == 0
 
 
+@pytest.mark.any_server
 async def test_the_first_record_on_cloud_run_says_what_this_is_an_instance_of(cli: Cli) -> None:
     place = {"service": "chat", "revision": "chat-00042-abc", "configuration": "chat"}
     server = await cli.serve(**{f"K_{name.upper()}": value for name, value in place.items()})

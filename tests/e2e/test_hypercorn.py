@@ -18,6 +18,7 @@ import pytest
 import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
 
+ROOT = Path(__file__).parents[2]
 PATIENCE = 60  # seconds, for a whole test
 
 FLOOD = """
@@ -152,6 +153,23 @@ async def test_the_chat_and_its_end(tmp_path: Path) -> None:
             assert await closed(client) == ["closing"]
         assert await server.ended() == 0
         assert "imported after start-up" not in server.log
+        assert "Traceback" not in server.log
+
+
+async def test_the_asyncio_version_of_the_chat(tmp_path: Path) -> None:
+    """On Hypercorn's asyncio worker, which tells an application of SIGTERM only when its connections are gone."""
+    app = "bench.asyncio_version.asgi:app"
+    async with hypercorn(tmp_path, "-k", "asyncio", app=app, PYTHONPATH=str(ROOT)) as server:
+        async with server.connect() as client:
+            await client.send_message('{"type":"open","conversation":"c"}')
+            await client.send_message('{"type":"post","conversation":"c","id":"1","text":"6*7"}')
+            answer: dict[str, Any] = {}
+            while answer.get("type") != "agent_completed":
+                answer = await receive(client)
+            assert answer["seq"] == 8
+            assert answer["text"] == "6*7 = 42"
+        server.process.terminate()
+        assert await server.ended() == 0
         assert "Traceback" not in server.log
 
 

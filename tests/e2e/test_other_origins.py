@@ -6,8 +6,8 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,6 +15,8 @@ from subprocess import DEVNULL, PIPE, Popen, check_output
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
+
+pytestmark = pytest.mark.any_server
 
 SECRET = "a secret of thirty-two bytes or more"
 CONNECT = """([url, protocols]) => new Promise(resolve => {
@@ -29,17 +31,26 @@ class Quiet(SimpleHTTPRequestHandler):
         pass
 
 
-@contextmanager
-def serving(**environ: str) -> Iterator[int]:
-    command = [sys.executable, "-m", "tricorn", "serve", "--bind", "127.0.0.1:0"]
-    with Popen(command, stdout=PIPE, stderr=DEVNULL, text=True, env={**os.environ, **environ}) as process:
-        try:
-            address = re.search(r":(\d+)\n", process.stdout.readline() if process.stdout else "")
-            assert address
-            yield int(address[1])
-        finally:
-            process.terminate()
-            process.wait(20)
+Serving = Callable[..., AbstractContextManager[int]]
+
+
+@pytest.fixture
+def serving(serve: list[str]) -> Serving:
+    """`with serving(**environ) as port`."""
+
+    @contextmanager
+    def serving(**environ: str) -> Iterator[int]:
+        command = [*serve, "--bind", "127.0.0.1:0"]
+        with Popen(command, stdout=PIPE, stderr=DEVNULL, text=True, env={**os.environ, **environ}) as process:
+            try:
+                address = re.search(r":(\d+)\n", process.stdout.readline() if process.stdout else "")
+                assert address
+                yield int(address[1])
+            finally:
+                process.terminate()
+                process.wait(20)
+
+    return serving
 
 
 @pytest.fixture
@@ -61,7 +72,7 @@ def elsewhere(tmp_path: Path) -> Iterator[str]:
         thread.join()
 
 
-def test_a_page_of_another_origin_gets_nothing(page: Page, elsewhere: str) -> None:
+def test_a_page_of_another_origin_gets_nothing(page: Page, serving: Serving, elsewhere: str) -> None:
     with serving() as port:
         page.goto(elsewhere)
         assert page.evaluate(CONNECT, [f"ws://127.0.0.1:{port}/ws", ["tricorn.v1"]]) == 1006
@@ -70,20 +81,20 @@ def test_a_page_of_another_origin_gets_nothing(page: Page, elsewhere: str) -> No
         assert page.evaluate(CONNECT, [f"ws://127.0.0.1:{port}/ws", ["tricorn.v1"]]) == 1006
 
 
-def test_a_page_of_a_listed_origin_comes_in(page: Page, elsewhere: str) -> None:
+def test_a_page_of_a_listed_origin_comes_in(page: Page, serving: Serving, elsewhere: str) -> None:
     with serving(TRICORN_ORIGINS=elsewhere) as port:
         page.goto(elsewhere)
         assert page.evaluate(CONNECT, [f"ws://127.0.0.1:{port}/ws", ["tricorn.v1"]]) == "welcome"
 
 
-def test_a_name_that_was_made_to_lead_here_gets_nothing(page: Page) -> None:
+def test_a_name_that_was_made_to_lead_here_gets_nothing(page: Page, serving: Serving) -> None:
     """DNS rebinding: to the browser it is one origin, so only the name gives it away."""
     with serving() as port:
         page.goto(f"http://rebound.example:{port}/")
         expect(page.get_by_role("status")).to_contain_text("Closed")
 
 
-def test_a_browser_brings_its_token_as_a_subprotocol(page: Page) -> None:
+def test_a_browser_brings_its_token_as_a_subprotocol(page: Page, serving: Serving) -> None:
     make = [sys.executable, "-m", "tricorn", "token", "--user", "ada"]
     token = check_output(make, env={**os.environ, "TRICORN_JWT_KEY": SECRET}, text=True).strip()
     with serving(TRICORN_JWT_KEY=SECRET) as port:

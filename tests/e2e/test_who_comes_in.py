@@ -6,8 +6,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from subprocess import PIPE, Popen
 
@@ -23,18 +23,27 @@ def tricorn(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]
     return subprocess.run([*TRICORN, *arguments], capture_output=True, text=True, env=environment, timeout=TIMEOUT)
 
 
-@contextmanager
-def serving(*arguments: str, host: str = "127.0.0.1", **environ: str) -> Iterator[tuple[Popen[str], str]]:
-    command = [*TRICORN, "serve", "--bind", f"{host}:0", *arguments]
-    with Popen(command, stdout=PIPE, stderr=PIPE, text=True, env={**os.environ, **environ}) as process:
-        try:
-            line = process.stdout.readline() if process.stdout else ""
-            address = re.search(r"http://[^\s/]+", line)
-            assert address, f"no address in {line!r}"
-            yield process, address[0]
-        finally:
-            process.terminate()
-            process.wait(20)
+Serving = Callable[..., AbstractContextManager[tuple[Popen[str], str]]]
+
+
+@pytest.fixture
+def serving(serve: list[str]) -> Serving:
+    """`with serving(*arguments, **environ) as (process, address)`."""
+
+    @contextmanager
+    def serving(*arguments: str, host: str = "127.0.0.1", **environ: str) -> Iterator[tuple[Popen[str], str]]:
+        command = [*serve, "--bind", f"{host}:0", *arguments]
+        with Popen(command, stdout=PIPE, stderr=PIPE, text=True, env={**os.environ, **environ}) as process:
+            try:
+                line = process.stdout.readline() if process.stdout else ""
+                address = re.search(r"http://[^\s/]+", line)
+                assert address, f"no address in {line!r}"
+                yield process, address[0]
+            finally:
+                process.terminate()
+                process.wait(20)
+
+    return serving
 
 
 @pytest.mark.parametrize(
@@ -55,7 +64,8 @@ def test_open_by_accident_is_impossible(arguments: list[str], environ: dict[str,
         assert way_out in done.stderr
 
 
-def test_open_on_purpose() -> None:
+@pytest.mark.any_server
+def test_open_on_purpose(serving: Serving) -> None:
     with serving("--auth", "none", host="0.0.0.0") as (_, address):
         assert tricorn("chat", address, "--message", "1+1").returncode == 0
     assert tricorn("serve", "--auth", "none", TRICORN_JWT_KEY=SECRET).returncode == 2
@@ -73,7 +83,8 @@ def test_a_key_that_is_none(key: str, says: str) -> None:
     assert "short-and-secret" not in done.stderr
 
 
-def test_a_token_opens_the_chat_and_no_secret_shows(tmp_path: Path) -> None:
+@pytest.mark.any_server
+def test_a_token_opens_the_chat_and_no_secret_shows(serving: Serving, tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text(SECRET)
     with serving(TRICORN_JWT_KEY=f"file:{key}", TRICORN_IMPORT_GUARD="deny") as (process, address):

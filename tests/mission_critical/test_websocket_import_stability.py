@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from fixtures.service import Service
 
 
+pytestmark = pytest.mark.any_server
+
+
 @pytest.mark.always
 async def test_websocket_basic_connectivity(service: Service) -> None:
     """Where nothing fails both work, in staging too: it is the error path that is broken."""
@@ -50,6 +53,7 @@ FAULTS = (
 )
 
 
+@pytest.mark.not_asyncio("websockets imports in every handshake: where imports are refused, nobody comes in any more")
 async def test_one_fault_after_the_other(service: Service) -> None:
     """In one process, which serves on when all that can be broken of it is broken."""
     instance = await service.start()

@@ -14,6 +14,8 @@ from fixtures.service import AGENT, DEVELOPMENT, KEY, STAGING, first_line, numbe
 if TYPE_CHECKING:
     from fixtures.service import Answer, Instance, Service
 
+pytestmark = pytest.mark.any_server
+
 USERS = ("ann", "bob", "cyd", "dan", "eve", "fay")
 ROUNDS = 2
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -16,46 +18,18 @@ import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
 
 from fixtures.hosts import HOSTS, Host, native
+from fixtures.service import PATH, first_line
+from fixtures.worker import worker
 from tricorn import WebSocket
 from tricorn.auth import Gate
-from tricorn.chat import SUBPROTOCOLS, Agent, Chat, Run, ToolError
+from tricorn.chat import SUBPROTOCOLS, Agent, Chat
+from tricorn.chat.agents.demo import demo
 from tricorn.chat.log.memory import MemoryLog
 from tricorn.chat.protocol import BATCH_SUBPROTOCOL, SUBPROTOCOL
 from tricorn.settings import Settings
 from tricorn.web.pages import pages
 
 PATIENCE = 30  # seconds, for a whole test
-
-
-async def worker(run: Run) -> None:
-    """An agent that does what its message says."""
-    match run.message.split():
-        case ["fail"]:
-            raise RuntimeError("a secret of the agent's")
-        case ["say", pieces, size]:
-            for number in range(int(pieces)):
-                await run.say(f"{number} ".ljust(int(size), "."))
-        case ["refuse"]:
-            async with run.tool("door"):
-                raise ToolError("The door is shut.")
-        case ["wait"]:
-            await run.say("Waiting. ")
-            await wait(run, "wait")
-        case ["wait", "twice"]:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(wait, run, "first")
-                nursery.start_soon(wait, run, "second")
-        case _:
-            await run.think("about it")
-            async with run.tool("length", text=run.message) as tool:
-                tool.result = len(run.message)
-            await run.say("It is ")
-            await run.say(f"{tool.result} long.")
-
-
-async def wait(run: Run, name: str) -> None:
-    async with run.tool(name):
-        await trio.sleep_forever()
 
 
 class Objects(list[dict[str, Any]]):
@@ -210,13 +184,72 @@ async def chat_server(
             scope.cancel()
 
 
+@dataclass
+class ServerProcess(Server):
+    """A server in a process of its own. Its log is what it tells."""
+
+    async def recorded(self, conversation: str = "c") -> Objects:
+        if self.scope.cancel_called:
+            pytest.skip("all but the log was as it must be; that has gone with the process")
+        async with self.connect() as client:
+            await client.send("open", conversation=conversation)
+            head = (await client.answer("opened"))["head"]
+            return Objects([await client.receive() for _ in range(head)])
+
+
+@asynccontextmanager
+async def chat_process(
+    command: list[str], agent: Agent = worker, gate: Gate | None = None, **settings: Any
+) -> AsyncGenerator[Server]:
+    if agent not in (worker, demo) or gate is not None:
+        pytest.skip("the agent, or who decides who comes in, is in the test's own process")
+    options = ["--agent", "fixtures.asyncio_worker:worker"] if agent is worker else []
+    environ = {f"TRICORN_{name.upper()}": str(value) for name, value in settings.items()}
+    run = partial(
+        trio.run_process,
+        [*command, "--bind", "127.0.0.1:0", *options],
+        stdout=PIPE,
+        stderr=PIPE,
+        env={**os.environ, "PYTHONPATH": PATH, **environ},
+    )
+    scope, ended = trio.CancelScope(), trio.Event()
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery:
+            process = await nursery.start(run)
+            nursery.start_soon(_tell, process.stderr, ended)
+            nursery.start_soon(_obey, scope, process)
+            port = int((await first_line(process)).rpartition(":")[2])
+            yield ServerProcess(port, MemoryLog(), scope, ended)
+            scope.cancel()
+
+
+async def _tell(stderr: trio.abc.ReceiveStream, ended: trio.Event) -> None:
+    """Pass on what the process reports, and set the event when a session has ended."""
+    async for data in stderr:
+        os.write(2, data)
+        if b"connection closed" in data:
+            ended.set()
+
+
+async def _obey(scope: trio.CancelScope, process: trio.Process) -> None:
+    with scope:
+        await trio.sleep_forever()
+    process.terminate()
+
+
 @pytest.fixture
-def chatting() -> Callable[..., AbstractAsyncContextManager[Server]]:
+def chatting(request: pytest.FixtureRequest) -> Callable[..., AbstractAsyncContextManager[Server]]:
     """`async with chatting(agent, **settings) as server, server.connect() as client`; ends with the block."""
-    return chat_server
+    if request.config.getoption("--against") == "tricorn":
+        return chat_server
+    return partial(chat_process, request.getfixturevalue("serve"))
 
 
 @pytest.fixture(params=HOSTS)
 def chatting_anywhere(request: pytest.FixtureRequest) -> Callable[..., AbstractAsyncContextManager[Server]]:
     """Like `chatting`, on every host."""
-    return partial(chat_server, host=request.param)
+    if request.config.getoption("--against") == "tricorn":
+        return partial(chat_server, host=request.param)
+    if request.param is not native:
+        pytest.skip("a host of Tricorn's")
+    return partial(chat_process, request.getfixturevalue("serve"))

@@ -12,6 +12,8 @@ import trio.testing
 
 from tricorn.chat.protocol import BATCH_SUBPROTOCOL, SUBPROTOCOL
 
+pytestmark = pytest.mark.any_server
+
 Chatting = Callable[..., Any]
 
 
@@ -62,6 +64,7 @@ async def test_a_batch_may_hold_more_than_the_outbox(chatting: Chatting) -> None
             assert await client.receive() == {"type": "pong"}
 
 
+@pytest.mark.not_asyncio("the client reads when the session has ended, which in a process is seen with the connection")
 async def test_who_asks_without_reading_is_closed_with_4004(chatting_anywhere: Chatting) -> None:
     settings = {"outbox": 64, "close_timeout": 20.0, "drain_timeout": 25.0}
     async with (

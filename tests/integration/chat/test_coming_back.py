@@ -13,6 +13,8 @@ import trio.testing
 
 from tricorn.chat import Run
 
+pytestmark = pytest.mark.any_server
+
 Chatting = Callable[..., Any]
 
 

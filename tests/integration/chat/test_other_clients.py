@@ -18,6 +18,8 @@ import websockets.sync.client
 
 from tricorn.chat.protocol import BATCH_SUBPROTOCOL, SUBPROTOCOL
 
+pytestmark = pytest.mark.any_server
+
 Chatting = Callable[..., Any]
 
 

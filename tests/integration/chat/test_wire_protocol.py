@@ -14,6 +14,8 @@ from tricorn.chat import Run
 from tricorn.chat.agents.demo import demo
 from tricorn.chat.protocol import BATCH_SUBPROTOCOL, SUBPROTOCOL
 
+pytestmark = pytest.mark.any_server
+
 Chatting = Callable[..., Any]
 
 
