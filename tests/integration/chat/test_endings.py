@@ -69,7 +69,7 @@ async def test_run_timeout(chatting: Chatting) -> None:
         await client.until("agent_completed")
         events = client.received.events()
         events.check_end("timeout", tool_error="timed out", tools=1)
-        assert events[-1]["seconds"] >= 0.1
+        assert events[-1]["seconds"] > 0.099  # uvloop's deadlines are in whole milliseconds
         await client.post("hello")
         assert (await client.answer("agent_completed"))["outcome"] == "success"
 
