@@ -96,8 +96,9 @@ class Conversation:
         self._telling = False
         self.spoke_at = self._loop.time()
         for events in batches(self._events[self.told :]):
-            for event in events:
-                broadcast(self._one_each, event, text=True)
+            if self._one_each:
+                for event in events:
+                    broadcast(self._one_each, event, text=True)
             if self._batched:
                 broadcast(self._batched, b"\n".join(events), text=True)
             self.told += len(events)
