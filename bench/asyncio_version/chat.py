@@ -52,6 +52,11 @@ class Chat:
             conversation = self._conversations[key] = Conversation(key, self)
         return conversation
 
+    def cancel(self, key: str, run: str) -> bool:
+        """Cancel a run in the conversation of this key; False where no such run goes on."""
+        conversation = self._conversations.get(key)
+        return conversation is not None and conversation.cancel(run)
+
     async def session(self, ws: Connection) -> Close:
         """Talk the wire protocol with one client until it is gone; return how to close. Its runs go on."""
         session = Session(self, ws)

@@ -15,6 +15,7 @@ from websockets.asyncio.server import ServerConnection, broadcast
 from tricorn.chat.conversation import Ended, Full
 from tricorn.chat.protocol import Event, UserMessage
 from tricorn.chat.session import BATCH_BYTES, EVENTS_PER_TURN
+from tricorn.report import report_error
 
 from .allowance import Allowance
 from .run import Asked, Run, perform
@@ -44,11 +45,13 @@ class Conversation:
     """A list of events, each encoded once; event `seq` is at `seq - 1`.
 
     Attributes:
+        key: tells it from every other; `id` is its user's name for it.
         told: the seq up to which those who follow were told; who is live has it.
         spoke_at: when that was, in the loop's time.
     """
 
     def __init__(self, key: str, chat: Chat) -> None:
+        self.key = key
         self.id = key.rpartition("/")[2]
         self.epoch = token_hex(8)
         self.told = 0
@@ -184,6 +187,8 @@ class Conversation:
             if run.asked.seq <= self._given_up:
                 self._end_run("cancelled")
             await perform(run, self._chat.agent, self._chat.settings.run_timeout)
+        except Exception as error:  # a bug of ours: it ends this run and nothing else
+            report_error(error, conversation=self.key, run=run.id)
         finally:
             self._run = None
             _, by = self._posts.popleft()

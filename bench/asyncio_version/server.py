@@ -13,6 +13,7 @@ from urllib.parse import unquote
 
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.datastructures import Headers
+from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
 
@@ -51,6 +52,12 @@ class WebSocket(ServerConnection):
                 async with asyncio.timeout(self.close_timeout):  # its own is not for a peer that reads nothing
                     await self.close(*close)
         self.transport.abort()
+
+    async def discard(self) -> None:
+        """Read to the end: what `websockets` has queued keeps it from reading the answer to our close frame."""
+        with suppress(ConnectionClosed):
+            async for _ in self:
+                pass
 
 
 class Server:
@@ -123,7 +130,10 @@ class Server:
         self._connections.add(ws)
         try:
             close = await self._chat.session(ws)
-            await ws.end(close)
+            if close.code != NORMAL:
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(ws.end(close))
+                    await ws.discard()
         finally:
             self._connections.discard(ws)
         if close.code == NORMAL:  # it is the peer's end, or the server's

@@ -234,7 +234,7 @@ class Session:
         if self._chat.closing:
             self.say_closing()
         for id, cursor in list(self._cursors.items()):
-            if cursor.conversation is not self._chat.conversation(identity.key(id)):
+            if cursor.conversation.key != identity.key(id):
                 self._leave(id)
                 self._put(Error(code="not_found", message="the new token does not open this conversation", ref=id))
 
@@ -299,7 +299,14 @@ class Session:
         elif self._identity is None or self._allowance is None:
             raise Ending(UNAUTHENTICATED, "authenticate first")
         else:
-            reply = request if isinstance(request, Error) else self._serve(request, self._identity, self._allowance)
+            try:
+                reply = request if isinstance(request, Error) else self._serve(request, self._identity, self._allowance)
+            except Ending:
+                raise
+            except Exception as error:
+                error_id = report_error(error, **self.ws.context, request=type(request).__name__)
+                ref = getattr(request, "id", getattr(request, "conversation", None))
+                reply = Error(code="internal", message="this did not work", ref=ref, error_id=error_id)
             if reply is not None:
                 self._put(reply)
 
@@ -311,7 +318,7 @@ class Session:
             case Open():
                 return self._open(request, who)
             case Cancel():
-                if self._chat.conversation(who.key(request.conversation)).cancel(request.run):
+                if self._chat.cancel(who.key(request.conversation), request.run):
                     return None
                 message = f"no run {request.run} goes on in this conversation"
                 return Error(code="not_found", message=message, ref=request.conversation)
