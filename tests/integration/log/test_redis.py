@@ -285,6 +285,25 @@ async def test_a_watcher_that_left_while_there_was_no_connection(server: RedisSe
             await told.until(1)
 
 
+async def test_a_watcher_that_came_while_a_connection_was_made(server: RedisServer) -> None:
+    told, watched = Told(), trio.Event()
+
+    async def come() -> None:
+        await log.watch("new", told.hear)
+        watched.set()
+
+    async with log_at(server.path) as log, trio.open_nursery() as nursery:
+        await log.watch("told first", lambda *news: nursery.start_soon(come))
+        await log.watch("told next", lambda *news: None)
+        server.kill()
+        server.start()
+        with trio.fail_after(PATIENCE):
+            await watched.wait()
+            epoch = (await log.open("new")).epoch
+            await log.append("new", epoch, post())
+            await told.until(1)
+
+
 async def test_an_answered_conversation_goes_by_itself_when_it_is_old(server: RedisServer) -> None:
     async with log_at(server.path, retention_seconds=1000) as log:
         epoch = (await log.open("c")).epoch

@@ -319,12 +319,15 @@ class RedisLog:
         role = await _ask(connection, b"ROLE")
         if role[0] != b"master":
             raise ConnectionError("it is a replica; give the address of the one that takes writes")
-        for conversation in self._watchers:
-            connection.send_command(b"SUBSCRIBE", self._channels + conversation)
-        for conversation in list(self._watchers):
-            arguments = ("stand", conversation, self._instance, self._channels, self._known.get(conversation, 0))
-            head, cancelled = await _ask(connection, b"EVALSHA", _SHA, 0, *arguments)
-            self._tell(conversation, int(head), cancelled.decode())
+        told: set[str] = set()
+        while new := [each for each in self._watchers if each not in told]:  # some come meanwhile
+            told.update(new)
+            for conversation in new:
+                connection.send_command(b"SUBSCRIBE", self._channels + conversation)
+            for conversation in new:
+                arguments = ("stand", conversation, self._instance, self._channels, self._known.get(conversation, 0))
+                head, cancelled = await _ask(connection, b"EVALSHA", _SHA, 0, *arguments)
+                self._tell(conversation, int(head), cancelled.decode())
         self._connection = connection
         self._connected.set()
 
