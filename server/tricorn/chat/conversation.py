@@ -104,6 +104,14 @@ class Conversation:
         """Learn from the log where it stands, once. A checkpoint; if cancelled or failed, it can be tried again."""
         await self._transcript.open()
 
+    async def look(self) -> None:
+        """Learn from the log where it stands now: the news of what others wrote may be on their way.
+
+        A checkpoint; if cancelled or failed, it can be tried again. Raises Unavailable and PastLost.
+        """
+        self._transcript.doubt()
+        await self._transcript.catch_up()
+
     def attach(self, cursor: Cursor) -> None:
         """Have `cursor.notify` called after every entry, and when the conversation is lost."""
         self._cursors.add(cursor)
@@ -157,8 +165,7 @@ class Conversation:
             if self._cancel_here(run):
                 return True
             if not self._goes_on(run):
-                self._transcript.doubt()  # the news of it may be on their way
-                await self._transcript.catch_up()
+                await self.look()
             if not self._goes_on(run):
                 return False
             with patience(self._settings.log_timeout):
@@ -285,8 +292,7 @@ class Conversation:
             if self._holds:
                 return False
             if not await self._answering.let_go():
-                self._transcript.doubt()  # there is a post that was not heard of
-                await self._transcript.catch_up()
+                await self.look()  # there is a post that was not heard of
                 return False
         self.over = not self._holds  # at once: who comes from now on gets another one
         return self.over

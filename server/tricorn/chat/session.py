@@ -280,6 +280,8 @@ class Session:
         with conversation.held():
             await conversation.open()
             after = request.after if request.epoch in (None, conversation.epoch) else 0
+            if after > conversation.head:  # it was told of that by another instance
+                await conversation.look()
             if after > conversation.head:
                 message = f"there is no event {after}: the last one is {conversation.head}"
                 return Error(code="not_found", message=message, ref=id)

@@ -396,6 +396,28 @@ async def test_what_is_written_before_the_log_is_watched_is_not_missed(connect: 
             await there.hear_until("agent_completed")
 
 
+async def test_who_comes_from_an_instance_that_knows_more_can_go_on(connect: Connect) -> None:
+    """What a client has heard is in the log, whether or not the news of it have come to where it is now."""
+
+    class Deaf(MemoryLog):
+        async def watch(self, conversation: str, hear: Any) -> None:
+            await super().watch(conversation, lambda *news: None)
+
+    log = MemoryLog()
+    async with Chat(echo, log=log) as one, Chat(echo, log=Deaf(beside=log)) as other:
+        here, there = await connect(one), await connect(other)
+        there.say("open", conversation="c")
+        await there.hear_until("opened")
+        await trio.testing.wait_all_tasks_blocked()
+        here.say("open", conversation="c")
+        here.say("post", id="p", conversation="c", text="x")
+        last = (await here.hear_until("agent_completed"))[-1]["seq"]
+        late = await connect(other)
+        late.say("open", conversation="c", after=last)
+        opened = await late.hear()
+        assert (opened["type"], opened["head"]) == ("opened", last)
+
+
 # A log that fails
 
 
