@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,6 @@ ROOT = TESTS.parent
 AGAINST = ("tricorn", "asyncio", "uvloop")
 SERVICES = ("replica", "tricorn")
 WIDTH = 64  # characters of a verdict
-CONFORMANCE: list[str] = []
 OUTCOMES = ("passed", "failed", "error", "skipped")
 
 
@@ -53,6 +53,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         not_asyncio = item.get_closest_marker("not_asyncio")
         if against_asyncio and not_asyncio is not None:
             item.add_marker(pytest.mark.skip(reason=not_asyncio.args[0]))
+        if "browser" in getattr(item, "fixturenames", ()):  # one at a time is enough for two processors
+            item.add_marker(pytest.mark.xdist_group("browser"))
         chosen = category is None or item.get_closest_marker(category) or item.get_closest_marker("always")
         if against_asyncio and item.get_closest_marker("any_server") is None:
             chosen = False
@@ -64,9 +66,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print what the conformance suite found, and what each test of the incident did, on the replica and on Tricorn."""
-    if CONFORMANCE:
-        terminalreporter.section("RFC 6455 and RFC 7692, by kosoku")
-        terminalreporter.write_line(*CONFORMANCE)
+    for _, _, properties in noted(terminalreporter):
+        if "conformance" in properties:
+            terminalreporter.section("RFC 6455 and RFC 7692, by kosoku")
+            terminalreporter.write_line(properties["conformance"])
     rows: dict[str, dict[str, str]] = {}
     for name, service, verdict in verdicts(terminalreporter):
         rows.setdefault(name, {})[service] = verdict
@@ -82,20 +85,23 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def verdicts(terminalreporter: pytest.TerminalReporter) -> Iterator[tuple[str, str, str]]:
     """The test, the service and the verdict, of every report that has one."""
-    for outcome in OUTCOMES:
-        for report in terminalreporter.getreports(outcome):
-            properties = dict(getattr(report, "user_properties", ()))
-            if "verdict" in properties or "service" in properties:
-                service = properties.get("service", "tricorn")
-                name = re.sub(rf"\[{service}\]|{service}-", "", report.nodeid.rpartition("::")[2])
-                verdict = properties.get("verdict", outcome) if outcome == "passed" else outcome.upper()
-                yield name, service, verdict if len(verdict) <= WIDTH else f"{verdict[:WIDTH]}…"
+    for outcome, report, properties in noted(terminalreporter):
+        if "verdict" in properties or "service" in properties:
+            service = properties.get("service", "tricorn")
+            name = re.sub(rf"\[{service}\]|{service}-", "", report.nodeid.rpartition("::")[2])
+            verdict = properties.get("verdict", outcome) if outcome == "passed" else outcome.upper()
+            yield name, service, verdict if len(verdict) <= WIDTH else f"{verdict[:WIDTH]}…"
 
 
-@pytest.fixture
-def conformance() -> list[str]:
-    """What is to be said of the conformance suite at the end."""
-    return CONFORMANCE
+def noted(terminalreporter: pytest.TerminalReporter) -> Iterator[tuple[str, pytest.TestReport, dict[str, Any]]]:
+    """The outcome and the report of every test that noted something, and what: in the order of the files.
+
+    They ran in any order, and in other processes: only what `record_property` keeps gets here.
+    """
+    reports = [(outcome, report) for outcome in OUTCOMES for report in terminalreporter.getreports(outcome)]
+    notes = [(outcome, report) for outcome, report in reports if getattr(report, "user_properties", ())]
+    for outcome, report in sorted(notes, key=lambda note: note[1].location[:2]):
+        yield outcome, report, dict(report.user_properties)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -54,7 +54,7 @@ async def test_every_case_is_ok(
     serving: Callable[..., AbstractAsyncContextManager[int]],
     tmp_path: Path,
     pytestconfig: pytest.Config,
-    conformance: list[str],
+    record_property: Callable[[str, object], None],
 ) -> None:
     messages = "1000" if pytestconfig.getoption("--all-messages") else "20"
     async with serving(sys.executable, "-c", ECHO) as port:
@@ -65,4 +65,5 @@ async def test_every_case_is_ok(
     assert {case: both for case, both in verdicts.items() if not {*both} <= {"OK", "INFORMATIONAL"}} == {}
     assert len(verdicts) == CASES
     counts = Counter(behavior for behavior, _ in verdicts.values())
-    conformance.append(f"{CASES} cases: {', '.join(f'{count} {behavior}' for behavior, count in counts.items())}")
+    told = ", ".join(f"{count} {behavior}" for behavior, count in counts.items())
+    record_property("conformance", f"{CASES} cases: {told}")

@@ -12,11 +12,11 @@ import pytest
 from fixtures.checkpoints import Scenario, every_step
 from fixtures.faults import Fault
 
-CASES: Counter[str] = Counter()
+CASES = ("cases in memory", "cases over TCP")
 
 
 @pytest.fixture
-def try_steps(request: pytest.FixtureRequest) -> Callable[..., None]:
+def try_steps(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Callable[..., None]:
     """`every_step`, with the step and the seed that the command line asks for, and a command to see a failure again."""
     step, seed = request.config.getoption("--step"), request.config.getoption("--seed")
 
@@ -25,13 +25,16 @@ def try_steps(request: pytest.FixtureRequest) -> Callable[..., None]:
             options["steps"] = lambda possible: [step]
         again = f".venv/bin/pytest '{request.node.nodeid}'"
         count = every_step(scenario, fault, seed=seed, again=again, **options)
-        CASES["in memory" if options.get("family", AF_UNIX) == AF_UNIX else "over TCP"] += count
+        record_property(CASES[options.get("family", AF_UNIX) != AF_UNIX], count)
 
     return try_steps
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if CASES:
+    cases: Counter[str] = Counter()
+    for report in terminalreporter.getreports("passed"):
+        cases.update({name: value for name, value in report.user_properties if name in CASES})
+    if cases:
         terminalreporter.section("every checkpoint, every fault")
-        for where, number in CASES.items():
-            terminalreporter.write_line(f"{number} cases {where}")
+        for name in CASES:
+            terminalreporter.write_line(f"{cases[name]} {name}")
