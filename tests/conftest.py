@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes says only how busy the machine is.
+settings.register_profile("tricorn", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tricorn")
 
 pytest_plugins = ["fixtures.against", "fixtures.browser", "fixtures.real_services", "fixtures.service"]
 

@@ -165,7 +165,6 @@ async def all_of_it_is_there(model: Model, people: dict[str, Person]) -> None:
 # Not shrunk: where a leak shows as something that never comes, each attempt takes until the test's patience ends.
 @settings(
     max_examples=40,
-    deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

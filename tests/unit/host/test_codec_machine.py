@@ -125,4 +125,4 @@ class Client(RuleBasedStateMachine):
 
 
 TestClient = Client.TestCase
-TestClient.settings = settings(deadline=None, derandomize=True, max_examples=150, stateful_step_count=30)
+TestClient.settings = settings(derandomize=True, max_examples=150, stateful_step_count=30)

@@ -155,4 +155,4 @@ def pongs_in(stream: bytes) -> list[bytes]:
 
 
 TestPeer = Peer.TestCase
-TestPeer.settings = settings(deadline=None, max_examples=60, stateful_step_count=30)
+TestPeer.settings = settings(max_examples=60, stateful_step_count=30)

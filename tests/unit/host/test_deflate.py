@@ -108,7 +108,7 @@ def test_without_takeover_neither_side_remembers() -> None:
     assert negotiate([("permessage-deflate", [])], takeover=False) == (False, False, WINDOW_BITS, 15)
 
 
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(
     st.builds(
         ClientPerMessageDeflateFactory,
@@ -314,7 +314,7 @@ def unframed(data: bytes) -> TheirFrame:
     return TheirFrame(TheirOpcode(data[0] & 0x0F), data[start:], bool(data[0] & FIN), bool(data[0] & RSV1))
 
 
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(payloads, st.sampled_from(AGREEMENTS))
 def test_they_inflate_what_we_deflate(messages: list[bytes], agreement: Agreement) -> None:
     deflater, theirs = Deflater(agreement), their_view(agreement)
@@ -324,7 +324,7 @@ def test_they_inflate_what_we_deflate(messages: list[bytes], agreement: Agreemen
         assert bytes(theirs.decode(frame).data) == message
 
 
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(payloads, st.sampled_from([each for each in AGREEMENTS if each.client_bits > 8]))
 def test_we_inflate_what_they_deflate(messages: list[bytes], agreement: Agreement) -> None:
     receiver, theirs = Receiver(LIMIT, Inflater(agreement)), their_view(agreement)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fixtures.frames import FIN, Raw, fewest, parse
@@ -67,13 +67,13 @@ def frames(draw: st.DrawFn, agreement: Agreement | None) -> list[Raw]:
     return raws
 
 
-@settings(deadline=None, derandomize=True, max_examples=600, suppress_health_check=[HealthCheck.too_slow])
+@settings(derandomize=True, max_examples=600)
 @given(st.data(), st.sampled_from(AGREEMENTS))
 def test_websockets_is_of_the_same_opinion(data: st.DataObject, agreement: Agreement | None) -> None:
     difference(data.draw(frames(agreement)), LIMIT, agreement)
 
 
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(st.binary(max_size=400), st.sampled_from(AGREEMENTS))
 @example(b"\x88\x83\0\0\0\0\x03\xff\xff", None)
 @example(b"\x01\x80\0\0\0\0\x88\x80\0\0\0\0", None)

@@ -7,7 +7,7 @@ from sys import getsizeof
 from typing import NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from websockets.client import ClientProtocol
 from websockets.frames import Close as TheirClose
@@ -34,7 +34,7 @@ TEXT, BINARY, CONTINUATION = FIN | Opcode.TEXT, FIN | Opcode.BINARY, FIN | Opcod
 CLOSE, PING, PONG = FIN | Opcode.CLOSE, FIN | Opcode.PING, FIN | Opcode.PONG
 SIZES = [0, 1, 125, 126, 127, 65535, 65536]
 
-properties = settings(deadline=None, derandomize=True, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+properties = settings(derandomize=True, max_examples=100)
 
 
 class Seen(NamedTuple):
