@@ -8,7 +8,7 @@ SCRIPT = Path(__file__).with_name("mutate.py")
 
 
 def test_every_fault_that_is_planted_is_caught() -> None:
-    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "SURVIVED" not in done.stdout
     assert " faults were caught" in done.stdout
