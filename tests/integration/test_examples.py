@@ -49,7 +49,7 @@ def test_the_links_of_the_pages_lead_somewhere() -> None:
 def test_the_command_that_serves_is_there() -> None:
     serve, test = re.findall(r"^```sh\n(.*?)\n```", readme(), re.MULTILINE | re.DOTALL)[:2]
     assert serve.endswith(" && .venv/bin/tricorn serve")
-    assert test.endswith(" && .venv/bin/pytest")
+    assert test.endswith(" && .venv/bin/pytest -n 4 --dist loadgroup")
 
 
 @pytest.mark.parametrize("example", ["echo.py", "trio_websocket_server.py"])

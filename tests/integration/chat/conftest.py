@@ -29,7 +29,7 @@ from tricorn.chat.protocol import BATCH_SUBPROTOCOL, SUBPROTOCOL
 from tricorn.settings import Settings
 from tricorn.web.pages import pages
 
-PATIENCE = 30  # seconds, for a whole test
+PATIENCE = 120  # seconds, for a whole test
 
 
 class Objects(list[dict[str, Any]]):
