@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print what the conformance suite found, and what each test of the incident did, on the replica and on Tricorn."""
+    """Print how many faults were tried, what the conformance suite found, and what each test of the incident did.
+
+    All of it here: where tests run in other processes, this is the only conftest.py that this one reads.
+    """
+    cases = Counter[str]()
+    for _, _, properties in noted(terminalreporter):
+        cases.update({name: count for name, count in properties.items() if name.startswith("cases ")})
+    if cases:
+        terminalreporter.section("every checkpoint, every fault")
+        for name, count in sorted(cases.items()):
+            terminalreporter.write_line(f"{count} {name}")
     for _, _, properties in noted(terminalreporter):
         if "conformance" in properties:
             terminalreporter.section("RFC 6455 and RFC 7692, by kosoku")

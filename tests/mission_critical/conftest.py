@@ -1,8 +1,7 @@
-"""How the cases of `test_every_checkpoint.py` are tried, and at the end, how many there were."""
+"""How the cases of `test_every_checkpoint.py` are tried."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from socket import AF_UNIX
 from typing import Any
@@ -11,8 +10,6 @@ import pytest
 
 from fixtures.checkpoints import Scenario, every_step
 from fixtures.faults import Fault
-
-CASES = ("cases in memory", "cases over TCP")
 
 
 @pytest.fixture
@@ -25,16 +22,7 @@ def try_steps(request: pytest.FixtureRequest, record_property: Callable[[str, ob
             options["steps"] = lambda possible: [step]
         again = f".venv/bin/pytest '{request.node.nodeid}'"
         count = every_step(scenario, fault, seed=seed, again=again, **options)
-        record_property(CASES[options.get("family", AF_UNIX) != AF_UNIX], count)
+        where = "in memory" if options.get("family", AF_UNIX) == AF_UNIX else "over TCP"
+        record_property(f"cases {where}", count)  # for the summary at the end
 
     return try_steps
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    cases: Counter[str] = Counter()
-    for report in terminalreporter.getreports("passed"):
-        cases.update({name: value for name, value in report.user_properties if name in CASES})
-    if cases:
-        terminalreporter.section("every checkpoint, every fault")
-        for name in CASES:
-            terminalreporter.write_line(f"{cases[name]} {name}")
