@@ -86,7 +86,7 @@ class Chat:
 
     def retry_after(self) -> float:
         """When a client is to come back, in seconds: the more there are, the more they are spread."""
-        return RETRY_AFTER + random() * (len(self._sessions) - 1) / RETURNS_PER_SECOND  # noqa: S311 (it keeps no secret)
+        return RETRY_AFTER + random() * (len(self._sessions) - 1) / RETURNS_PER_SECOND
 
     def _interrupt(self) -> list[asyncio.Task[None]]:
         self.closing = True

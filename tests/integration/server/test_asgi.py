@@ -21,7 +21,6 @@ from tricorn import Disconnected, Settings, WebSocket, asgi_app
 from tricorn.application import LOOK, MARGIN
 from tricorn.host.asgi import BUSY, AsgiRouter
 from tricorn.host.descriptors import Descriptors, Ends
-from tricorn.host.places import Places
 
 Served = Callable[..., AbstractAsyncContextManager[Any]]
 
@@ -89,7 +88,7 @@ async def test_who_reads_nothing_is_cut_before_hypercorn_waits_for_it_for_ever(
 
 
 async def test_nobody_is_let_in_while_it_ends() -> None:
-    router = AsgiRouter(echo, {}, SETTINGS, places=Places(1, "max_connections"), subprotocols=(), path=None)
+    router = AsgiRouter(echo, {}, SETTINGS, subprotocols=(), path=None)
     await router.close()
     said: list[dict[str, Any]] = []
 
