@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .readiness import Readiness
 
 READ_SIZE = 65536  # bytes; what one read takes at most
+READ_LARGE = 262144  # bytes; the same inside a frame with more than READ_SIZE to come
 READ_DEFLATED = 4096  # bytes; the same where they may inflate, to a thousand times as much
 READ_AHEAD = 65536  # bytes; what is read while the connection has something to receive, before reading pauses
 RESET = pack("ii", 1, 0)  # for SO_LINGER: close with RST and keep nothing
@@ -184,7 +185,8 @@ class NativeTransport:
             self.wants_read = True
             self._readiness.change(self)
         try:
-            data = self._socket.recv(self._read_size)
+            size = self._read_size
+            data = self._socket.recv(READ_LARGE if self._codec.left > size == READ_SIZE else size)
         except BlockingIOError:
             return
         except OSError as error:

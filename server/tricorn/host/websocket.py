@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 from enum import IntEnum
+from io import StringIO
 from struct import Struct
 from typing import TYPE_CHECKING
 from zlib import error as DeflateError
@@ -99,12 +100,14 @@ class Receiver:
         self._buffer = b""  # an incomplete frame header
         self._opcode = Opcode.CONTINUATION  # of the frame on its way
         self._fin = False
-        self._left = 0  # bytes of its payload that have not come
+        self.left = 0  # bytes of its payload that have not come
         self._mask = b""  # turned to where that payload goes on
         self._control = b""
         self._message = Opcode.CONTINUATION  # of the message on its way: TEXT, BINARY, or CONTINUATION for none
         self._inflating: Inflater | None = None  # if that message is compressed
-        self._parts = bytearray()
+        self._received = 0  # bytes of that message, inflated
+        self._text: StringIO | None = None  # what it says so far, if it is text
+        self._binary = bytearray()  # and if not
         self._utf8: IncrementalDecoder | None = None  # made with the first text that comes in pieces
 
     def receive_data(self, data: bytes) -> list[Message]:
@@ -128,7 +131,7 @@ class Receiver:
         self._buffer = b""
         position = 0
         size = len(data)
-        if self._left:
+        if self.left:
             position = self._go_on(data, 0, messages)
         while size - position >= 2 and self.closed is None:
             first = data[position]
@@ -148,7 +151,7 @@ class Receiver:
                 break
             if length > 125:
                 length = _extended_length(data[position + 2 : start - 4])
-            if length + len(self._parts) > self._max and not (first & 8 or first & RSV1 or self._inflating):
+            if length + self._received > self._max and not (first & 8 or first & RSV1 or self._inflating):
                 raise self._too_big()
             mask = data[start - 4 : start]
             end = start + length
@@ -159,7 +162,7 @@ class Receiver:
                 continue
             self._opcode = Opcode(first & 0x0F)
             self._fin = first >= _FIN
-            self._left = length
+            self.left = length
             self._mask = mask
             if self._opcode < 8 and self._opcode:
                 self._message = self._opcode
@@ -188,37 +191,43 @@ class Receiver:
 
     def _go_on(self, data: bytes, start: int, messages: list[Message]) -> int:
         """Use as much of the current frame's payload as `data` holds from `start`; return where it ends."""
-        end = min(start + self._left, len(data))
+        end = min(start + self.left, len(data))
         count = end - start
         payload = apply_mask(data[start:end], self._mask)
-        self._left -= count
-        if self._left:
+        self.left -= count
+        if self.left:
             turn = count % 4
             self._mask = self._mask[turn:] + self._mask[:turn]
         if self._opcode >= 8:
             self._control += payload
-            if not self._left:
+            if not self.left:
                 payload, self._control = self._control, b""
                 self._control_frame(payload)
             return end
-        finished = self._fin and not self._left
+        finished = self._fin and not self.left
         if self._inflating:
-            room = self._max - len(self._parts)
+            room = self._max - self._received
             payload = self._inflating.inflate(payload, room + 1, last=finished)
             if len(payload) > room:
                 raise self._too_big()
+        self._received += len(payload)
         if self._message == Opcode.TEXT:
             if self._utf8 is None:
                 self._utf8 = _utf8_decoder()
-            self._utf8.decode(payload, finished)
+            if self._text is None:
+                self._text = StringIO()
+            self._text.write(self._utf8.decode(payload, finished))
             if b"\xed\xa0" <= self._utf8.getstate()[0] < b"\xee":  # which the decoder lets pass until its third byte
                 raise _Violation(INVALID_DATA, "not UTF-8: a surrogate")
-        self._parts += payload
+        else:
+            self._binary += payload
         if finished:
-            messages.append(self._parts.decode() if self._message == Opcode.TEXT else bytes(self._parts))
+            messages.append(bytes(self._binary) if self._text is None else self._text.getvalue())
             self._message = Opcode.CONTINUATION
             self._inflating = None
-            self._parts = bytearray()
+            self._received = 0
+            self._text = None
+            self._binary.clear()
         return end
 
     def _too_big(self) -> _Violation:
