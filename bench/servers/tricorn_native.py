@@ -8,6 +8,7 @@ from math import inf
 import trio
 
 import tricorn
+from tricorn.server import settle
 from tricorn.settings import Settings
 
 DEFAULTS = Settings()
@@ -40,4 +41,5 @@ async def main(host: str, settings: Settings) -> None:
 
 
 if __name__ == "__main__":
+    settle()  # as `tricorn.run` does, which does not say what port it got
     trio.run(main, sys.argv[1], {"defaults": DEFAULTS, "bare": BARE, "deflate": DEFLATE}[sys.argv[2]])

@@ -20,6 +20,7 @@ from tricorn.cli import check_shared, load_agent, make_gate, open_log
 from tricorn.drill import drill
 from tricorn.imports import guarded
 from tricorn.report import report
+from tricorn.server import settle
 from tricorn.settings import SettingError, Settings
 from tricorn.web.pages import pages
 
@@ -60,6 +61,7 @@ class _Service:
                 report("CRITICAL", f"did not start up: {error}")  # Hypercorn says so as well, under a traceback
                 await send({"type": "lifespan.startup.failed", "message": str(error)})
                 return
+            settle()
             with _left_alone_by_sigterm(), guarded(self.settings.import_guard):
                 await self._serve(keys, gate, receive, send)
         await send({"type": "lifespan.shutdown.complete"})

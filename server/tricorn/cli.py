@@ -5,7 +5,6 @@ Exit status 2 is for what was asked wrongly, 1 for what then went wrong. Both co
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from argparse import SUPPRESS, ArgumentParser, Namespace
@@ -40,7 +39,7 @@ from tricorn.host.listener import Address, listen
 from tricorn.imports import guarded
 from tricorn.keys import Keys, load, parse_for_signing
 from tricorn.report import report
-from tricorn.server import Server, serve_until_signal
+from tricorn.server import Server, serve_until_signal, settle
 from tricorn.settings import Secret, SettingError, Settings, parse_bind, parse_count
 from tricorn.web.metrics import app as metrics_app
 from tricorn.web.metrics import application, no_websocket
@@ -295,8 +294,7 @@ async def _serve_chat(agent: Agent, settings: Settings, log: Log, config: Config
     listeners = [] if worker is not None else await _bound(listen, settings.host, settings.port, "--bind ")
     metrics = await _listen_for_metrics(settings) if worker is None else []
     await drill()
-    gc.collect()
-    gc.freeze()  # what start-up made stays: no later collection needs to look at it
+    settle()
     with guarded(settings.import_guard):
         async with trio.open_nursery() as support:
             support.start_soon(keys.stay_fresh)

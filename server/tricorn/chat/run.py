@@ -63,8 +63,9 @@ class Run:
 
     `append` puts an event with its key into the log, where it is once, however often that is asked for.
 
-    Every method but `cancel`, `abandon` and `tool` is a checkpoint and returns once the event is in the log. If one is
-    cancelled, the event may be there or not. After the end of the run they raise RuntimeError, and ValueError where the
+    Every method but `cancel`, `abandon` and `tool` can be cancelled, and returns once the event is in the log; where
+    that is in memory and nothing is to be waited for, others have their turn every 64 events. If one is cancelled, the
+    event may be there or not. After the end of the run they raise RuntimeError, and ValueError where the
     event would be longer than `event_bytes`.
     """
 
