@@ -1,6 +1,6 @@
 """Where the time of a message goes: what its parts cost inside the process, without the kernel.
 
-    python -m bench.anatomy
+    python -m bench.anatomy 2>/dev/null
 
 CPU of this process in µs, each the least of many short runs, since what else the machine does only adds to it. What is
 not in here is the kernel's: `python -m bench echo --servers c-epoll` spends hardly anything else.
