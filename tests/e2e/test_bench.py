@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from bench import anatomy
 from bench.load import Clients, Failed, echoes
 from bench.process import NotStarted, serving
 from bench.servers import SERVERS, Program
@@ -70,6 +71,15 @@ def test_a_wrong_echo_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         clients.exchange(echoes(64), 3)
         with pytest.raises(Failed, match="something else"):
             clients.exchange(echoes(64), 1)
+
+
+def test_the_parts_of_a_message_have_a_cost(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(anatomy, "RUNS", 2)
+    trio.run(anatomy.main)
+    costs = [float(line.split()[-2]) for line in capsys.readouterr().out.splitlines()]
+    assert len(costs) == 9
 
 
 def test_a_server_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tricorn.connection import WebSocket
 
 LOOKS_PER_LEASE = 4
-BEATS = 10  # looks in the time of a heartbeat, at most
+EARLY = 0.1  # of the time of a heartbeat
 LOOK_AT_ONCE, SOON = 100, 0.25  # conversations, and seconds until the next look where there may be more
 LOG_PATIENCE = 1.0  # seconds; probes wait as long, unless they are told otherwise
 RETRY_AFTER = 1.0  # seconds until the first clients may come back
@@ -135,18 +135,20 @@ class Chat:
             conversation.end()
 
     async def _beat(self) -> None:
-        """Have every session that said nothing for `heartbeat` seconds, or a tenth more, say that it is there."""
+        """Have every session say that it is there before it has said nothing for `heartbeat` seconds.
+
+        Those whose time would come soon do it at once: so there are few looks, however many sessions there are.
+        """
         heartbeat = self.settings.heartbeat
         with self._beating:
             while True:
-                now = current_time()
-                first = now
+                now = first = current_time()
                 for session in self._sessions:
-                    if session.spoke_at + heartbeat <= now:
+                    if session.spoke_at < now - heartbeat * (1 - EARLY):
                         session.beat()
                     else:
                         first = min(first, session.spoke_at)
-                await sleep_until(max(first + heartbeat, now + heartbeat / BEATS))
+                await sleep_until(first + heartbeat)
 
     async def _look_after(self) -> None:
         """Answer where nobody does, as behind an instance that has died: now, and then often enough for `lease`."""

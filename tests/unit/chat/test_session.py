@@ -388,6 +388,25 @@ async def test_heartbeat_when_nothing_else_was_sent(connect: Connect, autojump_c
         assert trio.current_time() - began == pytest.approx(75)
 
 
+async def test_heartbeats_of_many_come_early_and_never_late(
+    connect: Connect, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with Chat(echo, Settings(heartbeat=20.0)) as chat:
+        one = await connect(chat)
+        await trio.sleep(1)
+        other = await connect(chat)
+        for beat in (20, 40):
+            assert await one.hear() == await other.hear() == {"type": "heartbeat"}
+            assert trio.current_time() == pytest.approx(beat)
+        await trio.sleep(5)
+        one.say("ping")
+        await one.hear_until("pong")
+        assert await other.hear() == {"type": "heartbeat"}
+        assert trio.current_time() == pytest.approx(60)
+        assert await one.hear() == {"type": "heartbeat"}
+        assert trio.current_time() == pytest.approx(65)
+
+
 @pytest.mark.parametrize("subprotocol", ["tricorn.v1", "tricorn.v1.batch", None])
 async def test_a_long_replay_comes_whole_in_bounded_turns(subprotocol: str | None, connect: Connect) -> None:
     log = MemoryLog()
