@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from math import inf
 
-from trio import CancelScope, Event, current_time, move_on_after, move_on_at, open_nursery, sleep
+from trio import CancelScope, Event, current_time, move_on_after, open_nursery, sleep, sleep_until
 
 from tricorn.chat.allowance import Allowance
 from tricorn.chat.answering import Answering
@@ -66,7 +65,7 @@ class Conversation:
         self._news = Event()  # something to catch up with, or to tell the log
         self._work = Event()  # something to answer
         self._idle = Event()  # nothing is being answered here
-        self._pushed = Event()  # the end of the lingering is another one
+        self._released = Event()  # nobody holds it any more
         self._lingers_until = current_time() + settings.linger
         self._holds = 0
         self._cursors: set[Cursor] = set()
@@ -264,9 +263,11 @@ class Conversation:
     async def _linger(self) -> None:
         """Return when nobody has followed for `linger` anywhere, and nothing is left to answer."""
         while True:
-            self._pushed = Event()
-            with move_on_at(inf if self._holds else self._lingers_until):
-                await self._pushed.wait()
+            if self._holds:
+                self._released = Event()
+                await self._released.wait()
+            await sleep_until(self._lingers_until)
+            if self._holds or current_time() < self._lingers_until:
                 continue
             try:
                 if await self._is_over():
@@ -383,12 +384,12 @@ class Conversation:
 
     def _hold(self) -> None:
         self._holds += 1
-        self._pushed.set()
 
     def _release(self) -> None:
         self._holds -= 1
         self._linger_anew()
+        if not self._holds:
+            self._released.set()
 
     def _linger_anew(self) -> None:
         self._lingers_until = current_time() + self._settings.linger
-        self._pushed.set()

@@ -10,6 +10,7 @@ from math import inf
 from time import perf_counter
 
 from trio import Semaphore, TooSlowError, WouldBlock, fail_after
+from trio.lowlevel import checkpoint_if_cancelled
 
 from tricorn.chat.log.base import Entry, Lease, Log, PastLost, State, Unavailable
 from tricorn.chat.progress import Progress
@@ -66,7 +67,13 @@ class Transcript:
         return self.doubted or self.heard > self.head
 
     async def open(self) -> None:
-        """Learn where the conversation stands, once. A checkpoint; if cancelled or failed, it can be tried again."""
+        """Learn where the conversation stands, once. A checkpoint then; if cancelled or failed, it can be tried again.
+
+        Where that is known already, it only checks for cancellation.
+        """
+        if self.epoch:
+            await checkpoint_if_cancelled()
+            return
         async with self._lock:
             if not self.epoch:
                 await self._look()
@@ -84,7 +91,10 @@ class Transcript:
         self._changed()
 
     async def catch_up(self) -> None:
-        """Read what others wrote. A checkpoint. If this is cancelled or fails, it can be tried again."""
+        """Read what others wrote, if they did: a checkpoint then. If cancelled or failed, it can be tried again."""
+        if self.epoch and not self.is_behind:
+            await checkpoint_if_cancelled()
+            return
         async with self._lock:
             if self.doubted or not self.epoch:
                 await self._look()
