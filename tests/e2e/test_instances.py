@@ -10,6 +10,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -47,11 +48,21 @@ NATIVE = ("tricorn", "serve", "--audit", "off", "--bind")
 HYPERCORN = ("hypercorn", "-k", "trio", "tricorn.asgi:app", "--bind")
 
 
+def port_that_stays_free() -> int:
+    """A port below those that the kernel gives to whoever asks for any: it does so while nobody listens here."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(lowest // 2, lowest)
+        with socket.socket() as sock, suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
+
+
 class Instance:
     """A server that is killed and started again, with all its processes."""
 
     def __init__(self, directory: Path, log: str, kind: tuple[str, ...]) -> None:
-        self.port = 0
+        self.port = port_that_stays_free()
         self._directory = directory
         self._log = log
         self._kind = kind
