@@ -6,16 +6,17 @@ import asyncio
 from importlib import import_module
 from pathlib import Path
 from random import random
+from time import monotonic
 from typing import Any, cast
 
 from tricorn.auth import Everybody, Gate, ThisMachine, Tokens, check_exposure
+from tricorn.chat.allowance import Allowances
 from tricorn.chat.chat import RETRY_AFTER, RETURNS_PER_SECOND
 from tricorn.close import Close
 from tricorn.keys import Keys, parse
 from tricorn.settings import SettingError, Settings
 
 from .agent import demo
-from .allowance import Allowances
 from .conversation import Conversation
 from .run import Agent
 from .session import Connection, Session
@@ -31,7 +32,7 @@ class Chat:
         self.agent = agent
         self.settings = settings
         self.gate = gate
-        self.allowances = Allowances(settings, per_user=gate.wants_token)
+        self.allowances = Allowances(settings, per_user=gate.wants_token, clock=monotonic)
         self.tasks = asyncio.TaskGroup()
         self.closing = False
         self._conversations: dict[str, Conversation] = {}

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, cast
 from msgspec.json import Encoder
 from websockets.asyncio.server import ServerConnection, broadcast
 
+from tricorn.chat.allowance import Allowance
 from tricorn.chat.conversation import Ended, Full
 from tricorn.chat.protocol import Event, UserMessage
 from tricorn.chat.session import BATCH_BYTES, EVENTS_PER_TURN
 from tricorn.report import report_error
 
-from .allowance import Allowance
 from .run import Asked, Run, perform
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from itertools import count
 from secrets import token_hex
 from time import monotonic
@@ -23,7 +23,7 @@ from tricorn.chat.protocol import (
     ToolCompleted,
     ToolExecuting,
 )
-from tricorn.chat.run import TOOL_ENDED, TOOL_ERROR_MAX, TOOL_FAILED, TOOL_LEFT_OPEN, TOOL_NAME_MAX, ToolError
+from tricorn.chat.run import TOOL_ENDED, TOOL_FAILED, TOOL_LEFT_OPEN, TOOL_NAME_MAX, shown
 from tricorn.report import report_error
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class Tool:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is not None:
-            self._complete(error=self._shown(error))
+            self._complete(error=shown(error, asyncio.CancelledError, self._run._ending()))
             return
         try:
             result = None if self.result is None else Raw(_encode(self.result))
@@ -135,18 +135,6 @@ class Tool:
             seconds = monotonic() - self._began
             run._append(ToolCompleted, call=self._call, tool=self._name, seconds=seconds, **outcome)
             del run._tools[self]
-
-    def _shown(self, error: BaseException) -> str:
-        """What people may see of the exception that ended the tool."""
-        errors = [leaf for leaf in _leaves(error) if not isinstance(leaf, asyncio.CancelledError)]
-        if not errors:
-            return TOOL_ENDED[self._run._ending() or "cancelled"]
-        if not all(isinstance(leaf, ToolError) for leaf in errors):
-            return TOOL_FAILED
-        text = "; ".join(map(str, errors))
-        if len(text) > TOOL_ERROR_MAX:
-            text = text[:TOOL_ERROR_MAX] + "…"
-        return text.encode(errors="replace").decode() or TOOL_FAILED
 
 
 Agent = Callable[[Run], Awaitable[None]]
@@ -195,11 +183,3 @@ def _seal(run: Run, outcome: Outcome, seconds: float, error_id: str | None) -> N
     except ValueError:  # the whole answer does not fit into one event
         run._append(AgentCompleted, **last)
     run._over = True
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from _leaves(inner)
-    else:
-        yield error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
-from time import time
+from time import monotonic, time
 from typing import TYPE_CHECKING, Protocol, cast
 
 from msgspec.json import Encoder
@@ -13,6 +13,7 @@ from websockets.asyncio.server import ServerConnection, broadcast
 from websockets.exceptions import ConnectionClosed
 
 from tricorn.auth import Identity, NotAdmitted, handshake_token
+from tricorn.chat.allowance import Allowance
 from tricorn.chat.conversation import Ended, Full
 from tricorn.chat.protocol import (
     BATCH_SUBPROTOCOL,
@@ -47,10 +48,9 @@ from tricorn.close import (
     UNAUTHENTICATED,
     Close,
 )
-from tricorn.pace import BURST
+from tricorn.pace import BURST, Bucket
 from tricorn.report import report_error
 
-from .allowance import Allowance, Bucket
 from .conversation import Cursor, batches
 
 if TYPE_CHECKING:
@@ -113,8 +113,8 @@ class Session:
         self._spoke_at = self._loop.time()
         self._heart: asyncio.TimerHandle | None = None
         self._notice: asyncio.TimerHandle | None = None
-        self._messages = Bucket(BURST * self._settings.messages_per_second, BURST)
-        self._bytes = Bucket(BURST * self._settings.bytes_per_second, BURST)
+        self._messages = Bucket(BURST * self._settings.messages_per_second, BURST, monotonic)
+        self._bytes = Bucket(BURST * self._settings.bytes_per_second, BURST, monotonic)
 
     async def run(self) -> Close:
         """Serve the client until it is gone or to be got rid of; return how to close."""

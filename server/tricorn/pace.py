@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from math import inf
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from trio import current_time
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 BURST = 10.0  # seconds' worth that a peer may send at once
 LOT = 0.1  # seconds' worth that is counted before the clock is asked
 
 
 class Bucket:
-    """Allows `size` at once, and as many in `seconds` from then on."""
+    """Allows `size` at once, and as many in `seconds` from then on, by `clock`."""
 
-    def __init__(self, size: float, seconds: float) -> None:
+    def __init__(self, size: float, seconds: float, clock: Callable[[], float] = current_time) -> None:
+        self._clock = clock
         self._size = size
         self._rate = size / seconds
         self._level = size
@@ -22,7 +26,7 @@ class Bucket:
 
     def take(self, amount: float = 1) -> float:
         """Take so much and return 0; where there is not so much, return how many seconds it is until there is."""
-        now = current_time()
+        now = self._clock()
         self._level = min(self._size, self._level + (now - self._filled_at) * self._rate)
         self._filled_at = now
         if self._level < amount:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from weakref import WeakValueDictionary
 
@@ -25,12 +25,12 @@ class Allowance:
         refusals: how many may be too fast for it before the connection is closed.
     """
 
-    def __init__(self, user: str, settings: Settings) -> None:
+    def __init__(self, user: str, settings: Settings, clock: Callable[[], float] = current_time) -> None:
         self.user = user
         self.connections = 0
         self.runs = 0
-        self.posts = Bucket(settings.posts_per_minute, MINUTE)
-        self.refusals = Bucket(settings.posts_per_minute, MINUTE)
+        self.posts = Bucket(settings.posts_per_minute, MINUTE, clock)
+        self.refusals = Bucket(settings.posts_per_minute, MINUTE, clock)
 
     @contextmanager
     def one_run(self) -> Iterator[None]:
@@ -48,7 +48,8 @@ class Allowances:
     Unless `per_user`: where nobody has to say who they are, one for each connection.
     """
 
-    def __init__(self, settings: Settings, *, per_user: bool) -> None:
+    def __init__(self, settings: Settings, *, per_user: bool, clock: Callable[[], float] = current_time) -> None:
+        self._clock = clock
         self._settings = settings
         self._per_user = per_user
         self._by_user: WeakValueDictionary[str, Allowance] = WeakValueDictionary()
@@ -56,11 +57,11 @@ class Allowances:
 
     def enter(self, user: str) -> Allowance | None:
         """Count a connection of this user; None where there are too many. End it with `leave`."""
-        while self._left and self._left[0][0] <= current_time() - MINUTE:
+        while self._left and self._left[0][0] <= self._clock() - MINUTE:
             self._left.popleft()
         allowance = self._by_user.get(user)
         if allowance is None:
-            allowance = Allowance(user, self._settings)
+            allowance = Allowance(user, self._settings, self._clock)
             if self._per_user:
                 self._by_user[user] = allowance
         if allowance.connections >= self._settings.user_connections:
@@ -71,4 +72,4 @@ class Allowances:
     def leave(self, allowance: Allowance) -> None:
         """Count a connection no longer."""
         allowance.connections -= 1
-        self._left.append((current_time(), allowance))
+        self._left.append((self._clock(), allowance))

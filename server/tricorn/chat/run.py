@@ -208,7 +208,7 @@ class Tool:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is not None:
-            await self._complete(error=self._shown(error))
+            await self._complete(error=shown(error, Cancelled, self._run._ending()))
             return
         run = self._run
         try:
@@ -238,17 +238,18 @@ class Tool:
         )
         return completed_key(self._call), completed
 
-    def _shown(self, error: BaseException) -> str:
-        """What people may see of the exception that ended the tool."""
-        errors = [leaf for leaf in _leaves(error) if not isinstance(leaf, Cancelled)]
-        if not errors:
-            return TOOL_ENDED[self._run._ending() or "cancelled"]
-        if not all(isinstance(leaf, ToolError) for leaf in errors):
-            return TOOL_FAILED
-        text = "; ".join(map(str, errors))
-        if len(text) > TOOL_ERROR_MAX:
-            text = text[:TOOL_ERROR_MAX] + "…"
-        return text.encode(errors="replace").decode() or TOOL_FAILED
+
+def shown(error: BaseException, cancelled: type[BaseException], ending: Outcome | None) -> str:
+    """What people may see of the exception that ended a tool: `cancelled` is not one, then the end of the run is."""
+    errors = [leaf for leaf in _leaves(error) if not isinstance(leaf, cancelled)]
+    if not errors:
+        return TOOL_ENDED[ending or "cancelled"]
+    if not all(isinstance(leaf, ToolError) for leaf in errors):
+        return TOOL_FAILED
+    text = "; ".join(map(str, errors))
+    if len(text) > TOOL_ERROR_MAX:
+        text = text[:TOOL_ERROR_MAX] + "…"
+    return text.encode(errors="replace").decode() or TOOL_FAILED
 
 
 Agent = Callable[[Run], Awaitable[None]]
