@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from weakref import WeakValueDictionary
 
 from trio import current_time
@@ -31,15 +30,6 @@ class Allowance:
         self.runs = 0
         self.posts = Bucket(settings.posts_per_minute, MINUTE, clock)
         self.refusals = Bucket(settings.posts_per_minute, MINUTE, clock)
-
-    @contextmanager
-    def one_run(self) -> Iterator[None]:
-        """Count a run until the end of the block."""
-        self.runs += 1
-        try:
-            yield
-        finally:
-            self.runs -= 1
 
 
 class Allowances:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from time import time
 from typing import Any
 
@@ -10,7 +9,7 @@ from trio.lowlevel import checkpoint
 
 from tricorn.chat.log.base import Lease, LeaseLost, Log, PastLost, Unavailable
 from tricorn.chat.progress import Asked, OpenRun, completed_key
-from tricorn.chat.protocol import AgentCompleted, AgentStarted, AnyEvent, ToolCompleted
+from tricorn.chat.protocol import AgentCompleted, AnyEvent, ToolCompleted
 from tricorn.chat.run import TOOL_ENDED, Agent, Run, perform
 from tricorn.chat.transcript import Transcript, patience
 from tricorn.metrics import RUNS
@@ -97,6 +96,11 @@ class Answering:
             self._lease, self.may_hold = None, False
         return released
 
+    def _begin(self) -> None:
+        """The run that goes on is in the log."""
+        self._begun = True
+        self.follow()
+
     def _abandon(self, why: LeaseLost | PastLost) -> None:
         self._lost = self._lost or why
         if self.run is not None:
@@ -123,7 +127,7 @@ class Answering:
 
     async def _perform(self, asked: Asked) -> None:
         settings, transcript = self._settings, self._transcript
-        run = Run(transcript.id, asked, settings.run_timeout, partial(self._append, asked), settings.event_bytes)
+        run = Run(transcript.id, asked, settings.run_timeout, self, settings.event_bytes)
         if asked.seq <= self._given_up:
             run.cancel()
         self.run, self._begun, self._lost = run, False, None
@@ -137,20 +141,26 @@ class Answering:
             RUNS.add(amount=-1)
         if self._lost is not None:
             raise self._lost
+        await transcript.catch_up()
         if transcript.progress.answered < asked.seq:
             self._lease = None  # with the next one, the log tells how far this came
             raise Unavailable(f"run {run.id} has no end in the log yet")
 
-    async def _append(self, asked: Asked, event: AnyEvent, key: str | None) -> None:
+    async def append(self, event: AnyEvent, key: str | None = None, answered: int | None = None) -> None:
         """Append for the run that goes on. Where another instance is to answer, this ends the run."""
-        answered = asked.seq if isinstance(event, AgentCompleted) else None
         try:
             await self._transcript.append(event, key, lease=self._lease, answered=answered)
         except (LeaseLost, PastLost) as error:
             self._abandon(error)
         else:
-            if isinstance(event, AgentStarted):
-                self._begun = True
-                self.follow()
+            if not self._begun:
+                self._begin()
         if self._lost is not None:
             await checkpoint()  # cancelled now, but not where the last words are said
+
+    def append_nowait(self, event: AnyEvent, key: str | None = None, answered: int | None = None) -> None:
+        """Do what `append` does. Raises WouldBlock where that would wait."""
+        try:
+            self._transcript.append_nowait(event, key, lease=self._lease, answered=answered)
+        except (LeaseLost, PastLost) as error:
+            self._abandon(error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 from trio import CancelScope, Event, current_time, move_on_after, open_nursery, sleep, sleep_until
 
@@ -69,12 +69,13 @@ class Conversation:
         self._lingers_until = current_time() + settings.linger
         self._holds = 0
         self._cursors: set[Cursor] = set()
-        self._notified = 0  # the head that cursors were last told of
-        self._seen = (self._transcript.progress, 0)  # and what the log came to then
+        self._resting: set[Cursor] = set()  # those of them that have read everything
+        self._changed_at = 0  # the head when entries were last added
+        self._turns = 0  # of the progress, then
         self._attending = False  # as the log was told
         self._followed = False  # at another instance, when the log was last asked
         self._asked = 0  # the seq of the last post
-        self._counted: dict[int, ExitStack] = {}  # posts that count for their users, by seq, and how to end that
+        self._counted: dict[int, Allowance] = {}  # where posts count as runs, by seq
         self._posting = 0
         self._waiting = 0  # as the gauge was told
 
@@ -112,14 +113,23 @@ class Conversation:
         await self._transcript.catch_up()
 
     def attach(self, cursor: Cursor) -> None:
-        """Have `cursor.notify` called after every entry, and when the conversation is lost."""
+        """Have `cursor.notify` called once there is something to read, and when the conversation is lost."""
         self._cursors.add(cursor)
         self._hold()
+        self.rest(cursor)
         self._news.set()
+
+    def rest(self, cursor: Cursor) -> None:
+        """Have it called again: the cursor has read everything."""
+        if self.lost or cursor.seq < self.head:
+            cursor.notify(cursor)
+        else:
+            self._resting.add(cursor)
 
     def detach(self, cursor: Cursor) -> None:
         """Undo `attach`."""
         self._cursors.remove(cursor)
+        self._resting.discard(cursor)
         self._release()
         self._news.set()
 
@@ -140,16 +150,19 @@ class Conversation:
                 if found is None:
                     raise full
                 return found.seq
-            with ExitStack() as counted:
-                counted.enter_context(by.one_run())
-                self._posting += 1
-                try:
-                    event = UserMessage(conversation=self.id, seq=0, at=0.0, id=id, user=by.user, text=text)
-                    entry, repeated = await self._transcript.append(event, key)
-                finally:
-                    self._posting -= 1
-                if not repeated and entry.seq > self._transcript.progress.answered:
-                    self._counted[entry.seq] = counted.pop_all()
+            by.runs += 1
+            self._posting += 1
+            counts = False
+            try:
+                event = UserMessage(conversation=self.id, seq=0, at=0.0, id=id, user=by.user, text=text)
+                entry, repeated = await self._transcript.append(event, key)
+                counts = not repeated and entry.seq > self._transcript.progress.answered
+            finally:
+                self._posting -= 1
+                if not counts:
+                    by.runs -= 1
+            if counts:
+                self._counted[entry.seq] = by
             self.nudge()
             return entry.seq
 
@@ -339,21 +352,31 @@ class Conversation:
 
     def _changed(self) -> None:
         """Entries were added, or there may be more."""
-        if self._transcript.head > self._notified:
-            self._notified = self._transcript.head
-            for cursor in self._cursors:
-                cursor.notify(cursor)
-            progress = self._transcript.progress
-            if self._seen != (progress, progress.turns):  # and not just some more of an answer
-                self._seen = (progress, progress.turns)
-                self._answering.follow()
-                self._count()
-                posts = progress.posts
-                if posts and posts[-1].seq > self._asked:
-                    self._asked = posts[-1].seq
-                    self._linger_anew()
-        if self._transcript.is_behind:
+        transcript = self._transcript
+        if transcript.head > self._changed_at:
+            self._changed_at = transcript.head
+            if self._resting:
+                resting, self._resting = self._resting, set()
+                for cursor in resting:
+                    cursor.notify(cursor)
+            if transcript.progress.turns != self._turns:  # and not just some more of an answer
+                self._turns = transcript.progress.turns
+                self._turned()
+        if transcript.is_behind:
             self._news.set()
+            self._look_for_work()
+
+    def _turned(self) -> None:
+        """There is another post, or a run has begun or ended."""
+        self._answering.follow()
+        self._count()
+        posts = self._transcript.progress.posts
+        if posts and posts[-1].seq > self._asked:
+            self._asked = posts[-1].seq
+            self._linger_anew()
+        self._look_for_work()
+
+    def _look_for_work(self) -> None:
         if self._answering.may_hold and self._answering.due:
             self._work.set()
 
@@ -368,7 +391,7 @@ class Conversation:
         """Have posts count no more that are answered, and say how many wait for the agent here."""
         progress = self._transcript.progress
         for seq in [seq for seq in self._counted if over or seq <= progress.answered]:
-            self._counted.pop(seq).close()
+            self._counted.pop(seq).runs -= 1
         waiting = progress.waiting if self._answering.may_hold and not over else 0
         WAITING.add(amount=waiting - self._waiting)
         self._waiting = waiting

@@ -50,15 +50,15 @@ class Progress:
         posts: those that are not answered, in order. That of the run that goes on is the first.
         run: the one that goes on.
         answered: the seq of the last post that is answered.
-        turns: how often one of these changed.
+        turns: how often one of these changed, counted on from what it is made with.
     """
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, turns: int = 0) -> None:
         self.seq = max(state.answered, state.first - 1)  # nothing before that matters
         self.answered = state.answered
         self.posts: deque[Asked] = deque()
         self.run: OpenRun | None = None
-        self.turns = 0
+        self.turns = turns
 
     @property
     def waiting(self) -> int:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from itertools import count
 from math import inf
 from secrets import token_hex
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from msgspec import Raw
 from msgspec.json import Encoder
 from trio import (
     Cancelled,
     CancelScope,
+    TooSlowError,
+    WouldBlock,
     current_effective_deadline,
     current_time,
     fail_after,
-    move_on_after,
 )
 from trio.lowlevel import checkpoint, checkpoint_if_cancelled
 
@@ -58,10 +60,20 @@ class ToolError(Exception):
     """Raise this inside a tool to have its text shown to people as the tool's error."""
 
 
+class Appender(Protocol):
+    """What puts events into the log. With a key an event is there once, however often that is asked for.
+
+    `answered` is the seq of the post that has been answered with this.
+    """
+
+    async def append(self, event: AnyEvent, key: str | None = None, answered: int | None = None) -> None: ...
+
+    def append_nowait(self, event: AnyEvent, key: str | None = None, answered: int | None = None) -> None:
+        """Do it at once; raises WouldBlock where that cannot be."""
+
+
 class Run:
     """What an agent gets: what it was asked, and the ways to show its work, for at most `seconds`.
-
-    `append` puts an event with its key into the log, where it is once, however often that is asked for.
 
     Every method but `cancel`, `abandon` and `tool` can be cancelled, and returns once the event is in the log; where
     that is in memory and nothing is to be waited for, others have their turn every 64 events. If one is cancelled, the
@@ -74,7 +86,7 @@ class Run:
         conversation: str,
         asked: Asked,
         seconds: float,
-        append: Callable[[AnyEvent, str | None], Awaitable[object]],
+        log: Appender,
         event_bytes: int,
     ) -> None:
         self.id = token_hex(8)
@@ -82,7 +94,7 @@ class Run:
         self.user = asked.user
         self.message = asked.text
         self.asked = asked
-        self._append = append
+        self._log = log
         self._scope = CancelScope(relative_deadline=seconds)
         self._cause: Literal["cancelled", "interrupted"] | None = None
         self._sealed = False
@@ -97,11 +109,17 @@ class Run:
 
     async def think(self, text: str) -> None:
         """Say what the agent is about. An empty text is no event."""
-        await self._speak(AgentThinking(**self._stamp(), text=text))
+        if self._is_said(text):
+            await self._log.append(AgentThinking(conversation=self.conversation, run=self.id, seq=0, at=0.0, text=text))
+        else:
+            await checkpoint()
 
     async def say(self, text: str) -> None:
         """Say a piece of the answer, which is all pieces joined as they are. An empty text is no event."""
-        await self._speak(AgentMessage(**self._stamp(), text=text))
+        if not self._is_said(text):
+            await checkpoint()
+            return
+        await self._log.append(AgentMessage(conversation=self.conversation, run=self.id, seq=0, at=0.0, text=text))
         if self._answer_characters <= self._room:  # more of it, and the last event cannot repeat it anyway
             self._answer.append(text)
             self._answer_characters += len(text)
@@ -158,19 +176,36 @@ class Run:
         self._check_size(json, what)
         return Raw(json)
 
-    async def _speak(self, event: AgentThinking | AgentMessage) -> None:
+    def _is_said(self, text: str) -> bool:
         self._check_open()
-        self._check_text(event.text, "the text")
-        if event.text:
-            await self._append(event, None)
-        else:
-            await checkpoint()
+        self._check_text(text, "the text")
+        return text != ""
 
     async def _record(self, key: str, event: AnyEvent) -> None:
         """Append what must not be missing. If this is cancelled or raises, the end of the run makes up for it."""
         self._owed[key] = event
-        await self._append(event, key)
+        await self._log.append(event, key)
         self._owed.pop(key, None)
+
+    async def _settle(self) -> None:
+        """Append all that is owed, at once where the log lets it. Raises TooSlowError after `LAST_WORDS` seconds.
+
+        No checkpoint, and not to be cancelled.
+        """
+        try:
+            for key, event in list(self._owed.items()):
+                if not self._abandoned:
+                    self._log.append_nowait(event, key, self._answered(event))
+                    self._owed.pop(key, None)
+        except WouldBlock:
+            with fail_after(LAST_WORDS, shield=True):
+                for key, event in list(self._owed.items()):
+                    if not self._abandoned:
+                        await self._log.append(event, key, self._answered(event))
+                        self._owed.pop(key, None)
+
+    def _answered(self, event: AnyEvent) -> int | None:
+        return self.asked.seq if isinstance(event, AgentCompleted) else None
 
 
 class Tool:
@@ -224,11 +259,10 @@ class Tool:
             return  # the end of the run has spoken for it
         key, completed = self._completed(result, error)
         del run._tools[self]
-        if run._ending():
-            run._owed[key] = completed  # one deadline for all that is owed at the end
-        else:  # a timeout that the agent itself has put around the tool does not end the run
-            with move_on_after(LAST_WORDS, shield=True):
-                await run._record(key, completed)
+        run._owed[key] = completed
+        if not run._ending():  # a timeout that the agent itself has put around the tool does not end the run
+            with suppress(TooSlowError):
+                await run._settle()
 
     def _completed(self, result: Raw | None = None, error: str | None = None) -> tuple[str, ToolCompleted]:
         seconds = current_time() - self._began
@@ -304,10 +338,7 @@ async def _seal(run: Run, outcome: Outcome, seconds: float, error_id: str | None
         **run._stamp(), outcome=outcome, seconds=seconds, text=answer or None, error_id=error_id
     )
     try:
-        with fail_after(LAST_WORDS, shield=True):
-            for key, event in list(run._owed.items()):
-                if not run._abandoned:
-                    await run._append(event, key)
+        await run._settle()
     except Exception as error:  # what is missing keeps what would follow it from the log
         report_error(error, conversation=run.conversation, run=run.id)
 

@@ -288,7 +288,6 @@ class Session:
             self._leave(id)
             cursor = self._cursors[id] = Cursor(conversation, max(after, conversation.first - 1), self._notify)
             conversation.attach(cursor)
-            self._notify(cursor)
             return _opened(conversation)
 
     async def _post(self, request: Post, who: Identity, allowance: Allowance) -> Reply:
@@ -383,8 +382,9 @@ class Session:
                 cursor.seq = entries[-1].seq if entries else head
                 payloads += [entry.json for entry in entries]
                 DELIVERED.add(amount=len(entries))
-            if cursor.seq >= cursor.conversation.head:
-                self._behind.pop(cursor, None)
+            if cursor.seq >= cursor.conversation.head and cursor in self._behind:
+                del self._behind[cursor]
+                cursor.conversation.rest(cursor)
         return payloads
 
 

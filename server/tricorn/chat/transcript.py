@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import islice
 from math import inf
 from time import perf_counter
+from typing import cast, get_args
 
 from trio import Semaphore, TooSlowError, WouldBlock, fail_after
-from trio.lowlevel import checkpoint_if_cancelled
+from trio.lowlevel import checkpoint, checkpoint_if_cancelled
 
-from tricorn.chat.log.base import Entry, Lease, Log, PastLost, State, Unavailable
+from tricorn.chat.log.base import Entry, ImmediateLog, Lease, Log, PastLost, State, Unavailable
 from tricorn.chat.progress import Progress
 from tricorn.chat.protocol import AnyEvent
 from tricorn.metrics import APPEND_SECONDS, APPENDED
@@ -21,6 +22,10 @@ from tricorn.metrics import APPEND_SECONDS, APPENDED
 TAIL = 256
 # Entries that are asked for at a time when others wrote.
 CHUNK = 256
+# Appends that wait for nothing, before others get their turn.
+APPENDED_AT_ONCE = 64
+
+_TYPES = {kind: str(kind.__struct_config__.tag) for kind in get_args(AnyEvent)}
 
 
 @contextmanager
@@ -31,9 +36,6 @@ def patience(seconds: float) -> Iterator[None]:
             yield
     except TooSlowError:
         raise Unavailable(f"the log did not answer within {seconds:g} s") from None
-
-
-NO_TIMEOUT = nullcontext()
 
 
 class Transcript:
@@ -55,7 +57,9 @@ class Transcript:
         self.progress = Progress(State("", 1, 0, 0))
         self.doubted = False
         self._log = log
-        self._seconds = inf if log.immediate else seconds
+        self._immediate = cast("ImmediateLog", log) if log.immediate else None
+        self._appended = 0  # without waiting
+        self._seconds = seconds
         self._changed = changed
         self.heard = 0
         self._lock = Semaphore(1)  # one at a time adds entries
@@ -106,23 +110,35 @@ class Transcript:
     ) -> tuple[Entry, bool]:
         """Put an event into the log, as `Log.append` does, and add its entry, with all that others wrote before it.
 
-        A checkpoint before that and none after it. If this is cancelled or raises, it may be in the log, or not.
+        A checkpoint before that and none after it; where the log is immediate, one that yields now and then, so that
+        what an agent says in one go can be read in one go. If this is cancelled or raises, it may be in the log, or
+        not.
         """
-        try:
-            self._lock.acquire_nowait()
-        except WouldBlock:
-            await self._lock.acquire()
-        try:
+        if self._immediate is not None:
+            self._appended += 1
+            if self._appended % APPENDED_AT_ONCE:
+                await checkpoint_if_cancelled()
+            else:
+                await checkpoint()
+            try:
+                appended = self.append_nowait(event, key, lease=lease, answered=answered)
+            except WouldBlock:
+                pass
+            else:
+                if self.is_behind:
+                    await self.catch_up()
+                return appended
+        async with self._lock:
             sure = False
             try:
                 began = perf_counter()
-                with NO_TIMEOUT if self._seconds == inf else patience(self._seconds):
+                with patience(self._seconds):
                     entry, repeated = await self._log.append(
                         self.key, self.epoch, event, key, lease=lease, answered=answered
                     )
                 APPEND_SECONDS.observe(perf_counter() - began)
                 if not repeated:
-                    APPENDED.add(str(event.__struct_config__.tag))
+                    APPENDED.add(_TYPES[event.__class__])
                 if entry.seq > self.head + 1:
                     await self._read_to(entry.seq - 1)
                 sure = True
@@ -132,8 +148,30 @@ class Transcript:
             if entry.seq > self.head:
                 self._add([entry])
             return entry, repeated
-        finally:
-            self._lock.release()
+
+    def append_nowait(
+        self, event: AnyEvent, key: str | None = None, *, lease: Lease | None = None, answered: int | None = None
+    ) -> tuple[Entry, bool]:
+        """Do what `append` does; raises WouldBlock, and does nothing, where there is something to wait for.
+
+        What others wrote before the event, if they did, and the event itself are then to be caught up with.
+        """
+        if self._immediate is None or self.is_behind or self._lock.value == 0:
+            raise WouldBlock
+        try:
+            appended = entry, repeated = self._immediate.append_nowait(
+                self.key, self.epoch, event, key, lease=lease, answered=answered
+            )
+        except BaseException:
+            self.doubt()
+            raise
+        if not repeated:
+            APPENDED.add(_TYPES[event.__class__])
+        if entry.seq == self.head + 1:
+            self._add([entry])
+        elif entry.seq > self.head:
+            self.hear(entry.seq)
+        return appended
 
     async def find(self, key: str) -> Entry | None:
         """The entry that was added with this key."""
@@ -205,7 +243,7 @@ class Transcript:
                 raise PastLost
 
     def _go_on_from(self, state: State) -> None:
-        self.progress = Progress(state)
+        self.progress = Progress(state, self.progress.turns + 1)
         self.head = self.progress.seq
         self._tail.clear()
 

@@ -366,20 +366,30 @@ async def test_a_log_that_stalls_holds_the_end_only_so_long(
 # Those who follow it
 
 
-async def test_every_append_notifies_who_is_attached(begin: Begin) -> None:
+async def test_an_append_notifies_who_is_attached_and_has_read_everything(begin: Begin) -> None:
     conversation = begin(echo)
     await conversation.open()
     notified: list[Cursor] = []
     cursor = Cursor(conversation, 0, notified.append)
     conversation.attach(cursor)
-    await conversation._transcript.append(event())
-    assert notified == [cursor]
+    assert not notified
     await conversation._transcript.append(event(), "k")
+    assert notified == [cursor]
+    await conversation._transcript.append(event())  # it knows already that there is something
+    assert len(notified) == 1
+    conversation.rest(cursor)  # it has not read it: there is something still
+    assert len(notified) == 2
+    cursor.seq = conversation.head
+    conversation.rest(cursor)
     await conversation._transcript.append(event(), "k")  # a repetition is no news
     assert len(notified) == 2
+    await conversation._transcript.append(event())
+    assert len(notified) == 3
+    cursor.seq = conversation.head
+    conversation.rest(cursor)
     conversation.detach(cursor)
     await conversation._transcript.append(event())
-    assert len(notified) == 2
+    assert len(notified) == 3
 
 
 async def test_the_log_is_asked_where_it_stands_once(begin: Begin, log: WatchedLog) -> None:

@@ -12,7 +12,7 @@ import trio.testing
 from tricorn.chat.log import conformance
 from tricorn.chat.log.base import KEEP_EVERYTHING, Log, Retention
 from tricorn.chat.log.conformance import LEASE, post
-from tricorn.chat.log.memory import APPENDED_AT_ONCE, MemoryLog
+from tricorn.chat.log.memory import MemoryLog
 
 
 class Stores:
@@ -34,11 +34,13 @@ async def test_conformance(case: conformance.Case, autojump_clock: trio.testing.
     await case(Stores())
 
 
-async def test_every_method_but_append_is_a_checkpoint() -> None:
+async def test_every_method_is_a_checkpoint() -> None:
     async with MemoryLog() as log:
+        epoch = (await log.open("c")).epoch
         for method, *arguments in (
             (log.check,),
             (log.open, "c"),
+            (log.append, "c", epoch, post()),
             (log.find, "c", "k"),
             (log.read, "c", 0, 1),
             (log.watch, "c", print),
@@ -50,16 +52,3 @@ async def test_every_method_but_append_is_a_checkpoint() -> None:
         ):
             with trio.testing.assert_checkpoints():
                 await method(*arguments)
-
-
-async def test_append_can_be_cancelled_always_and_yields_now_and_then() -> None:
-    async with MemoryLog() as log:
-        epoch = (await log.open("c")).epoch
-        with trio.CancelScope() as scope:
-            scope.cancel()
-            await log.append("c", epoch, post())
-        assert scope.cancelled_caught
-        assert not await log.read("c", 0, 1)
-        with trio.testing.assert_checkpoints():
-            for _ in range(APPENDED_AT_ONCE):
-                await log.append("c", epoch, post())

@@ -24,7 +24,10 @@ class Events(list[dict[str, Any]]):
         self.fail: set[str] = set()
         self.stall: set[str] = set()
 
-    async def append(self, event: AnyEvent, key: str | None) -> None:
+    def append_nowait(self, event: AnyEvent, key: str | None = None, answered: int | None = None) -> None:
+        raise trio.WouldBlock
+
+    async def append(self, event: AnyEvent, key: str | None = None, answered: int | None = None) -> None:
         await trio.lowlevel.checkpoint()
         self.asked += 1
         plain = msgspec.json.decode(msgspec.json.encode(event))
@@ -58,7 +61,7 @@ def events() -> Events:
 @pytest.fixture
 def new_run(events: Events) -> Callable[..., Run]:
     def new(seconds: float = 300) -> Run:
-        return Run("c", Asked(1, "post-1", "local", "hello"), seconds, events.append, 10_000)
+        return Run("c", Asked(1, "post-1", "local", "hello"), seconds, events, 10_000)
 
     return new
 

@@ -26,12 +26,15 @@ class Asked(NamedTuple):
 
     events: list[dict[str, Any]]
 
-    async def append(self, event: AnyEvent, key: str | None) -> None:
-        self.events.append(json.loads(msgspec.json.encode(event)))
+    async def append(self, event: AnyEvent, key: str | None = None, answered: int | None = None) -> None:
+        self.append_nowait(event, key, answered)
         await trio.lowlevel.checkpoint()
 
+    def append_nowait(self, event: AnyEvent, key: str | None = None, answered: int | None = None) -> None:
+        self.events.append(json.loads(msgspec.json.encode(event)))
+
     def run(self, message: str) -> Run:
-        return Run("home", progress.Asked(1, "post", "local", message), inf, self.append, 100_000)
+        return Run("home", progress.Asked(1, "post", "local", message), inf, self, 100_000)
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self.events if event["type"] == kind]

@@ -18,8 +18,9 @@ from time import time
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
+from msgspec import Struct
 from msgspec.json import Encoder
-from msgspec.structs import replace
+from msgspec.structs import force_setattr
 
 from tricorn.chat.protocol import AnyEvent
 
@@ -38,7 +39,7 @@ class PastLost(Exception):
     """The log has lost entries: the conversation's epoch is not the one that it had."""
 
 
-class Entry(NamedTuple):
+class Entry(Struct, frozen=True, order=True, gc=False):
     """One event of a conversation as it stands in the log: encoded once, however many read it."""
 
     seq: int
@@ -55,12 +56,20 @@ class Draft(NamedTuple):
         return Entry(seq, b"%b%d%b" % (self.before, seq, self.behind))
 
 
-def draft(event: AnyEvent) -> Draft:
-    """Stamp an event with the time, in seconds since the Unix epoch, and encode it.
+def stamp(event: AnyEvent, seq: int) -> Entry:
+    """Give an event its seq and the time, in seconds since the Unix epoch, and encode it.
 
     Raises TypeError, ValueError or RecursionError where something in the event is not JSON.
     """
-    before, seq, behind = _encode(replace(event, seq=0, at=time())).partition(_SEQ)
+    # What the two fields of an event wait for; a copy of it would cost more than all the rest.
+    force_setattr(event, "seq", seq)
+    force_setattr(event, "at", time())
+    return Entry(seq, _encode(event))
+
+
+def draft(event: AnyEvent) -> Draft:
+    """Stamp an event as far as a log can that does not know its seq yet. Raises what `stamp` does."""
+    before, seq, behind = stamp(event, 0).json.partition(_SEQ)
     return Draft(before + seq[:-1], behind)
 
 
@@ -115,8 +124,7 @@ class Log(Protocol):
     As with a nursery, what the block raises may come out in an ExceptionGroup. Also when what is around the block is
     cancelled, the log works until the block is left: that is when runs say their last words.
 
-    Every method is a checkpoint, but for `unwatch`, and for the `append` of a log that is `immediate`: that can be
-    cancelled always and yields now and then, so that what an agent says in one go can be read in one go.
+    Every method is a checkpoint, but for `unwatch`.
 
     Each may be called by any number of tasks at a time; of one conversation, one task at a time appends under the
     lease. What is returned belongs to the caller.
@@ -126,7 +134,7 @@ class Log(Protocol):
     """
 
     shared: bool  # several instances can have the same store at a time
-    immediate: bool  # it waits for nothing, so that what is asked of it needs no time
+    immediate: bool  # it waits for nothing, and is an `ImmediateLog`
 
     async def __aenter__(self) -> Self: ...
 
@@ -214,3 +222,19 @@ class Log(Protocol):
 
     async def unanswered(self, limit: int) -> list[str]:
         """At most `limit` conversations in which a post is not answered and no instance that is alive has the lease."""
+
+
+class ImmediateLog(Log, Protocol):
+    """A log that has nothing to wait for."""
+
+    def append_nowait(
+        self,
+        conversation: str,
+        epoch: str,
+        event: AnyEvent,
+        key: str | None = None,
+        *,
+        lease: Lease | None = None,
+        answered: int | None = None,
+    ) -> tuple[Entry, bool]:
+        """Do what `append` does, which is a checkpoint and then this. Where it raises, nothing was added."""

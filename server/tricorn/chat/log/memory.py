@@ -10,16 +10,15 @@ from math import inf
 from secrets import token_hex
 from time import time
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
+from msgspec import Struct
 from trio import current_time
-from trio.lowlevel import checkpoint, checkpoint_if_cancelled
+from trio.lowlevel import checkpoint
 
-from tricorn.chat.log.base import KEEP_EVERYTHING, Entry, Hear, Lease, LeaseLost, PastLost, Retention, State, draft
+from tricorn.chat.log.base import KEEP_EVERYTHING, Entry, Hear, Lease, LeaseLost, PastLost, Retention, State, stamp
 from tricorn.chat.protocol import AnyEvent, UserMessage
 from tricorn.settings import SettingError, Settings
-
-APPENDED_AT_ONCE = 64  # entries, before others get their turn
 
 
 class MemoryLog:
@@ -35,12 +34,12 @@ class MemoryLog:
         self, *, retention: Retention = KEEP_EVERYTHING, lease: float = 15.0, beside: MemoryLog | None = None
     ) -> None:
         self._retention = retention
+        self._forgets = retention != KEEP_EVERYTHING
         self._lease = lease
         self._store: defaultdict[str, Past] = defaultdict(Past) if beside is None else beside._store
         self._instances: set[MemoryLog] = set() if beside is None else beside._instances
         self._watchers: dict[str, Hear] = {}
         self._alive_until = inf
-        self._appended = 0
         self._instances.add(self)
 
     async def __aenter__(self) -> Self:
@@ -78,16 +77,25 @@ class MemoryLog:
         lease: Lease | None = None,
         answered: int | None = None,
     ) -> tuple[Entry, bool]:
-        self._appended += 1
-        if self._appended % APPENDED_AT_ONCE:
-            await checkpoint_if_cancelled()
-        else:
-            await checkpoint()
+        await checkpoint()
+        return self.append_nowait(conversation, epoch, event, key, lease=lease, answered=answered)
+
+    def append_nowait(
+        self,
+        conversation: str,
+        epoch: str,
+        event: AnyEvent,
+        key: str | None = None,
+        *,
+        lease: Lease | None = None,
+        answered: int | None = None,
+    ) -> tuple[Entry, bool]:
         past = self._store[conversation]
         entry, repeated = past.append(self, epoch, event, key, lease, answered)
         if not repeated:
-            past.forget(self._retention)
-            self._tell(conversation)
+            if self._forgets:
+                past.forget(self._retention)
+            self._tell(conversation, past)
         return entry, repeated
 
     async def find(self, conversation: str, key: str) -> Entry | None:
@@ -113,24 +121,26 @@ class MemoryLog:
 
     async def release(self, conversation: str, lease: Lease, *, unanswered: bool = False) -> bool:
         await checkpoint()
-        released = self._store[conversation].release(self, lease, unanswered)
+        past = self._store[conversation]
+        released = past.release(self, lease, unanswered)
         if released:
-            self._tell(conversation)
+            self._tell(conversation, past)
         return released
 
     async def cancel(self, conversation: str, run: str) -> None:
         await checkpoint()
-        self._store[conversation].cancelled = run
-        self._tell(conversation)
+        past = self._store[conversation]
+        past.cancelled = run
+        self._tell(conversation, past)
 
     async def attend(self, conversation: str, attending: bool) -> None:
         await checkpoint()
-        attended = self._store[conversation].attended
+        past = self._store[conversation]
         if attending:
-            attended.add(self)
+            past.attended.add(self)
         else:
-            attended.discard(self)
-        self._tell(conversation)
+            past.attended.discard(self)
+        self._tell(conversation, past)
 
     async def attended(self, conversation: str) -> bool:
         await checkpoint()
@@ -141,8 +151,7 @@ class MemoryLog:
         found = (key for key, past in self._store.items() if past.is_unanswered and not past.is_held(_alive))
         return list(islice(found, limit))
 
-    def _tell(self, conversation: str) -> None:
-        past = self._store[conversation]
+    def _tell(self, conversation: str, past: Past) -> None:
         for other in self._instances:
             hear = other._watchers.get(conversation)
             if hear is not None and other is not self:
@@ -161,7 +170,7 @@ def _alive(instance: object) -> bool:
     return isinstance(instance, MemoryLog) and current_time() < instance._alive_until
 
 
-class _Kept(NamedTuple):
+class _Kept(Struct, frozen=True, gc=False):
     entry: Entry
     key: str | None
     since: float
@@ -201,9 +210,9 @@ class Past:
             raise LeaseLost
         if key is not None and key in self.keys:
             return self.keys[key], True
-        entry = draft(event).entry(self.head + 1)
+        entry = stamp(event, self.head + 1)
         self.head = entry.seq
-        self.entries.append(_Kept(entry, key, time()))
+        self.entries.append(_Kept(entry, key, event.at))
         if key is not None:
             self.keys[key] = entry
         if isinstance(event, UserMessage):

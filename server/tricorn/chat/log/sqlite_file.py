@@ -160,7 +160,7 @@ class File:
             asked=entry.seq if asks else row.asked,
             answered=row.answered if answered is None else answered,
         )
-        self._db.execute("INSERT INTO entry VALUES (?, ?, ?, ?, ?)", [row.id, *entry, event_key, time()])
+        self._db.execute("INSERT INTO entry VALUES (?, ?, ?, ?, ?)", [row.id, entry.seq, entry.json, event_key, time()])
         change = "UPDATE conversation SET head = ?, asked = ?, answered = ? WHERE id = ?"
         self._db.execute(change, [row.head, row.asked, row.answered, row.id])
         self._forget(row, retention)
