@@ -39,9 +39,10 @@ class Counter:
 
     def add(self, value: str = "", amount: float = 1) -> None:
         """Count `amount` for a value of the label; one that is not known counts as `other`."""
-        if value not in self.values:
-            value = OTHER
-        self.values[value] += amount
+        try:
+            self.values[value] += amount
+        except KeyError:
+            self.values[OTHER] += amount
 
     def family(self) -> Family:
         return {value: [number] for value, number in self.values.items()}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from math import inf
 from time import perf_counter
 from typing import cast, get_args
@@ -18,8 +16,8 @@ from tricorn.chat.progress import Progress
 from tricorn.chat.protocol import AnyEvent
 from tricorn.metrics import APPEND_SECONDS, APPENDED
 
-# Entries kept in memory: who is not further behind than that is served without asking the log.
-TAIL = 256
+# Entries kept in memory, up to twice as many: who is not further behind is served without asking the log.
+TAIL = 128
 # Entries that are asked for at a time when others wrote.
 CHUNK = 256
 # Appends that wait for nothing, before others get their turn.
@@ -63,7 +61,7 @@ class Transcript:
         self._changed = changed
         self.heard = 0
         self._lock = Semaphore(1)  # one at a time adds entries
-        self._tail: deque[Entry] = deque(maxlen=TAIL)
+        self._tail: list[Entry] = []
 
     @property
     def is_behind(self) -> bool:
@@ -156,7 +154,7 @@ class Transcript:
 
         What others wrote before the event, if they did, and the event itself are then to be caught up with.
         """
-        if self._immediate is None or self.is_behind or self._lock.value == 0:
+        if self._immediate is None or self.doubted or self.heard > self.head or not self._lock.value:
             raise WouldBlock
         try:
             appended = entry, repeated = self._immediate.append_nowait(
@@ -187,9 +185,9 @@ class Transcript:
 
         It is empty also where retention has taken them all.
         """
-        first = self._tail[0].seq if self._tail else inf
-        if after + 1 >= first:
-            return list(islice(self._tail, after + 1 - int(first), after + 1 - int(first) + limit))
+        if self._tail and after + 1 >= self._tail[0].seq:
+            start = after + 1 - self._tail[0].seq
+            return self._tail[start : start + limit]
         try:
             with patience(self._seconds):
                 entries = await self._log.read(self.key, after, limit)
@@ -248,7 +246,9 @@ class Transcript:
         self._tail.clear()
 
     def _add(self, entries: list[Entry]) -> None:
-        self._tail.extend(entries)
+        self._tail += entries
+        if len(self._tail) > 2 * TAIL:
+            del self._tail[:-TAIL]
         for entry in entries:
             self.progress.fold(entry)
         self.head = self.progress.seq

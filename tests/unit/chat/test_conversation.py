@@ -418,14 +418,14 @@ async def test_a_log_that_cannot_be_opened_is_asked_again(begin: Begin, log: Wat
 async def test_who_keeps_up_is_served_without_the_log(begin: Begin, log: WatchedLog) -> None:
     conversation = begin(echo)
     await conversation.open()
-    for n in range(TAIL + 10):
+    for n in range(2 * TAIL + 10):
         await conversation._transcript.append(event(str(n)))
-    recent = await conversation.read(10, 5)
-    assert [entry.seq for entry in recent] == [11, 12, 13, 14, 15]
-    assert await conversation.read(TAIL + 10, 5) == []
+    recent = await conversation.read(TAIL + 1, 5)
+    assert [entry.seq for entry in recent] == list(range(TAIL + 2, TAIL + 7))
+    assert await conversation.read(2 * TAIL + 10, 5) == []
     assert log.reads == 0
-    old = await conversation.read(9, 5)
-    assert [entry.seq for entry in old] == [10, 11, 12, 13, 14]
+    old = await conversation.read(TAIL, 5)
+    assert [entry.seq for entry in old] == list(range(TAIL + 1, TAIL + 6))
     assert log.reads == 1
     assert old[1:] == recent[:4]
     assert old[1].json is recent[0].json  # encoded once

@@ -145,6 +145,8 @@ ZONES = read_zones()
 
 def characters(text: str) -> list[str]:
     """What a reader takes for one: a letter with its marks, an emoji with its skin tone and all it is joined to."""
+    if text.isascii():
+        return list(text)
     starts = [
         index
         for index, part in enumerate(text)

@@ -153,9 +153,8 @@ class MemoryLog:
 
     def _tell(self, conversation: str, past: Past) -> None:
         for other in self._instances:
-            hear = other._watchers.get(conversation)
-            if hear is not None and other is not self:
-                hear(past.head, past.cancelled)
+            if other is not self and conversation in other._watchers:
+                other._watchers[conversation](past.head, past.cancelled)
 
 
 def connect(url: str, settings: Settings) -> MemoryLog:
