@@ -153,6 +153,7 @@ class Router:
                         await websocket.run(self._handler)
                     finally:
                         del self._transports[transport]
+                        transport.forget()
         except Full as full:
             _turn_away(sock, refuse(full, head))
         except OSError:

@@ -149,7 +149,7 @@ class NativeTransport:
         self._put_off.append(close_frame(close))
         self._close_code = close.code
         self.flush()
-        if not self.at_eof:
+        if not self.at_eof and not self.wants_read:
             self.wants_read = True
             self._readiness.change(self)
         self._look_finished()
@@ -166,6 +166,10 @@ class NativeTransport:
         self._socket.close()
         self._break()
         self._connection.end(Close(ABNORMAL, "aborted"))
+
+    def forget(self) -> None:
+        """The connection has ended, and knows this one: both are freed now without the garbage collector."""
+        del self._connection
 
     def traffic(self) -> Traffic:
         close_received = None if self._codec.closed is None else self._codec.closed.code

@@ -5,6 +5,8 @@ Where the clock is `patient_clock`, time passes only when nothing else can happe
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any
@@ -201,6 +203,31 @@ async def test_the_server_forgets_connections_that_ended(served: Served) -> None
         await wait_all_tasks_blocked()
         assert server._transports == {}
         nursery.cancel_scope.cancel()
+
+
+async def test_what_has_ended_is_freed_without_the_garbage_collector(served: Served) -> None:
+    seen: list[weakref.ref[WebSocket]] = []
+
+    async def answer(ws: WebSocket) -> None:
+        seen.append(weakref.ref(ws))
+        async for message in ws:
+            await ws.send(message)
+
+    gc.disable()
+    try:
+        async with served(answer) as server:
+            async with server.connect() as client:
+                await client.send("one")
+                assert await client.receive() == "one"
+                await client.close()
+            async with server.connect() as client:
+                await client.send("two")
+                assert await client.receive() == "two"
+                server.scope.cancel()
+                assert await client.closed() == (1012, "")
+        assert [reference() for reference in seen] == [None, None]
+    finally:
+        gc.enable()
 
 
 # Something fails
