@@ -49,7 +49,7 @@ class Run:
         self._results = results
         self._progress = progress
         self._bar = TaskID(0)
-        self._running: dict[tuple[str, Mode], Server] = {}
+        self._running: dict[tuple[str, Mode, tuple[str, ...]], Server] = {}
         self._stack = ExitStack()  # for those that are running
         cores = sorted(os.sched_getaffinity(0))
         self._server_cores = cores[:1]
@@ -86,7 +86,7 @@ class Run:
         if case.fresh:
             with start as server:
                 return case.measure(server)
-        key = name, case.mode
+        key = name, case.mode, case.before
         if key not in self._running or not self._running[key].is_alive():
             self._running[key] = self._stack.enter_context(start)
         return case.measure(self._running[key])

@@ -28,6 +28,7 @@ EVENTS = [
 ]
 LAST = EVENTS[-1].encode()
 TEXT = 0x81
+WAITING = ("env", "TRICORN_AGENT=bench.agent:waiting")
 
 
 class Event(msgspec.Struct):
@@ -116,11 +117,10 @@ def check(heard: bytes, before: int) -> None:
 
 
 def chat(sizes: Sizes) -> Iterator[Case]:
+    chats = partial(measure, conversations=sizes.chats, readers=1, posts=sizes.posts)
     for subprotocol in ("tricorn.v1", "tricorn.v1.batch"):
-        yield Case(
-            f"{sizes.chats} conversations, {subprotocol}",
-            partial(measure, conversations=sizes.chats, readers=1, posts=sizes.posts, subprotocol=subprotocol),
-        )
+        yield Case(f"{sizes.chats} conversations, {subprotocol}", partial(chats, subprotocol=subprotocol))
+    yield Case("tricorn.v1, an agent that waits", partial(chats, subprotocol="tricorn.v1"), before=WAITING)
 
 
 def fanout(sizes: Sizes) -> Iterator[Case]:

@@ -14,6 +14,8 @@ from typing import Protocol
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, WebSocketRoute, expect
 
+from fixtures.ports import port_that_stays_free
+
 pytestmark = pytest.mark.any_server
 
 MARKUP = "<img src=x onerror=\"document.title='broken in'\">"
@@ -191,7 +193,8 @@ def test_a_run_goes_on_while_the_connection_is_cut(page: Page, address: str) -> 
 
 
 def test_what_is_written_while_the_server_is_away_is_answered_when_it_is_back(page: Page, serving: Serving) -> None:
-    with serving() as address:
+    bind = f"127.0.0.1:{port_that_stays_free()}"
+    with serving(bind) as address:
         visit(page, address)
         write(page, "slow 60")
         expect(run(page).locator(".tool .status")).to_have_text("running")
@@ -199,7 +202,7 @@ def test_what_is_written_while_the_server_is_away_is_answered_when_it_is_back(pa
     expect(run(page).locator(".outcome")).to_have_text(re.compile("^The server stopped before the agent was done"))
     write(page, "12*(7+5)^2")
     expect(page.locator(".message[data-state=sending] > p")).to_have_text("12*(7+5)^2")
-    with serving(address.removeprefix("http://")):
+    with serving(bind):
         expect(page.get_by_role("status")).to_have_text("Connected", timeout=30_000)
         expect(run(page).locator(".answer")).to_have_text("12*(7+5)^2 = 1728")
         expect(page.locator(".message[data-state=sent] > p").last).to_have_text("12*(7+5)^2")
@@ -213,7 +216,8 @@ def test_the_page_goes_on_after_the_server_was_killed(
     """In mid-answer, by SIGKILL; the next process has the same log, and goes on with what waits."""
     log = f"sqlite:///{tmp_path}/log.db"
     monkeypatch.setenv("TRICORN_LOG", log)
-    with serving(status=-signal.SIGKILL) as address:
+    bind = f"127.0.0.1:{port_that_stays_free()}"
+    with serving(bind, -signal.SIGKILL) as address:
         visit(page, address)
         write(page, "slow 60")
         expect(run(page).locator(".tool .status")).to_have_text("running")
@@ -221,7 +225,7 @@ def test_the_page_goes_on_after_the_server_was_killed(
         expect(page.locator(".message[data-state=sent]")).to_have_count(2)
         kill_server(log)
         expect(page.get_by_role("status")).to_have_text(re.compile("^Reconnecting"))
-    with serving(address.removeprefix("http://")):
+    with serving(bind):
         expect(page.get_by_role("status")).to_have_text("Connected", timeout=30_000)
         expect(page.locator(".run").first.locator(".outcome")).to_have_text(re.compile("^The server stopped before"))
         expect(page.locator(".run").last.locator(".answer")).to_have_text("12*(7+5)^2 = 1728")

@@ -10,7 +10,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -24,6 +23,7 @@ import pytest
 import trio
 from trio_websocket import ConnectionClosed, HandshakeError, WebSocketConnection, wrap_client_stream
 
+from fixtures.ports import port_that_stays_free
 from fixtures.real_services import PostgresServer, RedisServer
 
 SEED = 20261125
@@ -46,16 +46,6 @@ async def talk(run):
 
 NATIVE = ("tricorn", "serve", "--audit", "off", "--bind")
 HYPERCORN = ("hypercorn", "-k", "trio", "tricorn.asgi:app", "--bind")
-
-
-def port_that_stays_free() -> int:
-    """A port below those that the kernel gives to whoever asks for any: it does so while nobody listens here."""
-    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    while True:
-        port = random.randrange(lowest // 2, lowest)
-        with socket.socket() as sock, suppress(OSError):
-            sock.bind(("127.0.0.1", port))
-            return port
 
 
 class Instance:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from functools import partial
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -58,10 +59,9 @@ class Server:
 
 
 @pytest.fixture
-async def server(nursery: trio.Nursery) -> AsyncIterator[Server]:
-    start = partial(
-        trio.run_process, SERVE, stdout=subprocess.PIPE, env=os.environ | {"TRICORN_METRICS": "127.0.0.1:0"}
-    )
+async def server(nursery: trio.Nursery, tmp_path: Path) -> AsyncIterator[Server]:
+    environ = {"TRICORN_METRICS": "127.0.0.1:0", "TRICORN_LOG": f"sqlite:///{tmp_path}/log.db"}
+    start = partial(trio.run_process, SERVE, stdout=subprocess.PIPE, env=os.environ | environ)
     with trio.fail_after(30):
         process = await nursery.start(start)
         said = b""

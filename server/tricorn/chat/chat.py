@@ -53,22 +53,19 @@ class Chat:
         self._opening = open_nursery()
         self._conversations: dict[str, Conversation] = {}
         self._sessions: set[Session] = set()
-        self._looking = CancelScope()
-        self._beating = CancelScope()
+        self._tending = CancelScope()
         self.closing = False
 
     async def __aenter__(self) -> Self:
         self._nursery = await self._opening.__aenter__()
-        self._nursery.start_soon(self._look_after)
-        self._nursery.start_soon(self._beat)
+        self._nursery.start_soon(self._tend)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
         self._end_conversations()
-        self._looking.cancel()
-        self._beating.cancel()
+        self._tending.cancel()
         return await self._opening.__aexit__(kind, error, traceback)
 
     async def session(self, ws: WebSocket) -> None:
@@ -134,38 +131,42 @@ class Chat:
         for conversation in self._conversations.values():
             conversation.end()
 
+    async def _tend(self) -> None:
+        with self._tending:
+            async with open_nursery() as nursery:
+                nursery.start_soon(self._look_after)
+                nursery.start_soon(self._beat)
+
     async def _beat(self) -> None:
         """Have every session say that it is there before it has said nothing for `heartbeat` seconds.
 
         Those whose time would come soon do it at once: so there are few looks, however many sessions there are.
         """
         heartbeat = self.settings.heartbeat
-        with self._beating:
-            while True:
-                now = first = current_time()
-                for session in self._sessions:
-                    if session.spoke_at < now - heartbeat * (1 - EARLY):
-                        session.beat()
-                    else:
-                        first = min(first, session.spoke_at)
-                await sleep_until(first + heartbeat)
+        while True:
+            now = first = current_time()
+            for session in self._sessions:
+                if session.spoke_at < now - heartbeat * (1 - EARLY):
+                    session.beat()
+                else:
+                    first = min(first, session.spoke_at)
+            await sleep_until(first + heartbeat)
 
     async def _look_after(self) -> None:
         """Answer where nobody does, as behind an instance that has died: now, and then often enough for `lease`."""
-        with self._looking:
-            while True:
-                try:
-                    with patience(self.settings.log_timeout):
-                        keys = await self._log.unanswered(LOOK_AT_ONCE)
-                except Unavailable:  # who asks for something will be told
-                    keys = []
-                except Exception as error:
-                    report_error(error)
-                    keys = []
-                for key in keys:
-                    self.conversation(key).nudge()
-                pause = self.settings.lease / LOOKS_PER_LEASE
-                await sleep(min(pause, SOON) if len(keys) == LOOK_AT_ONCE else pause)
+        while True:
+            try:
+                with patience(self.settings.log_timeout):
+                    keys = await self._log.unanswered(LOOK_AT_ONCE)
+            except Unavailable:  # who asks for something will be told
+                keys = []
+            except Exception as error:
+                report_error(error)
+                keys = []
+            for key in keys:
+                self.conversation(key).nudge()
+            pause = self.settings.lease / LOOKS_PER_LEASE
+            await sleep(min(pause, SOON) if len(keys) == LOOK_AT_ONCE else pause)
 
     async def _live(self, conversation: Conversation, before: Conversation | None) -> None:
         CONVERSATIONS.add()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from math import inf
 from time import perf_counter
 from typing import cast, get_args
 
@@ -134,7 +133,8 @@ class Transcript:
                     entry, repeated = await self._log.append(
                         self.key, self.epoch, event, key, lease=lease, answered=answered
                     )
-                APPEND_SECONDS.observe(perf_counter() - began)
+                if self._immediate is None:
+                    APPEND_SECONDS.observe(perf_counter() - began)
                 if not repeated:
                     APPENDED.add(_TYPES[event.__class__])
                 if entry.seq > self.head + 1:
