@@ -7,7 +7,6 @@ from secrets import token_hex
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 import trio
-from outcome import Error
 from trio import Event, current_effective_deadline, current_time, move_on_after
 from trio.lowlevel import (
     Abort,
@@ -177,25 +176,11 @@ class WebSocket:
             Disconnected: the connection is over and all that came before was received.
             trio.BusyResourceError: another task is receiving.
         """
-        if self.inbox:
-            await checkpoint_if_cancelled()
-        while not self.inbox:
-            if self._cause is not None:
-                await checkpoint_if_cancelled()
-                self._stop()
-                raise Disconnected(*self._cause)
-            if self._receiver is not None:
-                raise trio.BusyResourceError("another task is receiving from this connection")
-            reading = self._transport.idle()
-            if reading is None:
-                self._receiver = current_task()
-                await wait_task_rescheduled(self._stop_waiting)
-            else:
-                await reading
-                if self._cause is not None and not self.inbox:
-                    raise Disconnected(*self._cause)
-        self._paid = True
-        return self.inbox.pop()
+        try:
+            return await self.__anext__()
+        except StopAsyncIteration:
+            assert self._cause is not None  # noqa: S101
+            raise Disconnected(*self._cause) from None
 
     async def send(self, message: Message) -> None:
         """Send a message: str as text, bytes as binary. Waits while the peer does not keep up.
@@ -262,14 +247,22 @@ class WebSocket:
 
     async def __anext__(self) -> Message:
         """The next message, as `receive` gives it. Iteration ends when the connection is over."""
-        if self.inbox:  # as in there: a message costs a coroutine less
+        if self.inbox or self._cause is not None:
             await checkpoint_if_cancelled()
-            self._paid = True
-            return self.inbox.pop()
-        try:
-            return await self.receive()
-        except Disconnected:
-            raise StopAsyncIteration from None
+        while not self.inbox:
+            if self._cause is not None:
+                self._stop()
+                raise StopAsyncIteration
+            if self._receiver is not None:
+                raise trio.BusyResourceError("another task is receiving from this connection")
+            reading = self._transport.idle()
+            if reading is None:
+                self._receiver = current_task()
+                await wait_task_rescheduled(self._stop_waiting)
+            else:
+                await reading
+        self._paid = True
+        return self.inbox.pop()
 
     # For hosts
 
@@ -308,7 +301,7 @@ class WebSocket:
         """
         if not self._end(cause):
             return
-        self._tell_receiver(cause)  # first, so that it gets to know why
+        self._wake_receiver()  # first, so that it gets to know why
         if self.inbox:
             scope = self.nursery.cancel_scope
             scope.deadline = min(scope.deadline, current_time() + self._close_timeout)
@@ -349,9 +342,9 @@ class WebSocket:
         self._ending_since = current_time()
         return True
 
-    def _tell_receiver(self, cause: Close) -> None:
+    def _wake_receiver(self) -> None:
         if self._receiver is not None:
-            reschedule(self._receiver, Error(Disconnected(*cause)))
+            reschedule(self._receiver)
             self._receiver = None
 
     def _stop(self) -> None:
@@ -401,7 +394,7 @@ class WebSocket:
             self._report(error)
         finally:
             self._transport.abort()
-            self._tell_receiver(cause)  # a task that is not the connection's own
+            self._wake_receiver()  # a task that is not the connection's own
             self._move(Phase.CLOSED)
             if self._closed is not None:
                 self._closed.set()
