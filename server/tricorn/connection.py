@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from math import inf
 from secrets import token_hex
-from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import trio
+from outcome import Outcome
 from trio import Event, current_effective_deadline, current_time, move_on_after
 from trio.lowlevel import (
     Abort,
@@ -23,11 +24,28 @@ from .phase import IllegalMove, Phase, move
 from .report import report, report_error, trace_id
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 
     Handler = Callable[["WebSocket"], Awaitable[None]]
 
 Message = str | bytes  # text or binary, RFC 6455 §5.6
+
+
+class Woken(Outcome[None]):
+    """What a task is rescheduled with that only waits to go on: `outcome.Value(None)`, for any number of times."""
+
+    __slots__ = ()
+
+    def unwrap(self) -> None: ...
+
+    def send(self, gen: Generator[Any, None, object]) -> Any:
+        return gen.send(None)
+
+    async def asend(self, agen: AsyncGenerator[Any, None]) -> Any:
+        return await agen.asend(None)
+
+
+WOKEN = Woken()  # one for each wake-up would be a tenth of what an echo costs in Python
 
 LATER_CAUSES = 10  # that are kept; the first cause always is
 
@@ -290,9 +308,7 @@ class WebSocket:
         self._received += len(messages)
         messages.reverse()
         self.inbox = messages + self.inbox if self.inbox else messages
-        if self._receiver is not None:
-            reschedule(self._receiver)
-            self._receiver = None
+        self._wake_receiver()
 
     def end(self, cause: Close) -> None:
         """The peer is gone or to be got rid of.
@@ -344,7 +360,7 @@ class WebSocket:
 
     def _wake_receiver(self) -> None:
         if self._receiver is not None:
-            reschedule(self._receiver)
+            reschedule(self._receiver, WOKEN)
             self._receiver = None
 
     def _stop(self) -> None:

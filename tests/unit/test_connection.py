@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Generator
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from trio.testing import MockClock
 
 from tricorn import Disconnected, WebSocket
 from tricorn.close import Close
-from tricorn.connection import Traffic
+from tricorn.connection import WOKEN, Traffic
 from tricorn.phase import Phase
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -248,3 +248,24 @@ async def test_a_connection_that_has_ended_does_not_begin_again(records: Records
     assert len(ran) == 1
     messages = [record["message"] for record in records()]
     assert messages[0] == "IllegalMove: a connection cannot go from closed to open"
+
+
+async def test_what_wakes_a_task_is_nothing_any_number_of_times() -> None:
+    def waiting() -> Generator[None, None, None]:
+        while True:
+            sent.append((yield))
+
+    async def waiting_too() -> AsyncGenerator[None, None]:
+        while True:
+            sent.append((yield))
+
+    sent: list[None] = []
+    generator, asynchronous = waiting(), waiting_too()
+    next(generator)
+    await asynchronous.asend(None)
+    for _ in range(2):
+        assert WOKEN.unwrap() is None  # type: ignore[func-returns-value]
+        WOKEN.send(generator)
+        await WOKEN.asend(asynchronous)
+    assert sent == [None] * 4
+    await asynchronous.aclose()

@@ -46,6 +46,7 @@ from tricorn.close import (
     TOO_MANY_CONNECTIONS,
     UNAUTHENTICATED,
 )
+from tricorn.connection import WOKEN
 from tricorn.metrics import DELIVERED, LIMIT_HITS
 from tricorn.report import report_error
 
@@ -137,7 +138,7 @@ class Session:
     def _wake(self) -> None:
         self._woken = True
         if self._writer is not None:
-            reschedule(self._writer)
+            reschedule(self._writer, WOKEN)
             self._writer = None
 
     # Who it is

@@ -21,6 +21,8 @@ from trio.lowlevel import (
     wait_writable,
 )
 
+from ..connection import WOKEN
+
 if sys.platform == "linux":
     from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLONESHOT, EPOLLOUT, EPOLLRDHUP, epoll
 
@@ -80,7 +82,7 @@ class Flusher:
     def flush_soon(self, watched: Watched) -> None:
         self._waiting.add(watched)
         if self._task is not None:
-            reschedule(self._task)
+            reschedule(self._task, WOKEN)
             self._task = None
 
     async def _flush(self) -> None:
