@@ -14,7 +14,6 @@ from time import process_time
 from typing import Any
 
 import trio
-from outcome import Value
 from rich.console import Console
 from trio.lowlevel import Abort, Task, cancel_shielded_checkpoint, current_task, reschedule, wait_task_rescheduled
 from trio.testing import wait_all_tasks_blocked
@@ -24,7 +23,7 @@ from tricorn.chat import Chat, Run
 from tricorn.chat.log.base import stamp
 from tricorn.chat.protocol import AgentMessage
 from tricorn.chat.session import decode
-from tricorn.connection import WebSocket
+from tricorn.connection import WOKEN, WebSocket
 from tricorn.host.native import NativeTransport
 from tricorn.host.readiness import Flusher, Watched
 from tricorn.host.websocket import Opcode, Receiver, frame
@@ -156,7 +155,7 @@ async def of_a_switch() -> float:
             woken = waiting.copy()
             waiting.clear()
             for task in woken:
-                reschedule(task, Value(None))
+                reschedule(task, WOKEN)
             await turn()
 
         cost = await least(round, CONNECTIONS)
