@@ -193,19 +193,19 @@ class Run:
         No checkpoint, and not to be cancelled.
         """
         try:
-            for key, event in list(self._owed.items()):
-                if not self._abandoned:
-                    self._log.append_nowait(event, key, self._answered(event))
-                    self._owed.pop(key, None)
+            for owed in self._owing():
+                self._log.append_nowait(*owed)
         except WouldBlock:
             with fail_after(LAST_WORDS, shield=True):
-                for key, event in list(self._owed.items()):
-                    if not self._abandoned:
-                        await self._log.append(event, key, self._answered(event))
-                        self._owed.pop(key, None)
+                for owed in self._owing():
+                    await self._log.append(*owed)
 
-    def _answered(self, event: AnyEvent) -> int | None:
-        return self.asked.seq if isinstance(event, AgentCompleted) else None
+    def _owing(self) -> Iterator[tuple[AnyEvent, str, int | None]]:
+        """All that is owed; each no more when the next is asked for."""
+        for key, event in list(self._owed.items()):
+            if not self._abandoned:
+                yield event, key, self.asked.seq if isinstance(event, AgentCompleted) else None
+                self._owed.pop(key, None)
 
 
 class Tool:

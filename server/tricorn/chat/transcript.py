@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from time import perf_counter
 from typing import cast, get_args
 
-from trio import Semaphore, TooSlowError, WouldBlock, fail_after
+from trio import Lock, TooSlowError, WouldBlock, fail_after
 from trio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from tricorn.chat.log.base import Entry, ImmediateLog, Lease, Log, PastLost, State, Unavailable
@@ -59,7 +59,7 @@ class Transcript:
         self._seconds = seconds
         self._changed = changed
         self.heard = 0
-        self._lock = Semaphore(1)  # one at a time adds entries
+        self._lock = Lock()  # one at a time adds entries
         self._tail: list[Entry] = []
 
     @property
@@ -154,7 +154,7 @@ class Transcript:
 
         What others wrote before the event, if they did, and the event itself are then to be caught up with.
         """
-        if self._immediate is None or self.doubted or self.heard > self.head or not self._lock.value:
+        if self._immediate is None or self.doubted or self.heard > self.head or self._lock.locked():
             raise WouldBlock
         try:
             appended = entry, repeated = self._immediate.append_nowait(
