@@ -8,6 +8,7 @@ not in here is the kernel's: `python -m bench echo --servers c-epoll` spends har
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from secrets import token_hex
 from time import process_time
@@ -36,6 +37,7 @@ TEXT = "x" * 64
 SETTINGS = tricorn.Settings(messages_per_second=10**9, bytes_per_second=10**12, posts_per_minute=10**9)
 POST = '{"type":"post","id":"p-1","conversation":"c","text":"what time is it in Tokyo"}'
 SAID = 200  # events of a run
+NAP, NAPS = 0.001, 10  # seconds
 
 Round = Callable[[], Awaitable[None]]
 
@@ -185,7 +187,28 @@ async def of_a_run(events: int) -> float:
         return await least(round, 1)
 
 
-async def main() -> None:
+async def nap(sleep: Callable[[float], Awaitable[object]]) -> None:
+    for _ in range(NAPS):
+        await sleep(NAP)
+
+
+async def of_a_nap() -> float:
+    async def round() -> None:
+        async with trio.open_nursery() as nursery:
+            for _ in range(CONNECTIONS):
+                nursery.start_soon(nap, trio.sleep)
+
+    return await least(round, CONNECTIONS * NAPS)
+
+
+async def of_a_nap_on_asyncio() -> float:
+    async def round() -> None:
+        await asyncio.gather(*(nap(asyncio.sleep) for _ in range(CONNECTIONS)))
+
+    return await least(round, CONNECTIONS * NAPS)
+
+
+async def main(nap_on_asyncio: float) -> None:
     message = TEXT.encode()
     one, many = text(message), text(message) * 16
     event = AgentMessage(conversation="c", run="0123456789abcdef", seq=0, at=0.0, text="a piece ")
@@ -198,13 +221,16 @@ async def main() -> None:
         "codec: a frame of a client, read alone": await least(*repeated(lambda: receiver.receive_data(one))),
         "codec: each of 16 that one read brought": await least(*repeated(lambda: receiver.receive_data(many))) / 16,
         "codec: a frame for a client": await least(*repeated(lambda: frame(Opcode.TEXT, message))),
+        "chat: a post, and a run in which nothing is said": nothing_said,
         "chat: an event that an agent says, in the log": (said - nothing_said) / SAID,
         "of that, JSON: it is stamped and encoded": await least(*repeated(lambda: stamp(event, 1))),
         "chat: JSON: a post is decoded and checked": await least(*repeated(lambda: decode(POST))),
+        "an agent's wait for a timer, in Trio": await of_a_nap(),
+        "the same in asyncio": nap_on_asyncio,
     }
     for name, cost in parts.items():
         Console().print(f"{name:52}{cost:6.2f} µs")
 
 
 if __name__ == "__main__":
-    trio.run(main)
+    trio.run(main, asyncio.run(of_a_nap_on_asyncio()))
