@@ -29,6 +29,7 @@ ECHO_HEADLINES = (
 CHAT_HEADLINES = (
     ("chat", "100 conversations, tricorn.v1", "µs CPU", "100 conversations"),
     ("chat", "100 conversations, tricorn.v1.batch", "µs CPU", "the same, in batches"),
+    ("chat", "tricorn.v1, an agent that waits", "µs CPU", "an agent that waits"),
     ("fanout", "1,000 readers", "µs CPU", "1,000 readers of one"),
 )
 BEGIN, END = "<!-- python -m bench --readme -->\n", "<!-- end -->\n"
