@@ -2,8 +2,8 @@
 
     python -m bench.anatomy 2>/dev/null
 
-CPU of this process in µs, each the least of many short runs, since what else the machine does only adds to it. What is
-not in here is the kernel's: `python -m bench echo --servers c-epoll` spends hardly anything else.
+CPU of this process in µs, each the least of many short runs, since what else the machine does only adds to it. But for
+the first line, what the kernel does is not in here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from secrets import token_hex
+from socket import IPPROTO_TCP, TCP_NODELAY, create_connection, create_server
 from time import process_time
 from typing import Any
 
@@ -25,7 +26,7 @@ from tricorn.chat.log.base import stamp
 from tricorn.chat.protocol import AgentMessage
 from tricorn.chat.session import decode
 from tricorn.connection import WOKEN, WebSocket
-from tricorn.host.native import NativeTransport
+from tricorn.host.native import READ_SIZE, NativeTransport
 from tricorn.host.readiness import Flusher, Watched
 from tricorn.host.websocket import Opcode, Receiver, frame
 
@@ -187,6 +188,21 @@ async def of_a_run(events: int) -> float:
         return await least(round, 1)
 
 
+async def of_a_socket() -> float:
+    """What a message pays in the kernel and on the way there: sent on one socket, read from another."""
+    with create_server(("127.0.0.1", 0)) as listener, create_connection(listener.getsockname()) as client:
+        client.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
+        server, _ = listener.accept()
+        with server:
+            message = text(TEXT.encode())
+
+            def there() -> None:
+                client.send(message)
+                server.recv(READ_SIZE)
+
+            return await least(*repeated(there))
+
+
 async def nap(sleep: Callable[[float], Awaitable[object]]) -> None:
     for _ in range(NAPS):
         await sleep(NAP)
@@ -215,6 +231,7 @@ async def main(nap_on_asyncio: float) -> None:
     receiver = Receiver(1 << 20)
     nothing_said, said = await of_a_run(0), await of_a_run(SAID)
     parts = {
+        "a send and a recv of 64 bytes, with the kernel": await of_a_socket(),
         "an echo of 64 bytes, from the read to the write": await of_an_echo(1),
         "the same with 16 in flight, each": await of_an_echo(16),
         "of that, a turn of a task in Trio's scheduler": await of_a_switch(),
