@@ -164,3 +164,6 @@ class Answering:
             self._transcript.append_nowait(event, key, lease=self._lease, answered=answered)
         except (LeaseLost, PastLost) as error:
             self._abandon(error)
+        else:
+            if not self._begun:
+                self._begin()

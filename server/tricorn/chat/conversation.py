@@ -390,11 +390,13 @@ class Conversation:
     def _count(self, *, over: bool = False) -> None:
         """Have posts count no more that are answered, and say how many wait for the agent here."""
         progress = self._transcript.progress
-        for seq in [seq for seq in self._counted if over or seq <= progress.answered]:
-            self._counted.pop(seq).runs -= 1
+        if self._counted:
+            for seq in [seq for seq in self._counted if over or seq <= progress.answered]:
+                self._counted.pop(seq).runs -= 1
         waiting = progress.waiting if self._answering.may_hold and not over else 0
-        WAITING.add(amount=waiting - self._waiting)
-        self._waiting = waiting
+        if waiting != self._waiting:
+            WAITING.add(amount=waiting - self._waiting)
+            self._waiting = waiting
 
     def _full(self, by: Allowance) -> Full | None:
         settings = self._settings

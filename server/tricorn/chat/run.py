@@ -44,6 +44,7 @@ LAST_WORDS = 2.0
 TOOL_NAME_MAX = 128  # characters
 TOOL_ERROR_MAX = 500  # characters of a ToolError's text that people are shown
 
+SAID_AT_ONCE = 64  # events, before others get their turn, where the log does not wait
 ESCAPED = 6  # bytes that one ASCII character has in JSON, at most
 
 TOOL_FAILED = "the tool failed"
@@ -102,6 +103,7 @@ class Run:
         self._room = event_bytes - ENVELOPE
         self._answer: list[str] = []
         self._answer_characters = 0
+        self._said = 0
         self._calls = count(1)
         self._tools: dict[Tool, None] = {}  # in progress
         # By key: what must be in the log before the end, and may not be there yet.
@@ -110,7 +112,7 @@ class Run:
     async def think(self, text: str) -> None:
         """Say what the agent is about. An empty text is no event."""
         if self._is_said(text):
-            await self._log.append(AgentThinking(conversation=self.conversation, run=self.id, seq=0, at=0.0, text=text))
+            await self._append(AgentThinking(conversation=self.conversation, run=self.id, seq=0, at=0.0, text=text))
         else:
             await checkpoint()
 
@@ -119,7 +121,7 @@ class Run:
         if not self._is_said(text):
             await checkpoint()
             return
-        await self._log.append(AgentMessage(conversation=self.conversation, run=self.id, seq=0, at=0.0, text=text))
+        await self._append(AgentMessage(conversation=self.conversation, run=self.id, seq=0, at=0.0, text=text))
         if self._answer_characters <= self._room:  # more of it, and the last event cannot repeat it anyway
             self._answer.append(text)
             self._answer_characters += len(text)
@@ -181,10 +183,25 @@ class Run:
         self._check_text(text, "the text")
         return text != ""
 
+    async def _append(self, event: AnyEvent, key: str | None = None) -> None:
+        """Append an event.
+
+        Where that does not wait, others have their turn only now and then: what is said in one go is read in one go.
+        """
+        self._said += 1
+        if self._said % SAID_AT_ONCE:
+            await checkpoint_if_cancelled()
+        else:
+            await checkpoint()
+        try:
+            self._log.append_nowait(event, key)
+        except WouldBlock:
+            await self._log.append(event, key)
+
     async def _record(self, key: str, event: AnyEvent) -> None:
         """Append what must not be missing. If this is cancelled or raises, the end of the run makes up for it."""
         self._owed[key] = event
-        await self._log.append(event, key)
+        await self._append(event, key)
         self._owed.pop(key, None)
 
     async def _settle(self) -> None:

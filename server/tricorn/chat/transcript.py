@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import perf_counter
 from typing import cast, get_args
 
 from trio import Lock, TooSlowError, WouldBlock, fail_after
-from trio.lowlevel import checkpoint, checkpoint_if_cancelled
+from trio.lowlevel import checkpoint_if_cancelled
 
 from tricorn.chat.log.base import Entry, ImmediateLog, Lease, Log, PastLost, State, Unavailable
 from tricorn.chat.progress import Progress
@@ -19,8 +19,6 @@ from tricorn.metrics import APPEND_SECONDS, APPENDED
 TAIL = 128
 # Entries that are asked for at a time when others wrote.
 CHUNK = 256
-# Appends that wait for nothing, before others get their turn.
-APPENDED_AT_ONCE = 64
 
 _TYPES = {kind: str(kind.__struct_config__.tag) for kind in get_args(AnyEvent)}
 
@@ -55,7 +53,6 @@ class Transcript:
         self.doubted = False
         self._log = log
         self._immediate = cast("ImmediateLog", log) if log.immediate else None
-        self._appended = 0  # without waiting
         self._seconds = seconds
         self._changed = changed
         self.heard = 0
@@ -107,24 +104,14 @@ class Transcript:
     ) -> tuple[Entry, bool]:
         """Put an event into the log, as `Log.append` does, and add its entry, with all that others wrote before it.
 
-        A checkpoint before that and none after it; where the log is immediate, one that yields now and then, so that
-        what an agent says in one go can be read in one go. If this is cancelled or raises, it may be in the log, or
-        not.
+        A checkpoint before that, where there is something to wait for, and none after it. If this is cancelled or
+        raises, it may be in the log, or not.
         """
-        if self._immediate is not None:
-            self._appended += 1
-            if self._appended % APPENDED_AT_ONCE:
-                await checkpoint_if_cancelled()
-            else:
-                await checkpoint()
-            try:
-                appended = self.append_nowait(event, key, lease=lease, answered=answered)
-            except WouldBlock:
-                pass
-            else:
-                if self.is_behind:
-                    await self.catch_up()
-                return appended
+        with suppress(WouldBlock):
+            appended = self.append_nowait(event, key, lease=lease, answered=answered)
+            if self.is_behind:
+                await self.catch_up()
+            return appended
         async with self._lock:
             sure = False
             try:
@@ -152,7 +139,7 @@ class Transcript:
     ) -> tuple[Entry, bool]:
         """Do what `append` does; raises WouldBlock, and does nothing, where there is something to wait for.
 
-        What others wrote before the event, if they did, and the event itself are then to be caught up with.
+        Where others wrote before the event, that and the event itself are then to be caught up with.
         """
         if self._immediate is None or self.doubted or self.heard > self.head or self._lock.locked():
             raise WouldBlock

@@ -123,10 +123,12 @@ class NativeTransport:
         put_off = self._put_off
         if not put_off and self._connection.inbox:
             self._readiness.flush_soon(self)
+        size = 0
         for payload in payloads:
             data = self._frame(opcode, payload)
             put_off.append(data)
-            self._put_off_bytes += len(data)
+            size += len(data)
+        self._put_off_bytes += size
         if not self._connection.inbox or self._put_off_bytes >= PUT_OFF:
             self.flush()
         return True

@@ -60,11 +60,11 @@ async def test_a_tool_says_what_it_means_to_say(chatting: Chatting, capfd: pytes
     assert seen.events()[3]["error"] == "there is no such file"
 
 
-@pytest.mark.parametrize("method", ["open", "append", "find"])
+@pytest.mark.parametrize("method", ["open", "append_nowait", "find"])
 async def test_a_log_that_fails(
     chatting: Chatting, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    async def fail(*_: object, **__: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError(EVIL)
 
     async with chatting(user_runs=1) as server, server.connect() as client:

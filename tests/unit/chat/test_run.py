@@ -12,7 +12,7 @@ import trio.testing
 
 from tricorn.chat.progress import Asked
 from tricorn.chat.protocol import AnyEvent
-from tricorn.chat.run import LAST_WORDS, Agent, Run, ToolError, perform
+from tricorn.chat.run import LAST_WORDS, SAID_AT_ONCE, Agent, Run, ToolError, perform
 
 
 class Events(list[dict[str, Any]]):
@@ -138,6 +138,30 @@ async def test_an_agent_that_says_nothing_has_no_text(play: Play, events: Events
     await play(silent)
     assert events.types == ["agent_started", "agent_completed"]
     assert "text" not in events[-1]
+
+
+class AtOnce(Events):
+    """A log that waits for nothing."""
+
+    def append_nowait(self, event: AnyEvent, key: str | None = None, answered: int | None = None) -> None:
+        self.append_plain(msgspec.json.decode(msgspec.json.encode(event)))
+
+
+async def test_where_the_log_does_not_wait_others_have_their_turn_now_and_then() -> None:
+    events = AtOnce()
+
+    async def agent(run: Run) -> None:
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await run.say("not")
+        assert scope.cancelled_caught
+        with trio.testing.assert_checkpoints():
+            for _ in range(SAID_AT_ONCE):
+                await run.say("x")
+
+    await perform(Run("c", Asked(1, "post-1", "local", "hello"), 300, events, 10_000), agent)
+    assert events.asked == 0
+    assert events[-1]["text"] == "x" * SAID_AT_ONCE
 
 
 async def test_what_an_agent_calls_is_a_checkpoint(play: Play) -> None:

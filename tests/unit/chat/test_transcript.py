@@ -8,7 +8,7 @@ import trio.testing
 
 from tricorn.chat.log.conformance import post
 from tricorn.chat.log.memory import MemoryLog
-from tricorn.chat.transcript import APPENDED_AT_ONCE, Transcript
+from tricorn.chat.transcript import Transcript
 
 
 def transcript(log: MemoryLog) -> Transcript:
@@ -17,21 +17,6 @@ def transcript(log: MemoryLog) -> Transcript:
 
 class Waiting(MemoryLog):
     immediate = False
-
-
-async def test_append_can_be_cancelled_always_and_yields_now_and_then() -> None:
-    log = MemoryLog()
-    one = transcript(log)
-    await one.open()
-    with trio.CancelScope() as scope:
-        scope.cancel()
-        await one.append(post())
-    assert scope.cancelled_caught
-    assert not await log.read("c", 0, 1)
-    with trio.testing.assert_checkpoints():
-        for _ in range(APPENDED_AT_ONCE):
-            await one.append(post())
-    assert one.head == APPENDED_AT_ONCE
 
 
 async def test_without_waiting_an_event_is_there_at_once_also_behind_those_of_others() -> None:
