@@ -224,13 +224,13 @@ async def of_a_nap_on_asyncio() -> float:
     return await least(round, CONNECTIONS * NAPS)
 
 
-async def main(nap_on_asyncio: float) -> None:
+async def measure() -> dict[str, float]:
     message = TEXT.encode()
     one, many = text(message), text(message) * 16
     event = AgentMessage(conversation="c", run="0123456789abcdef", seq=0, at=0.0, text="a piece ")
     receiver = Receiver(1 << 20)
     nothing_said, said = await of_a_run(0), await of_a_run(SAID)
-    parts = {
+    return {
         "a send and a recv of 64 bytes, with the kernel": await of_a_socket(),
         "an echo of 64 bytes, from the read to the write": await of_an_echo(1),
         "the same with 16 in flight, each": await of_an_echo(16),
@@ -243,11 +243,14 @@ async def main(nap_on_asyncio: float) -> None:
         "of that, JSON: it is stamped and encoded": await least(*repeated(lambda: stamp(event, 1))),
         "chat: JSON: a post is decoded and checked": await least(*repeated(lambda: decode(POST))),
         "an agent's wait for a timer, in Trio": await of_a_nap(),
-        "the same in asyncio": nap_on_asyncio,
     }
+
+
+def main() -> None:
+    parts = trio.run(measure) | {"the same in asyncio": asyncio.run(of_a_nap_on_asyncio())}
     for name, cost in parts.items():
         Console().print(f"{name:52}{cost:6.2f} µs")
 
 
 if __name__ == "__main__":
-    trio.run(main, asyncio.run(of_a_nap_on_asyncio()))
+    main()
