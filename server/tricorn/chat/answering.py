@@ -5,6 +5,7 @@ from __future__ import annotations
 from time import time
 from typing import Any
 
+from trio import WouldBlock
 from trio.lowlevel import checkpoint
 
 from tricorn.chat.log.base import Lease, LeaseLost, Log, PastLost, Unavailable
@@ -159,11 +160,10 @@ class Answering:
             await checkpoint()  # cancelled now, but not where the last words are said
 
     def append_nowait(self, event: AnyEvent, key: str | None = None, answered: int | None = None) -> None:
-        """Do what `append` does. Raises WouldBlock where that would wait."""
+        """Do what `append` does. Raises WouldBlock where that would wait, or end the run."""
         try:
             self._transcript.append_nowait(event, key, lease=self._lease, answered=answered)
-        except (LeaseLost, PastLost) as error:
-            self._abandon(error)
-        else:
-            if not self._begun:
-                self._begin()
+        except (LeaseLost, PastLost):
+            raise WouldBlock from None
+        if not self._begun:
+            self._begin()

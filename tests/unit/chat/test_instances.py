@@ -112,11 +112,12 @@ async def test_who_was_thought_dead_says_nothing_more(
     connect: Connect, autojump_clock: trio.testing.MockClock, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """It had only been away: its run is ended for it, and it does not end it again."""
-    go_on = trio.Event()
+    go_on, went_on = trio.Event(), trio.Event()
 
     async def slow(run: Run) -> None:
         await go_on.wait()
         await run.say("late")
+        went_on.set()
 
     log = MemoryLog(lease=LEASE * 2 / 3)
     async with Chat(slow, Settings(lease=LEASE, linger=inf), log) as away:
@@ -131,6 +132,7 @@ async def test_who_was_thought_dead_says_nothing_more(
             await trio.testing.wait_all_tasks_blocked()
             events = await logged(log)
     check(events)
+    assert not went_on.is_set()
     assert [event["outcome"] for event in events if "outcome" in event] == ["interrupted"]
     assert "another instance answers in this conversation now" in capfd.readouterr().err
 
