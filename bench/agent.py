@@ -11,13 +11,13 @@ from typing import Any
 from sniffio import current_async_library
 from trio.lowlevel import checkpoint
 
-from tricorn.chat.agents.demo import PIECE, unquote
+from tricorn.chat.agents.demo import PIECE
 
 
 async def waiting(run: Any) -> None:
     """Turn the text of `reverse TEXT` around."""
     on_trio = current_async_library() == "trio"
-    text = unquote(run.message.removeprefix("reverse "))
+    text = run.message.removeprefix("reverse ")
     await run.think("I turn the text around.")
     async with run.tool("reverse", text=text) as tool:
         tool.result = text[::-1]

@@ -207,7 +207,7 @@ class Run:
     async def _settle(self) -> None:
         """Append all that is owed, at once where the log lets it. Raises TooSlowError after `LAST_WORDS` seconds.
 
-        No checkpoint, and not to be cancelled.
+        Cannot be cancelled, and is a checkpoint only where it waits.
         """
         try:
             for owed in self._owing():

@@ -141,7 +141,7 @@ class Transcript:
 
         Where others wrote before the event, that and the event itself are then to be caught up with.
         """
-        if self._immediate is None or self.doubted or self.heard > self.head or self._lock.locked():
+        if self._immediate is None or self.is_behind or self._lock.locked():
             raise WouldBlock
         try:
             appended = entry, repeated = self._immediate.append_nowait(

@@ -150,10 +150,7 @@ class NativeTransport:
             return
         self._put_off.append(close_frame(close))
         self._close_code = close.code
-        self.flush()
-        if not self.at_eof and not self.wants_read:
-            self.wants_read = True
-            self._readiness.change(self)
+        self.idle()
         self._look_finished()
         while not self._finished:
             await self._wait()

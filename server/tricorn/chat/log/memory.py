@@ -95,8 +95,7 @@ class MemoryLog:
         if not repeated:
             if self._forgets:
                 past.forget(self._retention)
-            if len(self._instances) > 1:
-                self._tell(conversation, past)
+            self._tell(conversation, past)
         return entry, repeated
 
     async def find(self, conversation: str, key: str) -> Entry | None:
