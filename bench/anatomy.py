@@ -22,13 +22,14 @@ from trio.testing import wait_all_tasks_blocked
 
 import tricorn
 from tricorn.chat import Chat, Run
-from tricorn.chat.log.base import stamp
+from tricorn.chat.logs.base import stamp
 from tricorn.chat.protocol import AgentMessage
 from tricorn.chat.session import decode
 from tricorn.connection import WOKEN, WebSocket
-from tricorn.host.native import READ_SIZE, NativeTransport
-from tricorn.host.readiness import Flusher, Watched
-from tricorn.host.websocket import Opcode, Receiver, frame
+from tricorn.protocol.frames import Opcode, frame
+from tricorn.protocol.receiver import Receiver
+from tricorn.transport.native import READ_SIZE, NativeTransport
+from tricorn.transport.poller import Flusher, Watched
 
 from .load import text
 

@@ -28,8 +28,8 @@ import trio
 import trio.testing
 
 from tricorn.chat import Chat
-from tricorn.chat.log.base import Log
-from tricorn.chat.log.memory import MemoryLog
+from tricorn.chat.logs.base import Log
+from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.protocol import UserMessage
 from tricorn.settings import Settings
 
@@ -42,7 +42,7 @@ def connect(url: str) -> Log:
     scheme = url.partition(":")[0]
     if scheme == "memory":
         return MemoryLog()
-    engine: Log = import_module(f"tricorn.chat.log.{ENGINES.get(scheme, scheme)}").connect(url, Settings())
+    engine: Log = import_module(f"tricorn.chat.logs.{ENGINES.get(scheme, scheme)}").connect(url, Settings())
     return engine
 
 

@@ -10,11 +10,11 @@ from secrets import token_hex
 from typing import Any
 
 from tricorn.chat.protocol import SUBPROTOCOLS
-from tricorn.close import Close
-from tricorn.host.handshake import Refused, as_request, check_entry, choose_subprotocol
-from tricorn.report import report, trace_id
+from tricorn.errors.report import report, trace_id
+from tricorn.protocol.close import Close
+from tricorn.protocol.handshake import Refused, as_request, check_entry, choose_subprotocol
+from tricorn.service.pages import pages
 from tricorn.settings import SettingError, Settings
-from tricorn.web.pages import pages
 
 from .chat import Chat, make_chat
 

@@ -9,11 +9,12 @@ from random import random
 from time import monotonic
 from typing import Any, cast
 
-from tricorn.auth import Everybody, Gate, ThisMachine, Tokens, check_exposure
-from tricorn.chat.allowance import Allowances
 from tricorn.chat.chat import RETRY_AFTER, RETURNS_PER_SECOND
-from tricorn.close import Close
-from tricorn.keys import Keys, parse
+from tricorn.chat.identity import Everybody, Gate, ThisMachine
+from tricorn.chat.quota import Quotas
+from tricorn.protocol.close import Close
+from tricorn.service.auth import Tokens, check_exposure
+from tricorn.service.jwt_keys import Keys, parse
 from tricorn.settings import SettingError, Settings
 
 from .agent import demo
@@ -32,7 +33,7 @@ class Chat:
         self.agent = agent
         self.settings = settings
         self.gate = gate
-        self.allowances = Allowances(settings, per_user=gate.wants_token, clock=monotonic)
+        self.allowances = Quotas(settings, per_user=gate.wants_token, clock=monotonic)
         self.tasks = asyncio.TaskGroup()
         self.closing = False
         self._conversations: dict[str, Conversation] = {}

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, cast
 from msgspec.json import Encoder
 from websockets.asyncio.server import ServerConnection, broadcast
 
-from tricorn.chat.allowance import Allowance
-from tricorn.chat.conversation import Ended, Full
+from tricorn.chat.conversation.conversation import Ended, Full
 from tricorn.chat.protocol import Event, UserMessage
+from tricorn.chat.quota import Quota
 from tricorn.chat.session import BATCH_BYTES, EVENTS_PER_TURN
-from tricorn.report import report_error
+from tricorn.errors.report import report_error
 
 from .run import Asked, Run, perform
 
@@ -64,7 +64,7 @@ class Conversation:
         self._one_each: set[ServerConnection] = set()  # live, and take one event a message
         self._batched: set[ServerConnection] = set()  # live, and take several
         self._seqs: dict[tuple[str, str], int] = {}  # of posts, by user and id
-        self._posts: deque[tuple[Asked, Allowance]] = deque()  # not answered; the first one's run may go on
+        self._posts: deque[tuple[Asked, Quota]] = deque()  # not answered; the first one's run may go on
         self._run: tuple[Run, asyncio.Task[None]] | None = None
         self._given_up = 0  # posts up to here get no answer any more
         self._lingering: asyncio.TimerHandle | None = None
@@ -139,7 +139,7 @@ class Conversation:
 
     # Posts and runs
 
-    def post(self, id: str, text: str, by: Allowance) -> int:
+    def post(self, id: str, text: str, by: Quota) -> int:
         """Log what somebody wrote and have the agent answer; a repeated id has no effect. Return its seq.
 
         Raises Ended and Full.

@@ -24,7 +24,7 @@ from tricorn.chat.protocol import (
     ToolExecuting,
 )
 from tricorn.chat.run import TOOL_ENDED, TOOL_FAILED, TOOL_LEFT_OPEN, TOOL_NAME_MAX, shown
-from tricorn.report import report_error
+from tricorn.errors.report import report_error
 
 if TYPE_CHECKING:
     from .conversation import Conversation

@@ -18,10 +18,10 @@ from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
 
 from tricorn.chat.protocol import SUBPROTOCOLS
-from tricorn.close import FAULTS, NORMAL, SERVICE_RESTART, STALLED, Close
-from tricorn.host import handshake
-from tricorn.report import report, trace_id
-from tricorn.web.pages import pages
+from tricorn.errors.report import report, trace_id
+from tricorn.protocol import handshake
+from tricorn.protocol.close import FAULTS, NORMAL, SERVICE_RESTART, STALLED, Close
+from tricorn.service.pages import pages
 
 from .chat import Chat
 

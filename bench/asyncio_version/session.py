@@ -12,9 +12,8 @@ from msgspec.json import Encoder
 from websockets.asyncio.server import ServerConnection, broadcast
 from websockets.exceptions import ConnectionClosed
 
-from tricorn.auth import Identity, NotAdmitted, handshake_token
-from tricorn.chat.allowance import Allowance
-from tricorn.chat.conversation import Ended, Full
+from tricorn.chat.conversation.conversation import Ended, Full
+from tricorn.chat.identity import Identity, NotAdmitted, handshake_token
 from tricorn.chat.protocol import (
     BATCH_SUBPROTOCOL,
     ENVELOPE,
@@ -35,8 +34,10 @@ from tricorn.chat.protocol import (
     Request,
     Welcome,
 )
+from tricorn.chat.quota import Quota
 from tricorn.chat.session import EXPIRY_NOTICE, decode
-from tricorn.close import (
+from tricorn.errors.report import report_error
+from tricorn.protocol.close import (
     FORBIDDEN,
     INTERNAL_ERROR,
     NORMAL,
@@ -48,8 +49,7 @@ from tricorn.close import (
     UNAUTHENTICATED,
     Close,
 )
-from tricorn.pace import BURST, Bucket
-from tricorn.report import report_error
+from tricorn.transport.rate_limit import BURST, TokenBucket
 
 from .conversation import Cursor, batches
 
@@ -106,15 +106,15 @@ class Session:
         self._settings = chat.settings
         self._loop = asyncio.get_running_loop()
         self._identity: Identity | None = None  # nobody gets anything yet
-        self._allowance: Allowance | None = None
+        self._allowance: Quota | None = None
         self._due = Close(UNAUTHENTICATED, "no good token came in time")  # what a passed deadline means
         self._cursors: dict[str, Cursor] = {}
         self._outbox: deque[bytes] = deque()
         self._spoke_at = self._loop.time()
         self._heart: asyncio.TimerHandle | None = None
         self._notice: asyncio.TimerHandle | None = None
-        self._messages = Bucket(BURST * self._settings.messages_per_second, BURST, monotonic)
-        self._bytes = Bucket(BURST * self._settings.bytes_per_second, BURST, monotonic)
+        self._messages = TokenBucket(BURST * self._settings.messages_per_second, BURST, monotonic)
+        self._bytes = TokenBucket(BURST * self._settings.bytes_per_second, BURST, monotonic)
 
     async def run(self) -> Close:
         """Serve the client until it is gone or to be got rid of; return how to close."""
@@ -269,7 +269,7 @@ class Session:
             expires_at=who.expires_at,
         )
 
-    # Requests
+    # Calls
 
     async def _read(self) -> None:
         try:
@@ -310,7 +310,7 @@ class Session:
             if reply is not None:
                 self._put(reply)
 
-    def _serve(self, request: Open | Post | Cancel | Leave | Ping, who: Identity, allowance: Allowance) -> Reply | None:
+    def _serve(self, request: Open | Post | Cancel | Leave | Ping, who: Identity, allowance: Quota) -> Reply | None:
         """Serve a request. Nothing waits: what it sets off is sent behind the reply."""
         match request:
             case Post():
@@ -347,7 +347,7 @@ class Session:
             self.fall_behind()
         return Opened(conversation=id, epoch=conversation.epoch, head=conversation.head)
 
-    def _post(self, request: Post, who: Identity, allowance: Allowance) -> Reply:
+    def _post(self, request: Post, who: Identity, allowance: Quota) -> Reply:
         id, text = request.id, request.text
         settings = self._settings
         limit = settings.text_characters

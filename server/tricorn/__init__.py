@@ -1,8 +1,8 @@
 """Tricorn: a WebSocket server on Trio in which every connection is a nursery."""
 
-from .application import asgi_app
-from .connection import Disconnected, WebSocket
-from .server import run, serve
-from .settings import Settings
+from tricorn.application import asgi_app
+from tricorn.connection import Disconnected, WebSocket
+from tricorn.server import run, serve
+from tricorn.settings import Settings
 
 __all__ = ["Disconnected", "Settings", "WebSocket", "asgi_app", "run", "serve"]

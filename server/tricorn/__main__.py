@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from tricorn.cli import main
+from tricorn.service.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

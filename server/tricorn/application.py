@@ -12,19 +12,20 @@ import trio
 from trio import current_time, move_on_at, sleep
 from trio.lowlevel import current_task, in_trio_run
 
-from .host.asgi import AsgiRouter, shut_down
-from .host.descriptors import Descriptors, Ends
-from .host.hypercorn import lifespan, upgrade_required
-from .host.native import keep_alive
-from .report import report_error
-from .settings import Settings
+from tricorn.errors.report import report_error
+from tricorn.listening.asgi import AsgiWebSockets
+from tricorn.listening.http import lifespan, upgrade_required
+from tricorn.settings import Settings
+from tricorn.transport.asgi import shut_down
+from tricorn.transport.descriptors import Descriptors, Ends
+from tricorn.transport.native import keep_alive
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    from .connection import Cancellable, Handler, Kept
-    from .host.asgi import Reach
-    from .host.hypercorn import ASGIApp
+    from tricorn.connection import Cancellable, Handler, Kept
+    from tricorn.listening.http import ASGIApp
+    from tricorn.transport.asgi import Reach
 
 DEFAULTS = Settings()
 
@@ -69,7 +70,7 @@ class _Application:
         self._app = app
         self._drain = drain
         self._transports: dict[Kept, Cancellable] = {}
-        self._router = AsgiRouter(handler, self._transports, settings, subprotocols=subprotocols, path=path)
+        self._router = AsgiWebSockets(handler, self._transports, settings, subprotocols=subprotocols, path=path)
         self._descriptors = Descriptors()
         self._answering: set[Reach] = set()  # the ways to the sockets of requests
         self._lives = False

@@ -16,19 +16,19 @@ import trio
 
 from tricorn.application import asgi_app
 from tricorn.chat import SUBPROTOCOLS, Agent, Chat
-from tricorn.cli import check_shared, load_agent, make_gate, open_log
-from tricorn.drill import drill
-from tricorn.imports import guarded
-from tricorn.report import report
+from tricorn.errors.import_guard import guarded
+from tricorn.errors.report import report
 from tricorn.server import settle
+from tricorn.service.cli import check_shared, load_agent, make_gate, open_log
+from tricorn.service.drill import drill
+from tricorn.service.pages import pages
 from tricorn.settings import SettingError, Settings
-from tricorn.web.pages import pages
 
 if TYPE_CHECKING:
-    from tricorn.auth import Gate
-    from tricorn.chat.log.base import Log
+    from tricorn.chat.identity import Gate
+    from tricorn.chat.logs.base import Log
     from tricorn.connection import WebSocket
-    from tricorn.keys import Keys
+    from tricorn.service.jwt_keys import Keys
 
 
 class _Service:

@@ -18,10 +18,10 @@ from trio.lowlevel import (
     wait_task_rescheduled,
 )
 
-from .close import FAULTS, INTERNAL_ERROR, NORMAL, SERVICE_RESTART, Close, may_be_sent
-from .metrics import CONNECTIONS, TEARDOWN_SECONDS, Totals
-from .phase import IllegalMove, Phase, move
-from .report import report, report_error, trace_id
+from tricorn.errors.report import report, report_error, trace_id
+from tricorn.metrics import CONNECTIONS, TEARDOWN_SECONDS, Totals
+from tricorn.protocol.close import FAULTS, INTERNAL_ERROR, NORMAL, SERVICE_RESTART, Close, may_be_sent
+from tricorn.protocol.phase import IllegalMove, Phase, move
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Mapping, Sequence

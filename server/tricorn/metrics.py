@@ -1,4 +1,4 @@
-"""What is counted for operators. `tricorn.web.metrics` shows it, docs/operations.md says what each is good for.
+"""What is counted for operators; docs/operations.md says what each number is good for.
 
 These are plain numbers and not `prometheus_client`'s own, which take a lock: counting must be possible on the error
 path. All of it happens in Trio's thread. Nothing is counted for each message: connections know how many they had, and
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from trio.lowlevel import current_statistics
 
-from .close import KNOWN
-from .phase import Phase
-from .report import counted
+from tricorn.errors.report import counted
+from tricorn.protocol.close import KNOWN
+from tricorn.protocol.phase import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -218,7 +218,7 @@ APPEND_SECONDS = Histogram(
 )
 DELIVERED = Counter("events_delivered", "Events given to connections to send, each as often as it is followed.")
 LIMIT_HITS = Counter("limit_hits", "How often somebody ran into a limit, by its setting.", "limit", LIMITS)
-LATE_IMPORTS = Counter("late_imports", "Modules that were imported after start-up.")
+_LATE_IMPORTS = Counter("late_imports", "Modules that were imported after start-up.")
 WORKER_ENDS = Counter("worker_ends", "Workers that ended by themselves and were replaced.")
 
 # What `numbers` asks for, and nobody counts.
@@ -249,7 +249,7 @@ METRICS: tuple[Counter | Histogram, ...] = (
     _TASKS,
     _ERRORS,
     _DROPPED,
-    LATE_IMPORTS,
+    _LATE_IMPORTS,
     WORKER_ENDS,
 )
 
@@ -273,6 +273,7 @@ def numbers() -> Numbers:
     _TASKS.values = {"": current_statistics().tasks_living}
     _ERRORS.values = {"": counted["errors"]}
     _DROPPED.values = {"": counted["records_dropped"]}
+    _LATE_IMPORTS.values = {"": counted["late_imports"]}
     found = Numbers({}, {})
     for metric in METRICS:
         families = found.current if isinstance(metric, Gauge) else found.grown

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 import trio
 from trio import current_time, move_on_after, sleep
 
-from .host.asgi import AsgiRouter
-from .host.hypercorn import Hypercorn, upgrade_required
-from .host.listener import Router, accept_forever, listen
-from .host.native import keep_alive
-from .host.readiness import best
-from .report import report_error
-from .settings import Settings
+from tricorn.errors.report import report_error
+from tricorn.listening.accept import Acceptor, accept_forever, listen
+from tricorn.listening.asgi import AsgiWebSockets
+from tricorn.listening.http import Hypercorn, upgrade_required
+from tricorn.settings import Settings
+from tricorn.transport.native import keep_alive
+from tricorn.transport.poller import best_poller
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
     from hypercorn.config import Config
 
-    from .connection import Cancellable, Handler, Kept
-    from .host.hypercorn import ASGIApp
-    from .host.listener import Address
+    from tricorn.connection import Cancellable, Handler, Kept
+    from tricorn.listening.accept import Address
+    from tricorn.listening.http import ASGIApp
 
 DEFAULTS = Settings()
 
@@ -63,11 +63,11 @@ class Server:
         self._transports: dict[Kept, Cancellable] = {}  # with what closes it with 1012
         self._http = None
         # WebSockets inside TLS and HTTP/2
-        self._inside = AsgiRouter(handler, self._transports, settings, subprotocols=subprotocols, path=path)
+        self._inside = AsgiWebSockets(handler, self._transports, settings, subprotocols=subprotocols, path=path)
         if app is not None or config is not None:
             self._http = Hypercorn(app or upgrade_required, self._inside, settings, config)
-        self._readiness = best()
-        self._router = Router(
+        self._readiness = best_poller()
+        self._router = Acceptor(
             handler,
             self._readiness,
             self._transports,
@@ -221,8 +221,8 @@ def run(handler: Handler, port: int, host: str = "127.0.0.1", **options: Unpack[
     every socket at once. The process is its own: it does `settle` in there.
 
     Neither this nor `serve` minds what a program imports, and when: the drill and the import guard are those of
-    `tricorn serve`. A program that wants them awaits `tricorn.drill.drill` first and has this in a block of
-    `tricorn.imports.guarded`.
+    `tricorn serve`. A program that wants them awaits `tricorn.service.drill.drill` first and has this in a block of
+    `tricorn.errors.import_guard.guarded`.
 
     Raises:
         OSError: an address cannot be found or bound.

@@ -153,7 +153,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     # Where /metrics is served, if it is to be: apart from everything else, since whoever gets there may read it.
     metrics: Bind = None
 
-    # What `tricorn serve` does about an import after start-up: see `tricorn.imports.guarded`.
+    # What `tricorn serve` does about an import after start-up: see `tricorn.errors.import_guard.guarded`.
     import_guard: ImportGuard = "report"
 
     # Cloud Run: the names of the service, of its revision, and of the configuration that this was made from.

@@ -33,7 +33,7 @@ app = tricorn.asgi_app(handler)
 """
 # With a log that says it can be shared, which is enough: each client talks to one worker.
 SHARED = """
-from tricorn.chat.log.memory import MemoryLog
+from tricorn.chat.logs.memory import MemoryLog
 MemoryLog.shared = True
 from tricorn.asgi import app
 """

@@ -24,7 +24,7 @@ import trio
 from prometheus_client.parser import text_string_to_metric_families
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
 
-from tricorn.workers import Supervisor, reserve
+from tricorn.service.workers import Supervisor, reserve
 
 PATIENCE = 60  # seconds, for what takes one or two
 AGENT = """
@@ -35,8 +35,8 @@ async def pid(run):
 """
 SHARED = """
 import sys
-from tricorn.chat.log.memory import MemoryLog
-from tricorn.cli import main
+from tricorn.chat.logs.memory import MemoryLog
+from tricorn.service.cli import main
 MemoryLog.shared = True
 sys.exit(main(sys.argv[1:]))
 """
@@ -290,7 +290,7 @@ async def test_a_port_in_use(tmp_path: Path, reuse: bool) -> None:
     ],
 )
 async def test_what_is_asked_wrongly(tmp_path: Path, arguments: list[str], environ: dict[str, str], said: str) -> None:
-    program = "import sys; from tricorn.cli import main; sys.exit(main(sys.argv[1:]))"
+    program = "import sys; from tricorn.service.cli import main; sys.exit(main(sys.argv[1:]))"
     status, line = await refused("serve", *arguments, cwd=tmp_path, program=program, **environ)
     assert status == 2
     assert line.startswith(f"tricorn: {said}")
@@ -301,7 +301,7 @@ async def test_what_is_asked_wrongly(tmp_path: Path, arguments: list[str], envir
 
 OBEYS = """
 import sys, trio
-from tricorn.workers import Worker
+from tricorn.service.workers import Worker
 trio.run(Worker(sys.argv[2]).obey)
 """
 

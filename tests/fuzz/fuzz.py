@@ -14,9 +14,9 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["tricorn.host"]):
-    from tricorn.host.deflate import Agreement, Inflater, negotiate
-    from tricorn.host.handshake import (
+with atheris.instrument_imports(include=["tricorn.protocol"]):
+    from tricorn.protocol.deflate import Agreement, Inflater, negotiate
+    from tricorn.protocol.handshake import (
         Head,
         Refused,
         accept,
@@ -26,9 +26,9 @@ with atheris.instrument_imports(include=["tricorn.host"]):
         refuse,
         wants_websocket,
     )
-    from tricorn.host.websocket import Receiver
+    from tricorn.protocol.receiver import Receiver
 
-from tricorn.close import INVALID_DATA, TOO_BIG
+from tricorn.protocol.close import INVALID_DATA, TOO_BIG
 
 sys.path.append(str(Path(__file__).parents[1]))
 from fixtures.frames import parse

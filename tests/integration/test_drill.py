@@ -13,13 +13,13 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from tricorn import drill as drill_module
-from tricorn.drill import drill
+from tricorn.service import drill as drill_module
+from tricorn.service.drill import drill
 
 AFTER_THE_DRILL = """
 import logging, socket, sys, traceback, trio
-from tricorn.drill import drill
-from tricorn.imports import guarded
+from tricorn.service.drill import drill
+from tricorn.errors.import_guard import guarded
 
 async def resolve(name):
     await trio.socket.getaddrinfo(name, 80, flags=socket.AI_NUMERICHOST)

@@ -310,8 +310,8 @@ async def test_an_agent_that_imports_late(tmp_path: Path, guard: str, outcome: s
 PROGRAM = """
 import signal, trio, tricorn
 from functools import partial
-from tricorn.drill import drill
-from tricorn.imports import guarded
+from tricorn.service.drill import drill
+from tricorn.errors.import_guard import guarded
 
 async def handler(ws):
     eval(await ws.receive())

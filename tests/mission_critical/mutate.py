@@ -18,7 +18,7 @@ from pathlib import Path
 from shutil import copytree
 from tempfile import TemporaryDirectory
 
-from tricorn.audit import audit, python_files
+from tricorn.errors.audit import audit, python_files
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGE = Path("server/tricorn")
@@ -145,12 +145,17 @@ SHOWN = "report_error = lambda error, **context: repr(error)"
 FAULTS = [
     Fault(name, file, catcher, plants)
     for name, file, catcher, *plants in [
-        ("a lazy import in a handler", "host/listener.py", "E1", handling_in("Router.serve", "import json")),
+        ("a lazy import in a handler", "listening/accept.py", "E1", handling_in("Acceptor.serve", "import json")),
         ("a lazy import where a handler gets to", "connection.py", "E1", first_in("WebSocket._failed", "import json")),
         ("an import that depends on the environment", "connection.py", "E1", at_top(ON_ENVIRONMENT)),
-        ("an import that depends on a failure", "host/native.py", "E1", at_top(ON_FAILURE)),
+        ("an import that depends on a failure", "transport/native.py", "E1", at_top(ON_FAILURE)),
         ("an import whose failure is swallowed", "chat/run.py", "E1", at_top(SWALLOWED)),
-        ("a cycle of imports", "close.py", "lint-imports", at_top("from .connection import Disconnected")),
+        (
+            "a cycle of imports",
+            "protocol/close.py",
+            "lint-imports",
+            at_top("from tricorn.connection import Disconnected"),
+        ),
         ("time.time() in a handler", "server.py", "E2", handling_in("Server._run_drain", "time.time()"), TIME),
         ("time.time() in a finally", "chat/chat.py", "E2", finally_in("Chat.session", "time.time()"), TIME),
         (
@@ -162,18 +167,18 @@ FAULTS = [
         ),
         (
             "time.time() behind an interface",
-            "host/native.py",
+            "transport/native.py",
             "E2",
             first_in("NativeTransport.abort", "time.time()"),
             TIME,
         ),
         ("time.time() where a tool is left", "chat/run.py", "E2", first_in("Tool.__aexit__", "time.time()"), TIME),
-        ("time.time() in the reporter", "report.py", "E2", reporter("return real(error, at=time.time())"), TIME),
-        ("a name that nobody imported", "host/listener.py", "E2", handling_in("Router.serve", "print(time())")),
+        ("time.time() in the reporter", "errors/report.py", "E2", reporter("return real(error, at=time.time())"), TIME),
+        ("a name that nobody imported", "listening/accept.py", "E2", handling_in("Acceptor.serve", "print(time())")),
         ("a name that was unbound again", "connection.py", "E2", at_end("del report_error")),
         (
             "a name for type checkers only",
-            "host/native.py",
+            "transport/native.py",
             "E2",
             first_in("NativeTransport.abort", "time()"),
             at_top(FOR_TYPES),
@@ -195,12 +200,12 @@ FAULTS = [
         ),
         (
             "logging in a handler",
-            "host/hypercorn.py",
+            "listening/http.py",
             "E2",
             handling_in("Hypercorn.serve", "log.error('failed')"),
             at_top(LOG),
         ),
-        ("a lock in the reporter", "report.py", "E2", reporter(LOCKED), at_top(LOCK)),
+        ("a lock in the reporter", "errors/report.py", "E2", reporter(LOCKED), at_top(LOCK)),
         (
             "the environment read at run time",
             "chat/chat.py",
@@ -210,22 +215,37 @@ FAULTS = [
         ),
         (
             "except BaseException: pass",
-            "host/listener.py",
+            "listening/accept.py",
             "flake8-async",
-            catching_in("Router.serve", "BaseException"),
+            catching_in("Acceptor.serve", "BaseException"),
         ),
         ("an error that is swallowed", "connection.py", FAILED_HANDLER, catching_in("WebSocket.run", "Exception")),
         ("a clean-up that raises", "connection.py", FAILED_HANDLER, first_in("WebSocket._tear_down", "raise OSError")),
-        ("a reporter that raises", "report.py", FAILED_AGENT, reporter("raise OSError('no sink')")),
-        ("a reporter that says nothing", "report.py", FAILED_AGENT, reporter("return '00000000'")),
-        ("a reporter that masks the error", "report.py", FAILED_AGENT, reporter(LATER)),
-        ("a reporter that tells another id", "report.py", FAILED_AGENT, reporter("return real(error, **context)[1:]")),
+        ("a reporter that raises", "errors/report.py", FAILED_AGENT, reporter("raise OSError('no sink')")),
+        ("a reporter that says nothing", "errors/report.py", FAILED_AGENT, reporter("return '00000000'")),
+        ("a reporter that masks the error", "errors/report.py", FAILED_AGENT, reporter(LATER)),
+        (
+            "a reporter that tells another id",
+            "errors/report.py",
+            FAILED_AGENT,
+            reporter("return real(error, **context)[1:]"),
+        ),
         ("a client that is shown the error", "chat/run.py", FAILED_AGENT, first_in("perform", SHOWN)),
-        ("an attachment that is left", "chat/conversation.py", LEAVES, first_in("Conversation.detach", "return")),
+        (
+            "an attachment that is left",
+            "chat/conversation/conversation.py",
+            LEAVES,
+            first_in("Conversation.detach", "return"),
+        ),
         ("a run without an end", "chat/run.py", LEAVES, first_in("_seal", "return")),
         ("a shield without a deadline", "connection.py", STALLS, first_in("WebSocket._tear_down", UNBOUNDED)),
-        ("a registration that is left", "host/native.py", STALLS, first_in("NativeTransport.abort", "return")),
-        ("half a frame, and more behind it", "host/native.py", SLOW, first_in("NativeTransport.writable", FORGOTTEN)),
+        ("a registration that is left", "transport/native.py", STALLS, first_in("NativeTransport.abort", "return")),
+        (
+            "half a frame, and more behind it",
+            "transport/native.py",
+            SLOW,
+            first_in("NativeTransport.writable", FORGOTTEN),
+        ),
     ]
 ]
 

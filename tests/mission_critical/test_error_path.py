@@ -53,13 +53,13 @@ async def agent(run):
 
 SABOTAGE = """
 import builtins, sys
-import tricorn.report, crashing
+import tricorn.errors.report, crashing
 
 def refuse(*args, **kwargs):
     raise ImportError("there is nothing to import")
 
 def wipe_report():
-    vars(tricorn.report).clear()
+    vars(tricorn.errors.report).clear()
 
 def wipe_what_fails():
     kept = crashing.handler.__code__.co_names + crashing.agent.__code__.co_names + ("__builtins__",)
@@ -88,7 +88,7 @@ import trio
 import crashing, sabotage
 from tricorn.chat import Chat
 from tricorn.chat.protocol import SUBPROTOCOLS
-from tricorn.host.listener import listen
+from tricorn.listening.accept import listen
 from tricorn.server import serve_until_signal
 
 async def main():

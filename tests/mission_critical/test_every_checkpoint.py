@@ -23,11 +23,11 @@ from fixtures.wire import Peer, parse
 from tricorn import WebSocket
 from tricorn.chat import SUBPROTOCOLS, Chat, Run
 from tricorn.chat.chat import Chat as _Chat
-from tricorn.chat.log.memory import MemoryLog
+from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.protocol import SUBPROTOCOL
-from tricorn.close import ABNORMAL, NO_PONG, NORMAL, SERVICE_RESTART
-from tricorn.host.listener import Router
-from tricorn.report import report_error
+from tricorn.errors.report import report_error
+from tricorn.listening.accept import Acceptor
+from tricorn.protocol.close import ABNORMAL, NO_PONG, NORMAL, SERVICE_RESTART
 
 SEED = 20261125
 
@@ -246,7 +246,7 @@ CHAT: dict[str, Any] = {
     "subprotocol": SUBPROTOCOL,
     "payload": json.loads,
     "faults": (*FAULTS, RUN_CANCELLED, explosion("agent"), explosion("tool")),
-    "roots": (Router.serve, _Chat._live),
+    "roots": (Acceptor.serve, _Chat._live),
 }
 
 SCENARIOS = (

@@ -11,9 +11,9 @@ import trio
 from trio.testing import MockClock
 
 from tricorn import Disconnected, WebSocket
-from tricorn.close import Close
 from tricorn.connection import WOKEN, Traffic
-from tricorn.phase import Phase
+from tricorn.protocol.close import Close
+from tricorn.protocol.phase import Phase
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 

@@ -13,7 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from promql_parser import VectorSelector
 
-from tricorn.web.metrics import app
+from tricorn.service.metrics_page import app
 
 DASHBOARD = json.loads(Path(__file__).parents[2].joinpath("docs/grafana.json").read_text())
 PANELS = {panel["title"]: panel for panel in DASHBOARD["panels"]}

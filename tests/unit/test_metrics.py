@@ -10,12 +10,13 @@ from typing import get_args
 import msgspec
 import pytest
 
-from tricorn import close, metrics
+from tricorn import metrics
 from tricorn.chat import protocol
 from tricorn.metrics import NOTHING, Connections, Counter, Histogram, Numbers, Totals, total
-from tricorn.phase import Phase
+from tricorn.protocol import close
+from tricorn.protocol.phase import Phase
+from tricorn.service.metrics_page import app
 from tricorn.settings import Settings
-from tricorn.web.metrics import app
 
 OPERATIONS = Path(__file__).parents[2].joinpath("docs/operations.md").read_text()
 

@@ -14,10 +14,10 @@ import pytest
 import yaml
 from msgspec import Meta, Struct, field
 
-from tricorn.auth import check_exposure
 from tricorn.chat.chat import LOG_PATIENCE
+from tricorn.service.auth import check_exposure
+from tricorn.service.pages import PAGES, READY
 from tricorn.settings import Settings
-from tricorn.web.pages import PAGES, READY
 
 SERVICE = Path(__file__).parents[2] / "docs/examples/service.yaml"
 KILLED_AFTER = 10  # seconds from SIGTERM to SIGKILL

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Self
 from trio import CancelScope, current_time, move_on_after, open_nursery, sleep, sleep_until
 from trio.lowlevel import checkpoint
 
-from tricorn.auth import Gate, ThisMachine
-from tricorn.chat.allowance import Allowances
-from tricorn.chat.conversation import Conversation
-from tricorn.chat.log.base import Log, Unavailable
-from tricorn.chat.log.memory import MemoryLog
+from tricorn.chat.conversation.conversation import Conversation
+from tricorn.chat.conversation.log_view import patience
+from tricorn.chat.identity import Gate, ThisMachine
+from tricorn.chat.logs.base import Log, Unavailable
+from tricorn.chat.logs.memory import MemoryLog
+from tricorn.chat.quota import Quotas
 from tricorn.chat.run import Agent
 from tricorn.chat.session import Session
-from tricorn.chat.transcript import patience
+from tricorn.errors.report import report_error
 from tricorn.metrics import CONVERSATIONS
-from tricorn.report import report_error
 from tricorn.settings import Settings
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Chat:
     ) -> None:
         self.settings = settings or Settings()
         self.gate = gate or ThisMachine()
-        self.allowances = Allowances(self.settings, per_user=self.gate.wants_token)
+        self.allowances = Quotas(self.settings, per_user=self.gate.wants_token)
         self._agent = agent
         self._log = log or MemoryLog()
         self._opening = open_nursery()

@@ -23,7 +23,7 @@ from trio import (
 )
 from trio.lowlevel import checkpoint, checkpoint_if_cancelled
 
-from tricorn.chat.progress import Asked, completed_key, started_key
+from tricorn.chat.conversation.state import Asked, completed_key, started_key
 from tricorn.chat.protocol import (
     ENVELOPE,
     AgentCompleted,
@@ -35,8 +35,8 @@ from tricorn.chat.protocol import (
     ToolCompleted,
     ToolExecuting,
 )
+from tricorn.errors.report import report_error
 from tricorn.metrics import LIMIT_HITS, RUN_SECONDS
-from tricorn.report import report_error
 
 # Seconds that what must not be missing in the log may take, where nobody can be let wait for it.
 LAST_WORDS = 2.0

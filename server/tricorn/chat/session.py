@@ -13,10 +13,9 @@ from msgspec.json import Decoder, Encoder
 from trio import Event, current_time, move_on_after, move_on_at
 from trio.lowlevel import Abort, Task, checkpoint, current_task, reschedule, wait_task_rescheduled
 
-from tricorn.auth import Identity, NotAdmitted, handshake_token
-from tricorn.chat.allowance import Allowance
-from tricorn.chat.conversation import Conversation, Cursor, Ended, Full
-from tricorn.chat.log.base import PastLost, Unavailable
+from tricorn.chat.conversation.conversation import Conversation, Cursor, Ended, Full
+from tricorn.chat.identity import Identity, NotAdmitted, handshake_token
+from tricorn.chat.logs.base import PastLost, Unavailable
 from tricorn.chat.protocol import (
     BATCH_SUBPROTOCOL,
     ENVELOPE,
@@ -37,7 +36,11 @@ from tricorn.chat.protocol import (
     Request,
     Welcome,
 )
-from tricorn.close import (
+from tricorn.chat.quota import Quota
+from tricorn.connection import WOKEN
+from tricorn.errors.report import report_error
+from tricorn.metrics import DELIVERED, LIMIT_HITS
+from tricorn.protocol.close import (
     FORBIDDEN,
     OUTBOX_OVERFLOW,
     SERVICE_RESTART,
@@ -46,9 +49,6 @@ from tricorn.close import (
     TOO_MANY_CONNECTIONS,
     UNAUTHENTICATED,
 )
-from tricorn.connection import WOKEN
-from tricorn.metrics import DELIVERED, LIMIT_HITS
-from tricorn.report import report_error
 
 if TYPE_CHECKING:
     from tricorn.chat.chat import Chat
@@ -87,7 +87,7 @@ class Session:
         self._identity: Identity | None = None  # nobody gets anything yet
         self._end = inf  # when the token expires, in Trio's time
         self._renewed = Event()
-        self._allowance: Allowance | None = None
+        self._allowance: Quota | None = None
         self._batch = ws.subprotocol == BATCH_SUBPROTOCOL
         self._cursors: dict[str, Cursor] = {}
         self._behind: dict[Cursor, None] = {}  # those of the cursors that have something to read
@@ -228,7 +228,7 @@ class Session:
         return [message]
 
     async def _serve(
-        self, request: Open | Post | Cancel | Leave | Ping, who: Identity, allowance: Allowance
+        self, request: Open | Post | Cancel | Leave | Ping, who: Identity, allowance: Quota
     ) -> Reply | None:
         ref = request.id if isinstance(request, Post) else getattr(request, "conversation", None)
         try:
@@ -291,7 +291,7 @@ class Session:
             conversation.attach(cursor)
             return _opened(conversation)
 
-    async def _post(self, request: Post, who: Identity, allowance: Allowance) -> Reply:
+    async def _post(self, request: Post, who: Identity, allowance: Quota) -> Reply:
         id, text = request.id, request.text
         settings = self._chat.settings
         limit = settings.text_characters

@@ -14,12 +14,13 @@ import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
 
 from tricorn import WebSocket, serve
-from tricorn.auth import Gate, Tokens, make_token
 from tricorn.chat import SUBPROTOCOLS, Chat, Run
+from tricorn.chat.identity import Gate
 from tricorn.chat.protocol import SUBPROTOCOL
-from tricorn.keys import Keys, parse, parse_for_signing
+from tricorn.service.auth import Tokens, make_token
+from tricorn.service.jwt_keys import Keys, parse, parse_for_signing
+from tricorn.service.pages import pages
 from tricorn.settings import Settings
-from tricorn.web.pages import pages
 
 PATIENCE = 10  # seconds, for a whole test
 SECRET = "a secret of thirty-two bytes or more"

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from jwt.algorithms import HMACAlgorithm
 from trio_websocket import ConnectionRejected
 
-from tricorn.auth import Everybody, ThisMachine
+from tricorn.chat.identity import Everybody, ThisMachine
 
 Guarded = Callable[..., AbstractAsyncContextManager[Any]]
 

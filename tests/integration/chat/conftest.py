@@ -21,13 +21,13 @@ from fixtures.hosts import HOSTS, Host, native
 from fixtures.service import PATH, first_line
 from fixtures.worker import worker
 from tricorn import WebSocket
-from tricorn.auth import Gate
 from tricorn.chat import SUBPROTOCOLS, Agent, Chat
 from tricorn.chat.agents.demo import demo
-from tricorn.chat.log.memory import MemoryLog
+from tricorn.chat.identity import Gate
+from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.protocol import BATCH_SUBPROTOCOL, SUBPROTOCOL
+from tricorn.service.pages import pages
 from tricorn.settings import Settings
-from tricorn.web.pages import pages
 
 PATIENCE = 120  # seconds, for a whole test
 

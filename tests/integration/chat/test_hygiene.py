@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tricorn.chat import Run, ToolError
-from tricorn.chat.log.memory import MemoryLog
+from tricorn.chat.logs.memory import MemoryLog
 
 Chatting = Callable[..., AbstractAsyncContextManager[Any]]
 

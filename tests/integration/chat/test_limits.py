@@ -12,11 +12,11 @@ from unittest.mock import ANY
 import pytest
 import trio
 
-from tricorn.auth import Tokens, make_token
 from tricorn.chat import Run
 from tricorn.chat.protocol import ENVELOPE
-from tricorn.keys import Keys, parse
 from tricorn.metrics import LIMIT_HITS
+from tricorn.service.auth import Tokens, make_token
+from tricorn.service.jwt_keys import Keys, parse
 from tricorn.settings import Settings
 
 pytestmark = pytest.mark.any_server

@@ -15,7 +15,8 @@ import trio.testing
 from trio_websocket import WebSocketRequest, serve_websocket
 
 from fixtures.cutting_proxy import CuttingProxy, cutting_proxy
-from tricorn.chat import Run, link, terminal
+from tricorn.chat import Run
+from tricorn.chat.client import connect, terminal
 from tricorn.chat.protocol import Closing, Opened, Welcome
 
 PATIENCE = 30  # seconds, for a whole test
@@ -25,7 +26,7 @@ Chatting = Callable[..., AbstractAsyncContextManager[Any]]
 
 @pytest.fixture(autouse=True)
 def without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link, "FIRST_BACKOFF", 0.0)
+    monkeypatch.setattr(connect, "FIRST_BACKOFF", 0.0)
     monkeypatch.setattr(terminal, "POST_AGAIN", 0.0)
 
 

@@ -15,10 +15,10 @@ import trio.testing
 from fixtures.cutting_proxy import CuttingProxy, cutting_proxy
 from fixtures.logs import PATIENCE, Told, texts
 from fixtures.real_services import PostgresServer
-from tricorn.chat.log import conformance
-from tricorn.chat.log.base import KEEP_EVERYTHING, Log, PastLost, Retention, Unavailable
-from tricorn.chat.log.conformance import LEASE, completed, post, thought
-from tricorn.chat.log.postgres import PostgresLog, connect
+from tricorn.chat.logs import conformance
+from tricorn.chat.logs.base import KEEP_EVERYTHING, Log, PastLost, Retention, Unavailable
+from tricorn.chat.logs.conformance import LEASE, completed, post, thought
+from tricorn.chat.logs.postgres import PostgresLog, connect
 from tricorn.settings import SettingError, Settings
 
 

@@ -17,10 +17,10 @@ import trio.testing
 from fixtures.cutting_proxy import CuttingProxy, cutting_proxy
 from fixtures.logs import PATIENCE, Told, texts
 from fixtures.real_services import RedisServer
-from tricorn.chat.log import conformance
-from tricorn.chat.log.base import KEEP_EVERYTHING, Lease, Log, PastLost, Retention, Unavailable
-from tricorn.chat.log.conformance import LEASE, completed, post, thought
-from tricorn.chat.log.redis import RedisLog, connect
+from tricorn.chat.logs import conformance
+from tricorn.chat.logs.base import KEEP_EVERYTHING, Lease, Log, PastLost, Retention, Unavailable
+from tricorn.chat.logs.conformance import LEASE, completed, post, thought
+from tricorn.chat.logs.redis import RedisLog, connect
 from tricorn.settings import SettingError, Settings
 
 

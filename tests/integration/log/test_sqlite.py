@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 import trio
 
-from tricorn.chat.log import conformance
-from tricorn.chat.log.base import KEEP_EVERYTHING, LeaseLost, Log, PastLost, Retention, Unavailable
-from tricorn.chat.log.conformance import completed, post
-from tricorn.chat.log.sqlite import SQLiteLog, connect
+from tricorn.chat.logs import conformance
+from tricorn.chat.logs.base import KEEP_EVERYTHING, LeaseLost, Log, PastLost, Retention, Unavailable
+from tricorn.chat.logs.conformance import completed, post
+from tricorn.chat.logs.sqlite import SQLiteLog, connect
 from tricorn.settings import SettingError, Settings
 
 NOBODY = 65534
@@ -316,8 +316,8 @@ async def test_many_that_wait_are_one_transaction(path: Path) -> None:
 WRITER = """
 import sys
 import trio
-from tricorn.chat.log.conformance import post
-from tricorn.chat.log.sqlite import connect
+from tricorn.chat.logs.conformance import post
+from tricorn.chat.logs.sqlite import connect
 from tricorn.settings import Settings
 
 async def write(log, conversation, first):

@@ -22,7 +22,7 @@ from websockets.protocol import State
 from websockets.uri import parse_uri
 
 from fixtures.hosts import HOSTS, Handler, Host, asgi, native
-from tricorn.host.readiness import Epoll, PerSocket
+from tricorn.transport.poller import Epoll, PerSocket
 
 PATIENCE = 60  # seconds, for a whole test
 MOCK_PATIENCE = 1000  # seconds of a mock clock
@@ -41,7 +41,7 @@ READINESSES = [
 @pytest.fixture(params=READINESSES)
 def readiness(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """How the server waits for its sockets."""
-    monkeypatch.setattr("tricorn.server.best", request.param)
+    monkeypatch.setattr("tricorn.server.best_poller", request.param)
     return request.param
 
 
@@ -228,7 +228,7 @@ def hosted(
         monkeypatch.setattr("tricorn.application.LOOK", MOCK_LOOK if "patient_clock" in request.fixturenames else LOOK)
     if request.param in HOSTS:
         return partial(run_server, request.param)
-    monkeypatch.setattr("tricorn.server.best", request.param)
+    monkeypatch.setattr("tricorn.server.best_poller", request.param)
     return partial(run_server, native)
 
 

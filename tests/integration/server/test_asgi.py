@@ -19,8 +19,9 @@ from fixtures.handlers import echo, flood, greet_and_sleep
 from fixtures.hosts import asgi, hypercorn
 from tricorn import Disconnected, Settings, WebSocket, asgi_app
 from tricorn.application import LOOK, MARGIN
-from tricorn.host.asgi import BUSY, AsgiRouter
-from tricorn.host.descriptors import Descriptors, Ends
+from tricorn.listening.asgi import AsgiWebSockets
+from tricorn.transport.asgi import BUSY
+from tricorn.transport.descriptors import Descriptors, Ends
 
 Served = Callable[..., AbstractAsyncContextManager[Any]]
 
@@ -88,7 +89,7 @@ async def test_who_reads_nothing_is_cut_before_hypercorn_waits_for_it_for_ever(
 
 
 async def test_nobody_is_let_in_while_it_ends() -> None:
-    router = AsgiRouter(echo, {}, SETTINGS, subprotocols=(), path=None)
+    router = AsgiWebSockets(echo, {}, SETTINGS, subprotocols=(), path=None)
     await router.close()
     said: list[dict[str, Any]] = []
 

@@ -14,7 +14,7 @@ from websockets.extensions.permessage_deflate import ClientPerMessageDeflateFact
 
 from fixtures.handlers import echo
 from tricorn import Disconnected, Settings, WebSocket
-from tricorn.host.native import READ_AHEAD, READ_DEFLATED
+from tricorn.transport.native import READ_AHEAD, READ_DEFLATED
 
 Served = Callable[..., AbstractAsyncContextManager[Any]]
 

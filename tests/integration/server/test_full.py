@@ -14,10 +14,10 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from fixtures.handlers import echo
 from tricorn import Settings
-from tricorn.host.listener import SPARE
-from tricorn.host.places import RETRY_AFTER
+from tricorn.listening.accept import SPARE
+from tricorn.listening.capacity import RETRY_AFTER
 from tricorn.metrics import LIMIT_HITS
-from tricorn.web.pages import pages
+from tricorn.service.pages import pages
 
 Serving = Callable[..., AbstractAsyncContextManager[Any]]
 Hits = Callable[[], dict[str, float]]

@@ -14,7 +14,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tricorn import Settings, WebSocket, serve
-from tricorn.host.listener import ACCEPT_AT_ONCE, listen
+from tricorn.listening.accept import ACCEPT_AT_ONCE, listen
 
 Served = Callable[..., AbstractAsyncContextManager[Any]]
 

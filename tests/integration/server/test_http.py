@@ -1,4 +1,4 @@
-"""Requests that are no upgrade go to an ASGI app, and nothing that happens there harms the WebSockets."""
+"""Calls that are no upgrade go to an ASGI app, and nothing that happens there harms the WebSockets."""
 
 from __future__ import annotations
 

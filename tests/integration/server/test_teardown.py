@@ -19,9 +19,9 @@ from websockets.frames import Frame, Opcode
 from fixtures.clock import seconds
 from fixtures.handlers import MORE_THAN_SOCKETS_HOLD, echo, flood, greet_and_sleep
 from tricorn import Settings, WebSocket, serve
-from tricorn.host.handshake import Head
-from tricorn.host.native import NativeTransport
+from tricorn.protocol.handshake import Head
 from tricorn.server import Server, listen
+from tricorn.transport.native import NativeTransport
 
 Served = Callable[..., AbstractAsyncContextManager[Any]]
 

@@ -10,10 +10,10 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from tricorn.auth import Tokens, make_token
 from tricorn.chat import Chat, Run
 from tricorn.chat.session import EXPIRY_NOTICE
-from tricorn.keys import Keys, parse, parse_for_signing
+from tricorn.service.auth import Tokens, make_token
+from tricorn.service.jwt_keys import Keys, parse, parse_for_signing
 from tricorn.settings import Settings
 
 Connect = Callable[..., Awaitable[Any]]

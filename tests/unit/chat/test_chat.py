@@ -13,9 +13,9 @@ import trio.testing
 
 from fixtures.clock import seconds
 from tricorn.chat import Chat, Run
-from tricorn.chat.allowance import Allowance
 from tricorn.chat.chat import LOG_PATIENCE
-from tricorn.chat.log.memory import MemoryLog
+from tricorn.chat.logs.memory import MemoryLog
+from tricorn.chat.quota import Quota
 from tricorn.settings import Settings
 
 Connect = Callable[..., Awaitable[Any]]
@@ -111,7 +111,7 @@ async def test_a_conversation_whose_time_has_just_run_out_goes_on_for_who_comes(
         with second.held():
             await trio.testing.wait_all_tasks_blocked()
             assert chat.conversation("c") is second
-            await second.post("p", "x", Allowance("local", Settings()))
+            await second.post("p", "x", Quota("local", Settings()))
 
 
 # Drain
@@ -228,7 +228,7 @@ async def test_draining_a_chat_without_anybody_is_a_checkpoint() -> None:
             await chat.drain()
 
 
-# Readiness
+# Poller
 
 
 class UselessLog(MemoryLog):

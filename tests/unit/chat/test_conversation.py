@@ -11,13 +11,13 @@ import pytest
 import trio
 import trio.testing
 
-from tricorn.chat.allowance import Allowance
-from tricorn.chat.conversation import Conversation, Cursor, Ended, Full
-from tricorn.chat.log.base import Entry, State
-from tricorn.chat.log.memory import MemoryLog
+from tricorn.chat.conversation.conversation import Conversation, Cursor, Ended, Full
+from tricorn.chat.conversation.log_view import TAIL
+from tricorn.chat.logs.base import Entry, LogState
+from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.protocol import AgentThinking
+from tricorn.chat.quota import Quota
 from tricorn.chat.run import Agent, Run
-from tricorn.chat.transcript import TAIL
 from tricorn.settings import Settings
 
 
@@ -33,7 +33,7 @@ class WatchedLog(MemoryLog):
         self.gate = trio.Event()
         self.gate.set()
 
-    async def open(self, conversation: str) -> State:
+    async def open(self, conversation: str) -> LogState:
         if self.error is not None:
             raise self.error
         return await super().open(conversation)
@@ -67,8 +67,8 @@ def begin(nursery: trio.Nursery, log: WatchedLog) -> Callable[..., Conversation]
 Begin = Callable[..., Conversation]
 
 
-def local() -> Allowance:
-    return Allowance("local", Settings())
+def local() -> Quota:
+    return Quota("local", Settings())
 
 
 async def events(log: MemoryLog) -> list[dict[str, Any]]:
@@ -282,7 +282,7 @@ async def test_who_has_too_many_posts_waiting_is_refused_until_one_is_answered(b
         await conversation.post("p2", "x", ann)
     assert caught.value.limit == "user_runs"
     assert await conversation.post("p0", "x", ann) == seq  # it is in the log
-    await conversation.post("of another", "x", Allowance("bob", Settings()))
+    await conversation.post("of another", "x", Quota("bob", Settings()))
     await trio.testing.wait_all_tasks_blocked()
     assert await conversation.cancel(next(event["run"] for event in await events(log) if "run" in event))
     await trio.testing.wait_all_tasks_blocked()

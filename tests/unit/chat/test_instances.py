@@ -14,8 +14,8 @@ import trio.testing
 
 from tricorn.chat import Chat, Run
 from tricorn.chat.chat import LOOK_AT_ONCE
-from tricorn.chat.log.base import Entry, State, Unavailable
-from tricorn.chat.log.memory import MemoryLog
+from tricorn.chat.logs.base import Entry, LogState, Unavailable
+from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.protocol import AgentThinking
 from tricorn.settings import Settings
 
@@ -439,7 +439,7 @@ class Failing(MemoryLog):
         if error is not None:
             raise error
 
-    async def open(self, conversation: str) -> State:
+    async def open(self, conversation: str) -> LogState:
         await self._may_fail()
         return await super().open(conversation)
 

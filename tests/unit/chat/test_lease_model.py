@@ -1,10 +1,9 @@
 """The protocol of lease and resume, tried out: every order in which two instances can act, with crashes in between.
 
-What the store does is the store's own code (`Past`), and what an instance knows is its own fold (`Progress`) of what it
-has read, which it may do late; the steps of an instance are those of `Answering`, cut where another one may act in
-between. Every state that can be reached with
-two posts, two instances and two crashes, real ones or only seeming so, is visited; in each the log must be one that a
-client may see.
+What the store does is the store's own code (`Past`), and what an instance knows is its own fold (`ConversationState`)
+of what it has read, which it may do late; the steps of an instance are those of `Responder`, cut where another one may
+act in between. Every state that can be reached with two posts, two instances and two crashes, real ones or only
+seeming so, is visited; in each the log must be one that a client may see.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tricorn.chat.log.base import Lease, LeaseLost, State
-from tricorn.chat.log.memory import Past
-from tricorn.chat.progress import Progress, completed_key, started_key
+from tricorn.chat.conversation.state import ConversationState, completed_key, started_key
+from tricorn.chat.logs.base import Lease, LeaseLost, LogState
+from tricorn.chat.logs.memory import Past
 from tricorn.chat.protocol import AgentCompleted, AgentMessage, AgentStarted, AnyEvent, RunEvent, UserMessage
 
 INSTANCES = ("a", "b")
@@ -29,7 +28,7 @@ EPOCH = "e"
 CLAIMS = 4  # two that are both thought dead could take the lease from each other for ever
 STATES = 208108
 
-FOLDED: dict[object, Progress] = {}  # the same entries come to the same
+FOLDED: dict[object, ConversationState] = {}  # the same entries come to the same
 
 
 @dataclass
@@ -80,11 +79,11 @@ class World:
         other.dead = self.dead.copy()
         return other
 
-    def progress(self, answered: int, read: int) -> Progress:
+    def progress(self, answered: int, read: int) -> ConversationState:
         """What the entries behind one seq and up to another come to."""
         known = (answered, self.log[:read])
         if known not in FOLDED:
-            FOLDED[known] = progress = Progress(State(EPOCH, 1, 0, answered))
+            FOLDED[known] = progress = ConversationState(LogState(EPOCH, 1, 0, answered))
             for kept in self.past.entries:
                 if progress.seq < kept.entry.seq <= read:
                     progress.fold(kept.entry)
@@ -97,7 +96,7 @@ class World:
         self.log += (f"post:{self.posts}",)
 
     def append(self, instance: Instance, event: RunEvent, key: str, answered: int | None = None) -> None:
-        """Append, and read all up to that, as `Transcript` does."""
+        """Append, and read all up to that, as `LogView` does."""
         entry, repeated = self.past.append(instance.name, EPOCH, event, key, instance.lease, answered)
         if not repeated:
             self.log += (f"{key} {event.run}",)
@@ -279,13 +278,13 @@ def test_it_finds_a_store_that_does_not_look_at_tokens(monkeypatch: pytest.Monke
 
 def test_it_finds_a_start_that_can_come_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a fold that knows of the run that goes on, posts are answered again."""
-    fold = Progress.fold
+    fold = ConversationState.fold
 
-    def forgetful(self: Progress, entry: object) -> None:
+    def forgetful(self: ConversationState, entry: object) -> None:
         fold(self, entry)  # type: ignore[arg-type]
         self.run = None
 
-    monkeypatch.setattr(Progress, "fold", forgetful)
+    monkeypatch.setattr(ConversationState, "fold", forgetful)
     with pytest.raises(AssertionError):
         explore()
 

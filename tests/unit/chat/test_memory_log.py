@@ -9,10 +9,10 @@ import pytest
 import trio
 import trio.testing
 
-from tricorn.chat.log import conformance
-from tricorn.chat.log.base import KEEP_EVERYTHING, Log, Retention
-from tricorn.chat.log.conformance import LEASE, post
-from tricorn.chat.log.memory import MemoryLog
+from tricorn.chat.logs import conformance
+from tricorn.chat.logs.base import KEEP_EVERYTHING, Log, Retention
+from tricorn.chat.logs.conformance import LEASE, post
+from tricorn.chat.logs.memory import MemoryLog
 
 
 class Stores:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, get_args
 import msgspec
 import pytest
 
-from tricorn import close
 from tricorn.chat import protocol
+from tricorn.protocol import close
 
 PAGE = (Path(__file__).parents[3] / "docs" / "protocol.md").read_text()
 

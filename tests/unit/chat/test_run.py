@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from tricorn.chat.progress import Asked
+from tricorn.chat.conversation.state import Asked
 from tricorn.chat.protocol import AnyEvent
 from tricorn.chat.run import LAST_WORDS, SAID_AT_ONCE, Agent, Run, ToolError, perform
 

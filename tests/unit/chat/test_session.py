@@ -13,8 +13,8 @@ import trio
 import trio.testing
 
 from tricorn.chat import SUBPROTOCOLS, Chat, Run
-from tricorn.chat.log.base import Entry, State
-from tricorn.chat.log.memory import MemoryLog
+from tricorn.chat.logs.base import Entry, LogState
+from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.protocol import AgentThinking, Request
 from tricorn.chat.session import BATCH_BYTES, EVENTS_PER_TURN, decode
 from tricorn.settings import Settings
@@ -51,14 +51,14 @@ class LostLog(MemoryLog):
 
     immediate = False
 
-    async def open(self, conversation: str) -> State:
+    async def open(self, conversation: str) -> LogState:
         return (await super().open(conversation))._replace(head=5)
 
 
 class BadLog(MemoryLog):
     immediate = False
 
-    async def open(self, conversation: str) -> State:
+    async def open(self, conversation: str) -> LogState:
         if conversation == "local/bad":
             raise OSError("secret")
         return await super().open(conversation)
@@ -94,7 +94,7 @@ def test_who_offers_both_subprotocols_gets_the_batch() -> None:
     assert SUBPROTOCOLS == ("tricorn.v1", "tricorn.v1.batch")
 
 
-# Requests that are none
+# Calls that are none
 
 
 @pytest.mark.parametrize(

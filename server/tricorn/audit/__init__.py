@@ -1,6 +1,0 @@
-"""The audit: proves the rules of the error path on source, of Tricorn or of an agent. Nothing is imported or run."""
-
-from .program import defines, locate, python_files
-from .rules import Finding, audit
-
-__all__ = ["Finding", "audit", "defines", "locate", "python_files"]

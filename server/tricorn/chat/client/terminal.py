@@ -1,0 +1,306 @@
+"""The chat in a terminal, or in a script: `tricorn chat`."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from math import inf
+from os import isatty, read
+from secrets import token_hex
+from signal import SIGINT
+from urllib.parse import urlsplit, urlunsplit
+
+import trio
+
+from tricorn.chat.client.connect import Heard, Link
+from tricorn.chat.client.screen import Screen, one_line
+from tricorn.chat.protocol import (
+    AgentCompleted,
+    AgentStarted,
+    AnyEvent,
+    Cancel,
+    Error,
+    Event,
+    Open,
+    Opened,
+    Outcome,
+    Post,
+    Posted,
+    UserMessage,
+    Welcome,
+)
+from tricorn.settings import Secret, SettingError
+
+STDIN = 0
+SCHEMES = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
+INTERRUPTED = 130  # the exit status that shells use for Ctrl-C
+PATIENCE = 60.0  # seconds that a script waits for a connection to come back; a person can leave at any time
+POST_AGAIN = 1.0  # seconds after which a post is repeated that the log could not take
+
+
+def websocket_url(text: str) -> str:
+    """The URL of the chat where `text` names a server: http means ws, and the path is `/ws` where there is none.
+
+    Raises `SettingError`.
+    """
+    problem = SettingError(f"URL {one_line(text)}: must be a URL like ws://127.0.0.1:8080/ws")
+    try:
+        parts = urlsplit(text)
+        valid = parts.scheme in SCHEMES and parts.hostname and parts.port != 0 and parts.username is None
+    except ValueError:
+        raise problem from None
+    if not valid or not text.isascii() or not text.isprintable() or " " in text:
+        raise problem
+    path = "/ws" if parts.path in {"", "/"} else parts.path
+    return urlunsplit((SCHEMES[parts.scheme], parts.netloc, path, parts.query, ""))
+
+
+async def chat(url: str, *, conversation: str, message: str | None, raw: bool, token: Secret | None = None) -> int:
+    """Post `message`, or else each line of the input in turn, draw what happens, and return the exit status.
+
+    A connection that is lost is made anew, and everything goes on where it was. 0 where a person left, or every run was
+    a success; 1 where one was not, a post was refused, or there is no connection: none could be made, the server does
+    not want us back, or, where nobody sits at a terminal, it was away for `PATIENCE`; that is said in one line on
+    stderr. 130 for Ctrl-C. With `raw` events are written as the server sent them, one a line, each once. With `message`
+    it is only those of its own post. Cancelled, it just goes.
+    """
+    client = Client(url, conversation, message, raw, token)
+    try:
+        await client.run()
+    except* SystemExit:
+        client.status = 1  # this is how rich says that nobody reads stdout any more
+    return client.status
+
+
+class Turn:
+    """A post and the run that answers it."""
+
+    def __init__(self, text: str) -> None:
+        self.post = token_hex(8)
+        self.text = text
+        self.logged = False
+        self.run: str | None = None
+        self.cancelled = False
+        self.outcome: Outcome | None = None
+        self.ended = trio.Event()
+
+    def has(self, event: AnyEvent) -> bool:
+        return event.id == self.post if isinstance(event, UserMessage) else event.run == self.run
+
+
+class Client:
+    """One conversation, over as many connections as it takes."""
+
+    def __init__(self, url: str, conversation: str, message: str | None, raw: bool, token: Secret | None) -> None:
+        self.status = INTERRUPTED
+        self._url = url
+        self._conversation = conversation
+        self._message = message
+        self._raw = raw
+        self._interactive = message is None and not raw and isatty(STDIN)
+        self._screen = Screen()
+        self._lines = Lines(STDIN)
+        self._link = Link(url, token, inf if self._interactive else PATIENCE)
+        self._turn: Turn | None = None
+        self._at_prompt = False
+        self._epoch: str | None = None
+        self._seq = 0  # of the last event that was heard
+        self._head: int | None = None
+        self._caught_up = trio.Event()
+        self._attached = False  # this connection follows the conversation
+
+    async def run(self) -> None:
+        """Talk until there is nothing more to say, or no way to say it. `status` is then the exit status."""
+        async with trio.open_nursery() as self._nursery:
+            await self._nursery.start(self._obey_interrupts)
+            self._nursery.start_soon(self._screen.animate)
+            self._nursery.start_soon(self._converse)
+            problem = await self._link.keep(self._take, self._lost)
+            await trio.lowlevel.checkpoint()  # for the end of a run that was heard just before
+            if problem is not None and not self._link.left:
+                self._leave(1, problem)
+            self._nursery.cancel_scope.cancel()
+        self._screen.end_line()
+
+    def _leave(self, status: int, problem: str | None = None) -> None:
+        self.status = status
+        if problem is not None:
+            self._tell(problem)
+        self._link.leave()
+
+    def _tell(self, problem: str) -> None:
+        self._screen.end_line()
+        print(f"tricorn: {self._url}: {one_line(problem)}", file=sys.stderr)
+
+    def _lost(self, problem: str, pause: float) -> None:
+        self._attached = False
+        text = f"{problem}; trying again in {pause:.0f} s"
+        if self._interactive:
+            self._screen.note(text)
+        else:
+            self._tell(text)
+
+    async def _obey_interrupts(self, task_status: trio.TaskStatus[None]) -> None:
+        """The first Ctrl-C in a run cancels the run, any other leaves."""
+        with trio.open_signal_receiver(SIGINT) as signals:
+            task_status.started()
+            async for _ in signals:
+                turn = self._turn
+                if turn is None or turn.run is None or turn.cancelled:
+                    self._leave(0 if self._at_prompt else INTERRUPTED)
+                else:
+                    turn.cancelled = True
+                    self._nursery.start_soon(self._cancel, turn.run)
+
+    async def _cancel(self, run: str) -> None:
+        await self._link.send(Cancel(conversation=self._conversation, run=run))
+
+    async def _converse(self) -> None:
+        await self._caught_up.wait()
+        if self._message is not None:
+            self._leave(await self._say(self._message))
+            return
+        if self._interactive:
+            self._screen.note("Ctrl-C cancels a run, Ctrl-D leaves.")
+        statuses = {0}
+        while (line := await self._next_line()) is not None:
+            if line.strip():
+                statuses.add(await self._say(line))
+        self._leave(0 if self._interactive else max(statuses))
+
+    async def _next_line(self) -> str | None:
+        if not self._interactive:
+            return await self._lines.next()
+        self._screen.prompt()
+        self._at_prompt = True
+        line = await self._lines.next()
+        self._at_prompt = False
+        if line is not None:
+            self._screen.line_was_entered()
+        return line
+
+    async def _say(self, text: str) -> int:
+        """Post, and wait for the run that answers: 0 if that was a success, else 1."""
+        turn = self._turn = Turn(text)
+        if self._attached:  # else once it is
+            await self._post(turn)
+        await turn.ended.wait()
+        self._turn = None
+        return 0 if turn.outcome == "success" else 1
+
+    async def _post(self, turn: Turn) -> None:
+        await self._link.send(Post(id=turn.post, conversation=self._conversation, text=turn.text))
+
+    async def _post_again(self, turn: Turn) -> None:
+        await trio.sleep(POST_AGAIN)
+        if self._attached:
+            await self._post(turn)
+
+    async def _take(self, message: Heard, text: str) -> None:
+        match message:
+            case Welcome():
+                await self._open()
+            case Opened():
+                await self._attach(message)
+            case Posted():
+                if self._turn is not None and self._turn.post == message.id:
+                    self._turn.logged = True
+            case Error():
+                self._take_refusal(message)
+            case Event():
+                if message.seq > self._seq:  # else it was heard on another connection
+                    self._hear(message, text)
+
+    async def _open(self) -> None:
+        await self._link.send(Open(conversation=self._conversation, after=self._seq, epoch=self._epoch))
+
+    async def _attach(self, opened: Opened) -> None:
+        """Go on where the last connection ended, with the turn that was on."""
+        turn = self._turn
+        if self._epoch not in {None, opened.epoch}:
+            self._say_so("the server has lost what was said here before")
+            self._seq = 0
+            if turn is not None:
+                turn.logged, turn.run = False, None
+        elif 0 < self._seq < opened.first - 1:
+            self._say_so("older messages are no longer kept")
+        self._epoch, self._head, self._attached = opened.epoch, opened.head, True
+        self._catch_up(self._seq)
+        if turn is not None and not turn.logged:
+            await self._post(turn)
+        elif turn is not None and turn.cancelled and turn.run is not None:
+            await self._cancel(turn.run)
+
+    def _say_so(self, text: str) -> None:
+        if self._interactive:
+            self._screen.note(text)
+        else:
+            self._tell(text)
+
+    def _hear(self, event: AnyEvent, text: str) -> None:
+        turn = self._turn
+        self._seq = event.seq
+        if turn and isinstance(event, AgentStarted) and event.post == turn.post:
+            turn.run = event.run
+        own = turn is not None and turn.has(event)
+        if own and turn and isinstance(event, UserMessage):
+            turn.logged = True
+        if self._raw:
+            if own or self._message is None:
+                self._screen.write(text)
+        elif own and self._interactive and isinstance(event, UserMessage):
+            pass  # it stands there as it was typed
+        elif own or self._message is None:
+            self._screen.draw(event)
+        if isinstance(event, AgentCompleted):
+            if own and turn:
+                turn.outcome = event.outcome
+                turn.ended.set()
+            elif self._at_prompt:
+                self._screen.prompt()
+        self._catch_up(event.seq)
+
+    def _catch_up(self, seq: int) -> None:
+        """What was said before is heard first."""
+        if self._head is not None and seq >= self._head:
+            self._caught_up.set()
+
+    def _take_refusal(self, error: Error) -> None:
+        turn = self._turn
+        if not self._attached:
+            if error.code == "not_found" and self._seq > 0:  # the log ends before what was heard: it has lost it
+                self._epoch, self._seq = "", 0
+                self._nursery.start_soon(self._open)
+            elif self._head is None:
+                self._leave(1, error.message)
+        elif turn and not turn.logged and error.ref in {turn.post, None}:
+            if error.code == "unavailable":
+                self._nursery.start_soon(self._post_again, turn)
+            elif error.code == "closing":
+                pass  # the next connection posts it again
+            elif self._interactive:
+                self._screen.note(error.message)
+                turn.ended.set()
+            else:
+                self._leave(1, error.message)
+
+
+class Lines:
+    """Lines of text from a file descriptor, read without a thread, so that whoever waits for one can be cancelled."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._buffer = b""
+        self._ended = False
+
+    async def next(self) -> str | None:
+        """The next line without its end, or None after the last. A checkpoint; cancelled, it has lost nothing."""
+        await trio.lowlevel.checkpoint()
+        while b"\n" not in self._buffer and not self._ended:
+            with suppress(PermissionError):  # epoll refuses a regular file, which never makes its reader wait
+                await trio.lowlevel.wait_readable(self._fd)
+            chunk = read(self._fd, 65536)
+            self._buffer += chunk
+            self._ended = not chunk
+        line, end, self._buffer = self._buffer.partition(b"\n")
+        return line.decode(errors="replace") if line or end else None

@@ -1,0 +1,239 @@
+"""The file of the SQLite log, and what is done in it. All of it blocks, and is for one thread at a time."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Sequence
+from contextlib import suppress
+from hashlib import blake2b
+from secrets import token_hex
+from sqlite3 import DatabaseError
+from time import time
+from typing import Any, NamedTuple
+
+from tricorn.chat.logs.base import Draft, Entry, LogState, Retention
+
+VERSION = 1
+APPLICATION = 0x54524943  # says whose file it is
+SWEPT_AT_ONCE = 1000  # conversations
+
+_SCHEMA = """
+CREATE TABLE store (id TEXT NOT NULL, checked REAL);
+CREATE TABLE conversation (
+    id INTEGER PRIMARY KEY,
+    key TEXT NOT NULL UNIQUE,
+    first INTEGER NOT NULL DEFAULT 1,
+    head INTEGER NOT NULL DEFAULT 0,
+    asked INTEGER NOT NULL DEFAULT 0,
+    answered INTEGER NOT NULL DEFAULT 0
+);
+CREATE INDEX conversation_unanswered ON conversation (id) WHERE asked > answered;
+CREATE TABLE entry (
+    conversation INTEGER NOT NULL,
+    seq INTEGER NOT NULL,
+    json BLOB NOT NULL,
+    key TEXT,
+    at REAL NOT NULL,
+    PRIMARY KEY (conversation, seq)
+) WITHOUT ROWID;
+CREATE UNIQUE INDEX entry_key ON entry (conversation, key) WHERE key IS NOT NULL;
+"""
+
+
+class _Row(NamedTuple):
+    """Where a conversation stands in the file."""
+
+    id: int
+    first: int
+    head: int
+    asked: int
+    answered: int
+
+
+class File:
+    """Opened, and this process's alone.
+
+    In WAL mode a commit is one append to a file; `synchronous=FULL` has it on the disk before it returns. The lock is
+    the operating system's, so it ends with the process, however that ends.
+
+    Raises:
+        sqlite3.Error: it cannot be opened, is none of ours, or another process has it (`SQLITE_BUSY`).
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = os.path.abspath(path)
+        if os.path.exists(self._path) and not os.access(self._path, os.W_OK, effective_ids=True):
+            raise DatabaseError("it cannot be written to")  # SQLite calls that an I/O error
+        self._db = sqlite3.connect(self._path, timeout=0, isolation_level=None, check_same_thread=False)
+        try:
+            self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._db.execute("BEGIN IMMEDIATE")
+            self._migrate()
+            self._db.execute("COMMIT")
+            ((self._store,),) = self._db.execute("SELECT id FROM store")
+            self._identity = _identity(self._path)
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _migrate(self) -> None:
+        ((version,),) = self._db.execute("PRAGMA user_version")
+        ((application,),) = self._db.execute("PRAGMA application_id")
+        ((tables,),) = self._db.execute("SELECT count(*) FROM sqlite_schema")
+        if (version, application, tables) == (0, 0, 0):
+            for statement in _SCHEMA.split(";"):
+                self._db.execute(statement)
+            self._db.execute("INSERT INTO store (id) VALUES (?)", [token_hex(16)])
+            self._db.execute(f"PRAGMA application_id = {APPLICATION}")
+            self._db.execute(f"PRAGMA user_version = {VERSION}")
+        elif application != APPLICATION:
+            raise DatabaseError("it is a database, but not a log of Tricorn")
+        elif version != VERSION:
+            raise DatabaseError(f"its schema has version {version}, and this Tricorn knows {VERSION}")
+
+    def close(self) -> None:
+        self._db.close()
+
+    def serve(self, asked: Sequence[tuple[Any, ...]]) -> Sequence[Any]:
+        """Do steps with their arguments in one transaction: their results, once that is on the disk, or errors.
+
+        Where a step fails, each is done in a transaction of its own: none fails for what another asked.
+        """
+        before = self._db.total_changes
+        answers: list[Any] = []
+        try:
+            self._db.execute("BEGIN")
+            for step, *arguments in asked:
+                answers.append(step(self, *arguments))
+            if self._db.total_changes != before and _identity(self._path) != self._identity:
+                raise DatabaseError("it has been moved away or replaced")
+            self._db.execute("COMMIT")
+        except Exception as error:
+            with suppress(DatabaseError):  # SQLite may have rolled back already
+                self._db.execute("ROLLBACK")
+            if len(asked) == 1 or len(answers) == len(asked):
+                return [error] * len(asked)
+        else:
+            return answers
+        return [answer for each in asked for answer in self.serve([each])]
+
+    # Steps
+
+    def check(self) -> None:
+        self._db.execute("UPDATE store SET checked = ?", [time()])
+
+    def open(self, key: str, retention: Retention) -> LogState:
+        row = self._row(key)
+        if row is None:
+            return LogState(self._epoch(key), 1, 0, 0)
+        first = self._forget(row, retention)
+        return LogState(self._epoch(key), first, row.head, row.answered)
+
+    def append(
+        self,
+        key: str,
+        epoch: str,
+        stamped: Draft,
+        event_key: str | None,
+        asks: bool,
+        answered: int | None,
+        retention: Retention,
+    ) -> tuple[Entry, bool] | None:
+        """None where the epoch is another one."""
+        if epoch != self._epoch(key):
+            return None
+        row = self._row(key)
+        if row is None:
+            self._db.execute("INSERT INTO conversation (key) VALUES (?)", [key])
+            row = self._row(key)
+            assert row is not None  # noqa: S101
+        elif event_key is not None:
+            found = self._find(row, event_key)
+            if found is not None:
+                return found, True
+        entry = stamped.entry(row.head + 1)
+        row = row._replace(
+            head=entry.seq,
+            asked=entry.seq if asks else row.asked,
+            answered=row.answered if answered is None else answered,
+        )
+        self._db.execute("INSERT INTO entry VALUES (?, ?, ?, ?, ?)", [row.id, entry.seq, entry.json, event_key, time()])
+        change = "UPDATE conversation SET head = ?, asked = ?, answered = ? WHERE id = ?"
+        self._db.execute(change, [row.head, row.asked, row.answered, row.id])
+        self._forget(row, retention)
+        return entry, False
+
+    def find(self, key: str, event_key: str) -> Entry | None:
+        row = self._row(key)
+        return None if row is None else self._find(row, event_key)
+
+    def read(self, key: str, after: int, limit: int) -> list[Entry]:
+        rows = self._db.execute(
+            "SELECT seq, json FROM entry WHERE conversation = (SELECT id FROM conversation WHERE key = ?) AND seq > ?"
+            " ORDER BY seq LIMIT ?",
+            [key, after, limit],
+        )
+        return [Entry(*row) for row in rows]
+
+    def is_unanswered(self, key: str) -> bool:
+        row = self._row(key)
+        return row is not None and row.asked > row.answered
+
+    def unanswered(self, limit: int) -> list[str]:
+        return [
+            key for (key,) in self._db.execute("SELECT key FROM conversation WHERE asked > answered LIMIT ?", [limit])
+        ]
+
+    def sweep(self, after: int, retention: Retention) -> int | None:
+        """Forget in the conversations whose ids follow `after`: the last one looked at, None where that was the end."""
+        rows = self._db.execute(
+            "SELECT id, first, head, asked, answered FROM conversation WHERE id > ? ORDER BY id LIMIT ?",
+            [after, SWEPT_AT_ONCE],
+        ).fetchall()
+        for row in rows:
+            self._forget(_Row(*row), retention)
+        return rows[-1][0] if rows else None
+
+    # Inside
+
+    def _epoch(self, key: str) -> str:
+        """A conversation costs nothing before its first entry: its epoch follows from the file's."""
+        return blake2b(key.encode(), key=self._store.encode(), digest_size=8).hexdigest()
+
+    def _row(self, key: str) -> _Row | None:
+        found = self._db.execute(
+            "SELECT id, first, head, asked, answered FROM conversation WHERE key = ?", [key]
+        ).fetchone()
+        return None if found is None else _Row(*found)
+
+    def _find(self, row: _Row, event_key: str) -> Entry | None:
+        found = self._db.execute(
+            "SELECT seq, json FROM entry WHERE conversation = ? AND key = ?", [row.id, event_key]
+        ).fetchone()
+        return None if found is None else Entry(*found)
+
+    def _forget(self, row: _Row, retention: Retention) -> int:
+        """Drop what retention does not ask to keep and no post needs. Returns which entry is the first then."""
+        needed = row.answered if row.asked > row.answered else row.head
+        first: int = max(
+            row.first, int(min(needed, row.head - retention.events)) + 1 if retention.events < row.head else 0
+        )
+        ((first,),) = self._db.execute(
+            "SELECT coalesce(min(seq), ?) FROM entry WHERE conversation = ? AND seq >= ? AND (at > ? OR seq > ?)",
+            [row.head + 1, row.id, first, time() - retention.seconds, needed],
+        )
+        if first > row.first:
+            self._db.execute("DELETE FROM entry WHERE conversation = ? AND seq < ?", [row.id, first])
+            self._db.execute("UPDATE conversation SET first = ? WHERE id = ?", [first, row.id])
+        return first
+
+
+def _identity(path: str) -> tuple[int, int]:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return 0, 0
+    return found.st_dev, found.st_ino

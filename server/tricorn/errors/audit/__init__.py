@@ -1,0 +1,6 @@
+"""The audit: proves the rules of the error path on source, of Tricorn or of an agent. Nothing is imported or run."""
+
+from tricorn.errors.audit.program import defines, locate, python_files
+from tricorn.errors.audit.rules import Finding, audit
+
+__all__ = ["Finding", "audit", "defines", "locate", "python_files"]

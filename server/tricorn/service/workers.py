@@ -1,0 +1,274 @@
+"""Several processes on one port: who starts them and looks after them, and what each of them has of that.
+
+The supervisor reserves the address and never touches a connection. For each worker it binds a socket of its own to the
+address (SO_REUSEPORT): the kernel shares new connections out among those that listen, and a worker that has died is
+none of them. Between the two is a socket pair. The worker says there that it serves, and what it has counted when it is
+asked; when the supervisor dies, however it does, the worker finds the end of it and ends as by SIGTERM.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from os import getpid
+from signal import SIGINT, SIGTERM, raise_signal, strsignal
+from typing import TYPE_CHECKING
+
+import trio
+from msgspec.json import Decoder, encode
+from trio import BrokenResourceError, current_time, move_on_after
+
+from tricorn.errors.report import report, report_error
+from tricorn.listening.accept import BACKLOG, bind
+from tricorn.metrics import NOTHING, WORKER_ENDS, Numbers, numbers, total
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+
+    from tricorn.listening.accept import Address
+
+FIRST_PAUSE = 0.1  # seconds before a worker is replaced; each time in a row they double
+LONGEST_PAUSE = 30.0
+STEADY = 60.0  # seconds that a worker must have lived for its end to be the first in a row
+ANSWER_TIME = 1.0  # seconds that a worker has to say what it counted; then what it said before counts
+GRACE = 1.0  # seconds beyond drain_timeout, before a worker is killed
+
+_decode = Decoder(Numbers).decode
+
+
+async def reserve(port: int, host: str) -> list[socket.socket]:
+    """Bind every address that the host has, for workers to listen on. Raises OSError like `bind`."""
+    reserved = await bind(port, host)
+    for each in reserved:  # not before it is bound: somebody else's workers must not be joined
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    return reserved
+
+
+class Worker:
+    """A worker's side. `descriptors` is what the supervisor has put behind `--worker`."""
+
+    def __init__(self, descriptors: str) -> None:
+        self._control, *self.listeners = (socket.socket(fileno=int(each)) for each in descriptors.split(","))
+        for each in (self._control, *self.listeners):
+            each.set_inheritable(False)
+            each.setblocking(False)
+
+    def listen(self) -> list[socket.socket]:
+        """Have connections come from now on, and return the sockets that they come to."""
+        for listener in self.listeners:
+            listener.listen(BACKLOG)
+        return self.listeners
+
+    async def obey(self) -> None:
+        """Tell the supervisor that this process serves, and what it is asked for. Once that is gone, raise SIGTERM."""
+        control = trio.SocketStream(trio.socket.from_stdlib_socket(self._control))
+        try:
+            async with control:
+                question = True
+                while question:
+                    await control.send_all(encode(numbers()) + b"\n")
+                    question = bool(await control.receive_some(1))
+        except BrokenResourceError:
+            pass
+        raise_signal(SIGTERM)
+
+
+class Supervisor:
+    """Keeps `count` workers running, each of them `command` with `--worker` and its descriptors behind it."""
+
+    def __init__(
+        self, command: Sequence[str], count: int, reserved: Sequence[socket.socket], *, drain_timeout: float
+    ) -> None:
+        self._command = command
+        self._count = count
+        self._reserved = reserved
+        self._drain_timeout = drain_timeout
+        self._running: dict[int, _Running] = {}  # by the worker's number
+        self._patience = trio.CancelScope()  # what still runs when it is over is killed
+        self._ending = trio.Event()
+        self._complete = False  # all workers have been serving
+        self._status = 0
+        self._gone = NOTHING  # what workers that ended had counted
+        self._scraping = trio.Lock()
+
+    async def run(self, announce: Callable[[list[Address]], None]) -> int:
+        """Run until SIGTERM or SIGINT, and return the exit status; `announce` is called when all workers serve.
+
+        Either signal is passed on to all workers; a second one too, and then they abort. A worker that ends before all
+        have been serving, without having served, ends all of it, and the exit status is its own.
+
+        If cancelled, the workers are killed.
+        """
+        try:
+            return await self._run(announce)
+        finally:
+            for each in self._reserved:
+                each.close()
+
+    async def scrape(self) -> tuple[Numbers, Mapping[str, int]]:
+        """What all workers have counted, those that ended included, and the ids of the processes."""
+        async with self._scraping, trio.open_nursery() as nursery:
+            for running in self._running.values():
+                nursery.start_soon(running.ask)
+        parts = [numbers(), self._gone, *(running.numbers for running in self._running.values())]
+        pids = {str(number): running.process.pid for number, running in sorted(self._running.items())}
+        return total(parts), {"supervisor": getpid(), **pids}
+
+    async def _run(self, announce: Callable[[list[Address]], None]) -> int:
+        with trio.open_signal_receiver(SIGTERM, SIGINT) as signals:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._obey, signals)
+                with self._patience:
+                    async with trio.open_nursery() as workers:
+                        # One first: what is wrong with all of them is then said once.
+                        await self._start(workers, [1])
+                        await self._start(workers, range(2, self._count + 1))
+                        if not self._ending.is_set():
+                            self._complete = True
+                            announce([each.getsockname()[:2] for each in self._reserved])
+                nursery.cancel_scope.cancel()
+        return self._status
+
+    async def _obey(self, signals: AsyncIterator[int]) -> None:
+        async for _ in signals:
+            self._end()
+
+    def _end(self) -> None:
+        if not self._ending.is_set():
+            self._ending.set()
+            self._patience.deadline = current_time() + self._drain_timeout + GRACE
+        for running in self._running.values():
+            running.process.terminate()
+
+    async def _start(self, nursery: trio.Nursery, numbers_of_workers: Sequence[int]) -> None:
+        up = {number: trio.Event() for number in numbers_of_workers}
+        for number, event in up.items():
+            nursery.start_soon(self._keep, number, event)
+        for event in up.values():
+            await event.wait()
+
+    async def _keep(self, number: int, up: trio.Event) -> None:
+        """Run a worker, and the next when it has ended. `up` is set when it serves, or is not going to."""
+        pause = FIRST_PAUSE
+        while not self._ending.is_set():
+            began = current_time()
+            status = await self._run_one(number, up)
+            if self._ending.is_set():
+                break
+            if not up.is_set() and not self._complete:
+                if status < 0:  # else it has said why
+                    report("ERROR", f"worker {number} did not start: {_how(status)}", worker=number)
+                self._status = status if status > 0 else 1
+                self._end()
+                break
+            lived = current_time() - began
+            if lived >= STEADY:
+                pause = FIRST_PAUSE
+            WORKER_ENDS.add()
+            report(
+                "ERROR",
+                f"worker {number} ended: {_how(status)}",
+                worker=number,
+                seconds=round(lived, 3),
+                next_in=pause,
+            )
+            with move_on_after(pause):
+                await self._ending.wait()
+            pause = min(2 * pause, LONGEST_PAUSE)
+        up.set()
+
+    async def _run_one(self, number: int, up: trio.Event) -> int:
+        """Run a worker until it ends, and return its exit status, negative for a signal. If cancelled, kill it."""
+        try:
+            process, control = await self._open()
+        except OSError as error:  # no processes, memory or descriptors left
+            report_error(error, worker=number)
+            return 1
+        self._running[number] = running = _Running(process, control)
+        try:
+            if self._ending.is_set():
+                process.terminate()
+            async with control, trio.open_nursery() as nursery:
+                nursery.start_soon(running.hear, up)
+                status = await process.wait()
+                nursery.cancel_scope.cancel()
+            return status
+        finally:
+            del self._running[number]
+            self._gone = total([self._gone, Numbers(running.numbers.grown, {})])
+            if process.returncode is None:
+                process.kill()
+                with move_on_after(GRACE, shield=True):
+                    await process.wait()
+
+    async def _open(self) -> tuple[trio.Process, trio.SocketStream]:
+        ours, theirs = socket.socketpair()
+        handed = [theirs]
+        try:
+            handed += [_again(each) for each in self._reserved]
+            descriptors = [each.fileno() for each in handed]
+            process = await trio.lowlevel.open_process(
+                [*self._command, "--worker", ",".join(map(str, descriptors))],
+                pass_fds=descriptors,
+                stdin=subprocess.DEVNULL,
+                process_group=0,  # a terminal's Ctrl-C is the supervisor's, which passes it on
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            for each in handed:
+                each.close()
+        return process, trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+
+
+class _Running:
+    """A worker that runs, as its supervisor sees it."""
+
+    def __init__(self, process: trio.Process, control: trio.SocketStream) -> None:
+        self.process = process
+        self.numbers = NOTHING  # what it had counted when it last said so
+        self._control = control
+        self._heard = trio.Event()
+
+    async def hear(self, up: trio.Event) -> None:
+        """Take in what the worker says, until its end."""
+        rest = b""
+        try:
+            async for data in self._control:
+                *lines, rest = (rest + data).split(b"\n")
+                for line in lines:
+                    self.numbers = _decode(line)
+                    up.set()
+                    self._heard.set()
+        except BrokenResourceError:
+            pass  # it has ended
+
+    async def ask(self) -> None:
+        """Have the worker say what it has counted, if it does so in time."""
+        self._heard = trio.Event()
+        with move_on_after(ANSWER_TIME):
+            try:
+                await self._control.send_all(b"?")
+                await self._heard.wait()
+            except (BrokenResourceError, trio.ClosedResourceError):
+                pass  # it has ended
+
+
+def _again(reserved: socket.socket) -> socket.socket:
+    """A further socket on an address that is reserved."""
+    listener = socket.socket(reserved.family, reserved.type)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if reserved.family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(reserved.getsockname())
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _how(status: int) -> str:
+    return f"exit status {status}" if status >= 0 else f"signal {-status} ({strsignal(-status)})"
