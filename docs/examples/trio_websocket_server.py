@@ -6,7 +6,7 @@ import trio
 from trio_websocket import serve_websocket
 
 import tricorn
-from tricorn.transport.trio_websocket import adapt
+from tricorn.trio_websocket import adapt
 
 
 async def echo(ws: tricorn.WebSocket) -> None:

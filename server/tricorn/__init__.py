@@ -1,8 +1,29 @@
 """Tricorn: a WebSocket server on Trio in which every connection is a nursery."""
 
-from tricorn.application import asgi_app
-from tricorn.connection import Disconnected, WebSocket
-from tricorn.server import run, serve
-from tricorn.settings import Settings
+from tricorn.application import Application, asgi_app
+from tricorn.connection import Disconnected, Message
+from tricorn.metrics import ServerMetrics
+from tricorn.protocol.close import Close
+from tricorn.request import Accept, Refuse, Request
+from tricorn.server import Server, run, serve
+from tricorn.settings import SettingError, Settings
+from tricorn.websocket import WebSocket, broadcast
 
-__all__ = ["Disconnected", "Settings", "WebSocket", "asgi_app", "run", "serve"]
+__all__ = [
+    "Accept",
+    "Application",
+    "Close",
+    "Disconnected",
+    "Message",
+    "Refuse",
+    "Request",
+    "Server",
+    "ServerMetrics",
+    "SettingError",
+    "Settings",
+    "WebSocket",
+    "asgi_app",
+    "broadcast",
+    "run",
+    "serve",
+]

@@ -15,16 +15,18 @@ from trio.lowlevel import current_task, in_trio_run
 from tricorn.errors.report import report_error
 from tricorn.listening.asgi import AsgiWebSockets
 from tricorn.listening.http import lifespan, upgrade_required
+from tricorn.listening.site import Site
 from tricorn.settings import Settings
-from tricorn.transport.asgi import shut_down
 from tricorn.transport.descriptors import Descriptors, Ends
-from tricorn.transport.native import keep_alive
+from tricorn.transport.keep_alive import keep_alive
+from tricorn.transport.sockets import shut_down
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    from tricorn.connection import Cancellable, Handler, Kept
     from tricorn.listening.http import ASGIApp
+    from tricorn.listening.site import Handlers
+    from tricorn.request import BeforeUpgrade
     from tricorn.transport.asgi import Reach
 
 DEFAULTS = Settings()
@@ -35,11 +37,11 @@ NOT_TRIO = "Tricorn needs Trio: start it with hypercorn -k trio"
 
 
 def asgi_app(
-    handler: Handler,
+    handler: Handlers,
     *,
     settings: Settings = DEFAULTS,
+    before_upgrade: BeforeUpgrade | None = None,
     subprotocols: Sequence[str] = (),
-    path: str | None = None,
     app: ASGIApp | None = None,
     drain: Callable[[], Awaitable[None]] | None = None,
 ) -> ASGIApp:
@@ -53,24 +55,24 @@ def asgi_app(
     Hypercorn and the client. Pings are Hypercorn's too (`websocket_ping_interval`); that a peer has vanished is found
     by TCP's keepalive, in `ping_interval` and `ping_timeout`.
     """
-    return _Application(handler, settings, subprotocols, path, app or upgrade_required, drain)
+    site = Site(handler, settings, before_upgrade=before_upgrade, subprotocols=subprotocols)
+    return Application(site, app=app, drain=drain)
 
 
-class _Application:
-    def __init__(
-        self,
-        handler: Handler,
-        settings: Settings,
-        subprotocols: Sequence[str],
-        path: str | None,
-        app: ASGIApp,
-        drain: Callable[[], Awaitable[None]] | None,
-    ) -> None:
-        self._settings = settings
-        self._app = app
+class Application:
+    """An ASGI application that serves a site.
+
+    Attributes:
+        metrics: its counters.
+    """
+
+    def __init__(self, site: Site, *, app: ASGIApp | None, drain: Callable[[], Awaitable[None]] | None) -> None:
+        self.metrics = site.metrics
+        self._site = site
+        self._settings = site.settings
+        self._app = app or upgrade_required
         self._drain = drain
-        self._transports: dict[Kept, Cancellable] = {}
-        self._router = AsgiWebSockets(handler, self._transports, settings, subprotocols=subprotocols, path=path)
+        self._websockets = AsgiWebSockets(site)
         self._descriptors = Descriptors()
         self._answering: set[Reach] = set()  # the ways to the sockets of requests
         self._lives = False
@@ -81,7 +83,7 @@ class _Application:
         elif not self._lives:
             raise RuntimeError("Tricorn's application is used without its lifespan: pass that on to it")
         elif scope["type"] == "websocket":
-            await self._router.serve(scope, receive, send, self._way_to_the_socket(scope))
+            await self._websockets.serve(scope, receive, send, self._way_to_the_socket(scope))
         else:
             reach = self._way_to_the_socket(scope)
             self._answering.add(reach)
@@ -102,8 +104,8 @@ class _Application:
             return
         worker = _worker()
         async with lifespan(self._app, scope.get("state", {})), trio.open_nursery() as nursery:
-            nursery.start_soon(keep_alive, self._transports, self._settings)
-            nursery.start_soon(self._router.attend)
+            nursery.start_soon(keep_alive, self._site.connections, self._settings)
+            nursery.start_soon(self._websockets.attend)
             nursery.start_soon(self._end_with, worker)
             self._lives = True
             await send({"type": "lifespan.startup.complete"})
@@ -128,9 +130,9 @@ class _Application:
         except Exception as error:
             report_error(error, phase="draining")
         with move_on_at(deadline - MARGIN):
-            await self._router.close()
-        for transport in list(self._transports):
-            transport.abort()
+            await self._websockets.close()
+        for connection in list(self._site.connections):
+            connection.transport.abort()
         for reach in self._answering:
             reach(shut_down)
 

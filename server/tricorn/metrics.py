@@ -1,16 +1,16 @@
-"""What is counted for operators; docs/operations.md says what each number is good for.
+"""Counters for operators; docs/operations.md says what each number is good for.
 
 These are plain numbers and not `prometheus_client`'s own, which take a lock: counting must be possible on the error
-path. All of it happens in Trio's thread. Nothing is counted for each message: connections know how many they had, and
-are asked when somebody wants to know.
+path. All counting happens in Trio's thread. Nothing is counted for each message: a connection knows how many it had,
+and is asked when somebody wants to know.
 
-Values of labels are few and known beforehand: never a user, a conversation or anything else that a peer can choose.
+Each server and each chat has a set of its own. The values of labels are few and known beforehand: never a user, a
+conversation or anything else that a peer can choose.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from contextlib import contextmanager
 from math import inf
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -21,11 +21,12 @@ from tricorn.protocol.close import KNOWN
 from tricorn.protocol.phase import Phase
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Collection, Iterable
 
 Family = dict[str, list[float]]  # by a label's value: a number, or those of a histogram's buckets and then its sum
 
 OTHER = "other"
+CODES_MAX = 100  # close codes that are counted by themselves
 
 
 class Counter:
@@ -38,7 +39,7 @@ class Counter:
         self.values = dict.fromkeys(known, 0.0)
 
     def add(self, value: str = "", amount: float = 1) -> None:
-        """Count `amount` for a value of the label; one that is not known counts as `other`."""
+        """Count `amount` for a value of the label. An unknown value counts as `other`."""
         try:
             self.values[value] += amount
         except KeyError:
@@ -46,10 +47,6 @@ class Counter:
 
     def family(self) -> Family:
         return {value: [number] for value, number in self.values.items()}
-
-    def forget(self) -> None:
-        """Begin anew."""
-        self.values = dict.fromkeys(self.values, 0.0)
 
 
 class Gauge(Counter):
@@ -73,7 +70,7 @@ class Histogram:
         self.label = label
         self.bounds = bounds
         self.sums = dict.fromkeys(known, 0.0)
-        self.forget()
+        self.buckets = {value: [0] * len(bounds) for value in self.sums}
 
     def observe(self, size: float, value: str = "") -> None:
         """Count something of this size for a value of the label."""
@@ -83,206 +80,35 @@ class Histogram:
     def family(self) -> Family:
         return {value: [*buckets, self.sums[value]] for value, buckets in self.buckets.items()}
 
-    def forget(self) -> None:
-        """Begin anew."""
-        self.buckets = {value: [0] * len(self.bounds) for value in self.sums}
-        self.sums = dict.fromkeys(self.sums, 0.0)
-
-
-class Totals(NamedTuple):
-    """What went over a connection, or over all."""
-
-    messages_received: int = 0
-    messages_sent: int = 0
-    bytes_received: int = 0
-    bytes_sent: int = 0
-
-
-class Counted(Protocol):
-    """A connection, as far as it is counted."""
-
-    @property
-    def phase(self) -> Phase: ...
-
-    def totals(self) -> Totals: ...
-
-
-class Connections:
-    """The connections that are open, what went over those that no longer are, and how many are on their way in."""
-
-    def __init__(self) -> None:
-        self._connecting = 0
-        self._open: set[Counted] = set()
-        self._over = Totals()
-
-    def __len__(self) -> int:
-        return len(self._open)
-
-    def forget(self) -> None:
-        self._over = Totals()
-
-    @contextmanager
-    def connecting(self) -> Iterator[None]:
-        """Count a socket until the end of the block, for as long as it has not said what it wants."""
-        self._connecting += 1
-        try:
-            yield
-        finally:
-            self._connecting -= 1
-
-    def opened(self, connection: Counted) -> None:
-        OPENED.add()
-        self._open.add(connection)
-
-    def closed(self, connection: Counted, code: int) -> None:
-        """Count the end of a connection, whose traffic is then no longer asked for."""
-        CLOSED.add(str(code))
-        self._open.discard(connection)
-        self._over = _sum((self._over, connection.totals()))
-
-    def by_phase(self) -> dict[str, float]:
-        """How many there are now in each phase."""
-        found = dict.fromkeys(PHASES, 0.0) | {Phase.CONNECTING.value: self._connecting}
-        for connection in self._open:
-            found[connection.phase.value] += 1
-        return found
-
-    def totals(self) -> Totals:
-        """What went over all connections so far."""
-        return _sum((self._over, *(connection.totals() for connection in self._open)))
-
-
-def _sum(parts: Iterable[Totals]) -> Totals:
-    return Totals(*map(sum, zip(*parts, strict=True)))
-
-
-PHASES = tuple(phase.value for phase in Phase if phase is not Phase.CLOSED)
-DIRECTIONS = ("received", "sent")
-OUTCOMES = ("success", "failed", "cancelled", "timeout", "interrupted")
-EVENTS = (
-    "user_message",
-    "agent_started",
-    "agent_thinking",
-    "tool_executing",
-    "tool_completed",
-    "agent_message",
-    "agent_completed",
-)
-# By the names of their settings.
-LIMITS = (
-    "max_connections",
-    "peer_connections",
-    "max_handshakes",
-    "max_head_bytes",
-    "max_message_bytes",
-    "messages_per_second",
-    "bytes_per_second",
-    "user_connections",
-    "user_runs",
-    "posts_per_minute",
-    "waiting_posts",
-    "outbox",
-    "open_conversations",
-    "text_characters",
-    "event_bytes",
-)
-
-OPENED = Counter("connections_opened", "WebSockets that were opened.")
-CLOSED = Counter(
-    "connections_closed",
-    "WebSockets that were closed, by the code of what ended them first.",
-    "code",
-    (*map(str, sorted(KNOWN)), OTHER),
-)
-TEARDOWN_SECONDS = Histogram(
-    "teardown_seconds",
-    "From what ended a WebSocket to its closed socket.",
-    (0.001, 0.01, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, inf),
-)
-SEND_STALLS = Counter("send_stalls", "Sends that had to wait for a peer that does not keep up.")
-CONVERSATIONS = Gauge("conversations", "Conversations in memory: followed, answered or lingering.")
-RUNS = Gauge("runs", "Runs that go on.")
-WAITING = Gauge("runs_waiting", "Posts that wait for the agent.")
-RUN_SECONDS = Histogram(
-    "run_seconds",
-    "Runs that ended and how long they took, by outcome.",
-    (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, inf),
-    "outcome",
-    OUTCOMES,
-)
-APPENDED = Counter("events_appended", "Events put into logs, by type.", "type", EVENTS)
-APPEND_SECONDS = Histogram(
-    "log_append_seconds",
-    "How long the log took to put an event in.",
-    (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, inf),
-)
-DELIVERED = Counter("events_delivered", "Events given to connections to send, each as often as it is followed.")
-LIMIT_HITS = Counter("limit_hits", "How often somebody ran into a limit, by its setting.", "limit", LIMITS)
-_LATE_IMPORTS = Counter("late_imports", "Modules that were imported after start-up.")
-WORKER_ENDS = Counter("worker_ends", "Workers that ended by themselves and were replaced.")
-
-# What `numbers` asks for, and nobody counts.
-CONNECTIONS = Connections()
-_CONNECTIONS = Gauge("connections", "WebSockets, and sockets on their way to be one, by phase.", "phase", PHASES)
-_MESSAGES = Counter("messages", "WebSocket messages.", "direction", DIRECTIONS)
-_BYTES = Counter("bytes", "Bytes of WebSockets, behind their handshakes.", "direction", DIRECTIONS)
-_TASKS = Gauge("tasks", "Trio's tasks that are alive.")
-_ERRORS = Counter("errors_reported", "Errors that were reported.")
-_DROPPED = Counter("records_dropped", "Records that stderr did not take.")
-
-METRICS: tuple[Counter | Histogram, ...] = (
-    _CONNECTIONS,
-    OPENED,
-    CLOSED,
-    TEARDOWN_SECONDS,
-    _MESSAGES,
-    _BYTES,
-    SEND_STALLS,
-    CONVERSATIONS,
-    RUNS,
-    WAITING,
-    RUN_SECONDS,
-    APPENDED,
-    APPEND_SECONDS,
-    DELIVERED,
-    LIMIT_HITS,
-    _TASKS,
-    _ERRORS,
-    _DROPPED,
-    _LATE_IMPORTS,
-    WORKER_ENDS,
-)
-
 
 class Numbers(NamedTuple):
     """All that one process has counted, or several have."""
 
-    grown: dict[str, Family]  # by the metric's name: what only grows, which are counters and histograms
+    grown: dict[str, Family]  # by the metric's name: numbers that only grow, which are counters and histograms
     current: dict[str, Family]  # gauges
 
 
 NOTHING = Numbers({}, {})
 
 
-def numbers() -> Numbers:
-    """What this process has counted. To be called in a task."""
-    traffic = CONNECTIONS.totals()
-    _CONNECTIONS.values = CONNECTIONS.by_phase()
-    _MESSAGES.values = dict(zip(DIRECTIONS, (traffic.messages_received, traffic.messages_sent), strict=True))
-    _BYTES.values = dict(zip(DIRECTIONS, (traffic.bytes_received, traffic.bytes_sent), strict=True))
-    _TASKS.values = {"": current_statistics().tasks_living}
-    _ERRORS.values = {"": counted["errors"]}
-    _DROPPED.values = {"": counted["records_dropped"]}
-    _LATE_IMPORTS.values = {"": counted["late_imports"]}
-    found = Numbers({}, {})
-    for metric in METRICS:
-        families = found.current if isinstance(metric, Gauge) else found.grown
-        families[metric.name] = metric.family()
-    return found
+class Metrics:
+    """A set of counters: the attributes of an instance."""
+
+    def metrics(self) -> tuple[Counter | Histogram, ...]:
+        """Return the counters of the set, in the order in which they were made."""
+        return tuple(value for value in vars(self).values() if isinstance(value, Counter | Histogram))
+
+    def numbers(self) -> Numbers:
+        """Return the numbers as they are now."""
+        found = Numbers({}, {})
+        for metric in self.metrics():
+            families = found.current if isinstance(metric, Gauge) else found.grown
+            families[metric.name] = metric.family()
+        return found
 
 
 def total(parts: Iterable[Numbers]) -> Numbers:
-    """The sum of what several processes have counted."""
+    """Return the sum of the numbers of several sets or processes."""
     grown, current = zip(*parts, strict=True)
     return Numbers(_add(grown), _add(current))
 
@@ -297,9 +123,108 @@ def _add(parts: Iterable[dict[str, Family]]) -> dict[str, Family]:
     return sums
 
 
-def forget() -> None:
-    """Begin anew, as if nothing had been counted: after a rehearsal, when all is over."""
-    for metric in METRICS:
-        metric.forget()
-    CONNECTIONS.forget()
-    counted.update(dict.fromkeys(counted, 0))
+class Totals(NamedTuple):
+    """The traffic of a connection, or of several."""
+
+    messages_received: int = 0
+    messages_sent: int = 0
+    bytes_received: int = 0
+    bytes_sent: int = 0
+
+
+def _sum(parts: Iterable[Totals]) -> Totals:
+    return Totals(*map(sum, zip(*parts, strict=True)))
+
+
+class Counted(Protocol):
+    """A connection, as far as it is counted."""
+
+    @property
+    def phase(self) -> Phase: ...
+
+    def totals(self) -> Totals: ...
+
+
+PHASES = tuple(phase.value for phase in Phase if phase is not Phase.CLOSED)
+DIRECTIONS = ("received", "sent")
+LIMITS = (  # by the names of their settings
+    "max_connections",
+    "peer_connections",
+    "max_handshakes",
+    "max_head_bytes",
+    "max_message_bytes",
+    "messages_per_second",
+    "bytes_per_second",
+)
+
+
+class ServerMetrics(Metrics):
+    """The counters of one server.
+
+    `connections` are those that are open: a collection that the server keeps up to date.
+    """
+
+    def __init__(self, connections: Collection[Counted] = ()) -> None:
+        self.connections = Gauge(
+            "connections", "WebSockets, and sockets in their handshake, by phase.", "phase", PHASES
+        )
+        self.opened = Counter("connections_opened", "WebSockets that were opened.")
+        self.closed = Counter(
+            "connections_closed",
+            "WebSockets that were closed, by the code of the first cause.",
+            "code",
+            (*map(str, sorted(KNOWN)), OTHER),
+        )
+        self.teardown_seconds = Histogram(
+            "teardown_seconds",
+            "Seconds from the cause of a WebSocket's end to its closed socket.",
+            (0.001, 0.01, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, inf),
+        )
+        self.messages = Counter("messages", "WebSocket messages.", "direction", DIRECTIONS)
+        self.bytes = Counter("bytes", "Bytes of WebSockets after their handshakes.", "direction", DIRECTIONS)
+        self.send_stalls = Counter("send_stalls", "Sends that had to wait for a peer that does not keep up.")
+        self.limit_hits = Counter("limit_hits", "Times that a limit was met, by its setting.", "limit", LIMITS)
+        self.connecting = 0  # sockets in their handshake
+        self._open = connections
+        self._over = Totals()  # of connections that have been closed
+
+    def know_code(self, code: int) -> None:
+        """Count a close code of the program's own by itself, not as `other`."""
+        if len(self.closed.values) < CODES_MAX:
+            self.closed.values.setdefault(str(code), 0.0)
+
+    def count_end(self, connection: Counted, code: int, seconds: float) -> None:
+        """Count the end of a connection, whose phase is CLOSED by now. `seconds` is what its teardown took."""
+        self.closed.add(str(code))
+        self.teardown_seconds.observe(seconds)
+        self._over = _sum((self._over, connection.totals()))
+
+    def numbers(self) -> Numbers:
+        phases = dict.fromkeys(PHASES, 0.0) | {Phase.CONNECTING.value: self.connecting}
+        traffic = self._over
+        for connection in self._open:
+            if connection.phase is not Phase.CLOSED:
+                phases[connection.phase.value] += 1
+                traffic = _sum((traffic, connection.totals()))
+        self.connections.values = phases
+        self.messages.values = dict(zip(DIRECTIONS, (traffic.messages_received, traffic.messages_sent), strict=True))
+        self.bytes.values = dict(zip(DIRECTIONS, (traffic.bytes_received, traffic.bytes_sent), strict=True))
+        return super().numbers()
+
+
+class ProcessMetrics(Metrics):
+    """The counters of the process, which all servers in it share."""
+
+    def __init__(self) -> None:
+        self.tasks = Gauge("tasks", "Trio's tasks that are alive.")
+        self.errors = Counter("errors_reported", "Errors that were reported.")
+        self.dropped = Counter("records_dropped", "Records that stderr did not take.")
+        self.late_imports = Counter("late_imports", "Modules that were imported after start-up.")
+
+    def numbers(self) -> Numbers:
+        """Return the numbers as they are now. To be called in a task."""
+        self.tasks.values = {"": current_statistics().tasks_living}
+        self.errors.values = {"": counted["errors"]}
+        self.dropped.values = {"": counted["records_dropped"]}
+        self.late_imports.values = {"": counted["late_imports"]}
+        return super().numbers()

@@ -2,115 +2,141 @@
 
 from __future__ import annotations
 
-import gc
 import signal
 from contextlib import nullcontext
-from functools import partial
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any
 
 import trio
 from trio import current_time, move_on_after, sleep
 
 from tricorn.errors.report import report_error
-from tricorn.listening.accept import Acceptor, accept_forever, listen
+from tricorn.listening.accept import Acceptor, accept_forever
 from tricorn.listening.asgi import AsgiWebSockets
+from tricorn.listening.binds import addresses, close_all, listen, listen_on
 from tricorn.listening.http import Hypercorn, upgrade_required
+from tricorn.listening.site import Site
 from tricorn.settings import Settings
-from tricorn.transport.native import keep_alive
+from tricorn.transport.keep_alive import keep_alive
 from tricorn.transport.poller import best_poller
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from socket import socket as Socket
+    from ssl import SSLContext
 
     from hypercorn.config import Config
 
-    from tricorn.connection import Cancellable, Handler, Kept
-    from tricorn.listening.accept import Address
+    from tricorn.listening.binds import Address
     from tricorn.listening.http import ASGIApp
+    from tricorn.listening.site import Handlers
+    from tricorn.metrics import ServerMetrics
+    from tricorn.request import BeforeUpgrade
+    from tricorn.websocket import WebSocket
+
+    Drain = Callable[[], Awaitable[None]]
 
 DEFAULTS = Settings()
-
-# For `gc.set_threshold`. What a connection is made of stays for long, so that looking at it every 700 objects, Python's
-# own threshold, is a third of what very many connections cost.
-COLLECT = 10_000, 20, 20
 
 BATCH = 100  # connections that are closed together
 BATCH_PAUSE = 0.005  # seconds between two batches, in which the one before is through
 
 
 class Server:
-    """Connections, what watches over them, and their end.
+    """A server that runs: the value that `nursery.start(tricorn.serve, …)` returns.
 
     The connections live in a nursery that is shielded from whatever cancels the server, so that they can be ended in
     order: no more are accepted, `drain` is awaited, then every connection is closed with 1012, all in `drain_timeout`.
-    Where they are many it is in batches, so that their clients do not come back all at once.
+    Many connections are closed in batches, so that their clients do not come back all at once.
+
+    Attributes:
+        addresses: what the server listens on: (host, port) for each address, or the path of a Unix socket.
     """
 
     def __init__(
         self,
-        handler: Handler,
+        site: Site,
+        listeners: list[Socket],
         *,
-        settings: Settings = DEFAULTS,
-        subprotocols: Sequence[str] = (),
-        path: str | None = None,
         app: ASGIApp | None = None,
-        drain: Callable[[], Awaitable[None]] | None = None,
+        drain: Drain | None = None,
         config: Config | None = None,
+        ssl_context: SSLContext | None = None,
     ) -> None:
-        self._settings = settings
+        self.addresses: list[Address] = addresses(listeners)
+        for listener in listeners:
+            listener.setblocking(False)
+        self._site = site
+        self._settings = site.settings
+        self._listeners = listeners
         self._drain = drain
-        self._transports: dict[Kept, Cancellable] = {}  # with what closes it with 1012
         self._http = None
-        # WebSockets inside TLS and HTTP/2
-        self._inside = AsgiWebSockets(handler, self._transports, settings, subprotocols=subprotocols, path=path)
-        if app is not None or config is not None:
-            self._http = Hypercorn(app or upgrade_required, self._inside, settings, config)
-        self._readiness = best_poller()
-        self._router = Acceptor(
-            handler,
-            self._readiness,
-            self._transports,
-            settings,
-            subprotocols=subprotocols,
-            path=path,
-            http=self._http,
-        )
+        self._inside = AsgiWebSockets(site)  # WebSockets inside TLS and HTTP/2
+        if app is not None or config is not None or ssl_context is not None:
+            self._http = Hypercorn(app or upgrade_required, self._inside, site.settings, config, ssl_context)
+        self._poller = best_poller()
+        self._acceptor = Acceptor(site, self._poller, self._http)
+        self._serving = trio.CancelScope()
         self._draining = trio.CancelScope(shield=True)
         self._holding = trio.CancelScope()
+        self._over = trio.Event()
 
-    async def serve(self, listeners: list[Socket], task_status: trio.TaskStatus[list[Address]]) -> None:
-        """Serve on listening sockets until cancelled, and close them; the started value is their addresses."""
+    @property
+    def connections(self) -> frozenset[WebSocket[Any]]:
+        """The connections that are open now, as their handlers hold them."""
+        return frozenset(self._site.connections.values())
+
+    @property
+    def metrics(self) -> ServerMetrics:
+        """The counters of this server."""
+        return self._site.metrics
+
+    async def close(self) -> None:
+        """Close the server as cancelling it does, and wait until it is closed, for at most `drain_timeout` seconds.
+
+        If cancelled, the server closes all the same.
+        """
+        self.begin_closing()
+        await self._over.wait()
+
+    def begin_closing(self) -> None:
+        """Have the server close; the second time, close every socket at once. Not a checkpoint."""
+        if self._serving.cancel_called:
+            self._draining.cancel()
+            self._holding.cancel()
+            for connection in list(self._site.connections):
+                connection.transport.abort()
+        self._serving.cancel()
+
+    async def serve(self, task_status: trio.TaskStatus[Server]) -> None:
+        """Serve until cancelled or closed."""
         try:
-            async with trio.open_nursery() as nursery:
-                with trio.CancelScope(shield=True):  # cancelled, this start would leave its shielded task behind
-                    connections: trio.Nursery = await nursery.start(self._hold_connections)
-                try:
-                    async with trio.open_nursery() as accepting:
-                        for listener in listeners:
-                            accepting.start_soon(accept_forever, listener, connections, self._router.serve)
-                        task_status.started([listener.getsockname()[:2] for listener in listeners])
-                finally:
-                    self._holding.deadline = current_time() + self._settings.drain_timeout
-                    _close(listeners)
-                    await self._wind_down()
-                    connections.cancel_scope.cancel()
+            with self._serving:
+                await self._serve(task_status)
         finally:
-            _close(listeners)
+            close_all(self._listeners)
+            self._over.set()
 
-    def abort(self) -> None:
-        """Close every socket at once. For the second signal."""
-        self._draining.cancel()
-        self._holding.cancel()
-        for transport in list(self._transports):
-            transport.abort()
+    async def _serve(self, task_status: trio.TaskStatus[Server]) -> None:
+        async with trio.open_nursery() as nursery:
+            with trio.CancelScope(shield=True):  # cancelled, this start would leave its shielded task behind
+                connections: trio.Nursery = await nursery.start(self._hold_connections)
+            try:
+                async with trio.open_nursery() as accepting:
+                    for listener in self._listeners:
+                        accepting.start_soon(accept_forever, listener, connections, self._acceptor.serve)
+                    task_status.started(self)
+            finally:
+                self._holding.deadline = current_time() + self._settings.drain_timeout
+                close_all(self._listeners)
+                await self._wind_down()
+                connections.cancel_scope.cancel()
 
     async def _hold_connections(self, task_status: trio.TaskStatus[trio.Nursery]) -> None:
         """The connections' nursery inside that of what they need until the last of them has ended."""
         with trio.CancelScope(shield=True):  # ends with the connections, and those have a deadline
             async with trio.open_nursery() as support:
-                await support.start(self._readiness.run)
-                support.start_soon(keep_alive, self._transports, self._settings)
+                await support.start(self._poller.run)
+                support.start_soon(keep_alive, self._site.connections, self._settings)
                 support.start_soon(self._inside.attend)
                 app = nullcontext() if self._http is None else self._http.lifespan()
                 with self._holding:
@@ -122,7 +148,7 @@ class Server:
     async def _wind_down(self) -> None:
         """Let the program's own `drain` and HTTP end what they have going, then close connections, batch by batch.
 
-        Leaves `close_timeout` for the last of them. The batches have at least half of the time, where they need it.
+        Leaves `close_timeout` for the last of them. The batches have at least half of the time, if they need it.
         """
         time = self._settings.drain_timeout - self._settings.close_timeout
         with self._draining:
@@ -142,116 +168,128 @@ class Server:
 
     def _pauses(self) -> int:
         """How many pauses there are between the batches."""
-        return max(len(self._transports) - 1, 0) // BATCH
+        return max(len(self._site.connections) - 1, 0) // BATCH
 
     async def _close_in_batches(self) -> None:
-        scopes = list(self._transports.values())
+        connections = list(self._site.connections)
         left = max(self._draining.deadline - current_time(), 0.0)
         pause = min(BATCH_PAUSE, left / max(self._pauses(), 1))
-        for index, scope in enumerate(scopes):
+        for index, connection in enumerate(connections):
             if index and index % BATCH == 0:
                 await sleep(pause)
-            scope.cancel()
-
-
-class Options(TypedDict, total=False):
-    """The options of `serve`, `serve_until_signal` and `run`.
-
-    settings: times and limits of the server.
-    subprotocols: those that the handler speaks; the first that a client offers of them is agreed on.
-    path: the one path where WebSockets are, other upgrades get 404; None, the default, is any path.
-    app: an ASGI app for every request that is not an upgrade; without one they get 426. Its lifespan is run.
-    drain: is awaited when accepting has stopped and before connections are closed.
-    config: Hypercorn's, for TLS and HTTP: what of it counts is in docs/operations.md.
-    """
-
-    settings: Settings
-    subprotocols: Sequence[str]
-    path: str | None
-    app: ASGIApp | None
-    drain: Callable[[], Awaitable[None]] | None
-    config: Config | None
+            connection.cancel()
 
 
 async def serve(
-    handler: Handler,
-    port: int,
+    handler: Handlers,
+    port: int | None = None,
     host: str = "127.0.0.1",
     *,
-    task_status: trio.TaskStatus[list[Address]] = trio.TASK_STATUS_IGNORED,
-    **options: Unpack[Options],
+    bind: Sequence[str] = (),
+    listeners: Sequence[Socket] = (),
+    settings: Settings = DEFAULTS,
+    before_upgrade: BeforeUpgrade | None = None,
+    subprotocols: Sequence[str] = (),
+    app: ASGIApp | None = None,
+    ssl_context: SSLContext | None = None,
+    config: Config | None = None,
+    drain: Drain | None = None,
+    task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve WebSockets in a program's own nursery: `addresses = await nursery.start(tricorn.serve, handler, 8080)`.
+    """Serve WebSockets in a nursery of yours: `server = await nursery.start(tricorn.serve, handler, 8080)`.
 
-    `handler` is called with each `WebSocket`, in that connection's own nursery. Port 0 takes a free one; the started
-    value is the list of (host, port) listened on. The options are those of `Options`.
+    The started value is the `Server`. Cancelling this, or `server.close()`, closes it: accepting stops, `drain` is
+    awaited, every connection is closed with 1012, and after at most `settings.drain_timeout` seconds it is over,
+    whatever the peers do.
 
-    Cancelling it is closing it: accepting stops, `drain` is awaited, every connection is closed with 1012, and after at
-    most `settings.drain_timeout` seconds it is over, whatever the peers do.
+    Args:
+        handler: called with each `WebSocket`, in that connection's own nursery; or a mapping of handlers by path, with
+            404 for every other path.
+        port: the port to listen on; 0 takes a free one.
+        host: an address or a host name; every address that it has is listened on.
+        bind: further addresses: `HOST:PORT`, `[IPV6]:PORT` or `unix:PATH`.
+        listeners: sockets that are bound and listen. The server closes them.
+        settings: times and limits.
+        before_upgrade: asked before each upgrade, for at most `settings.handshake_timeout` seconds: returns `Accept` or
+            `Refuse`, or raises `Refuse`. Its place is to authenticate, and to choose subprotocol, headers and state.
+        subprotocols: those that the handler speaks, if there is no `before_upgrade`: the first that a client offers of
+            them is agreed on.
+        app: an ASGI 3.0 application for every request that is not an upgrade; without one they get 426. Its lifespan
+            is run.
+        ssl_context: for TLS on all listeners.
+        config: Hypercorn's, for HTTP: what of it counts is in docs/operations.md.
+        drain: awaited when accepting has stopped, before connections are closed.
 
     Raises:
         OSError: an address cannot be found or bound, or a file of `config` cannot be read.
+        ValueError: there is nothing to listen on, or a text in `bind` is not an address.
         LifespanFailureError: of Hypercorn, in an ExceptionGroup: the app did not start up.
     """
-    server = Server(handler, **options)
-    await server.serve(await listen(port, host), task_status)
+    site = Site(handler, settings, before_upgrade=before_upgrade, subprotocols=subprotocols)
+    bound = await _bound(port, host, bind, listeners)
+    await Server(site, bound, app=app, ssl_context=ssl_context, config=config, drain=drain).serve(task_status)
+
+
+def run(
+    handler: Handlers,
+    port: int | None = None,
+    host: str = "127.0.0.1",
+    *,
+    bind: Sequence[str] = (),
+    listeners: Sequence[Socket] = (),
+    settings: Settings = DEFAULTS,
+    before_upgrade: BeforeUpgrade | None = None,
+    subprotocols: Sequence[str] = (),
+    app: ASGIApp | None = None,
+    ssl_context: SSLContext | None = None,
+    config: Config | None = None,
+    drain: Drain | None = None,
+) -> None:
+    """Serve WebSockets until SIGTERM or SIGINT: `trio.run` of `serve`, with the same arguments, and signals.
+
+    Returns once everything is closed, within `settings.drain_timeout` seconds of the signal; a second signal closes
+    every socket at once.
+
+    Neither this nor `serve` minds what a program imports, and when: the drill and the import guard are those of
+    `tricorn serve`.
+
+    Raises:
+        OSError, ValueError: as `serve` does.
+    """
+    site = Site(handler, settings, before_upgrade=before_upgrade, subprotocols=subprotocols)
+
+    async def main() -> None:
+        bound = await _bound(port, host, bind, listeners)
+        server = Server(site, bound, app=app, ssl_context=ssl_context, config=config, drain=drain)
+        await serve_until_signal(server)
+
+    trio.run(main)
 
 
 async def serve_until_signal(
-    handler: Handler,
-    listeners: list[Socket],
-    *,
-    task_status: trio.TaskStatus[list[Address]] = trio.TASK_STATUS_IGNORED,
-    **options: Unpack[Options],
+    server: Server, *, task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """Like `serve`, on listening sockets, until SIGTERM or SIGINT; a second signal aborts every socket at once."""
-    server = Server(handler, **options)
+    """Serve until SIGTERM or SIGINT; a second signal closes every socket at once. If cancelled, the server closes."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
-            with trio.CancelScope() as serving:
-                nursery.start_soon(_obey, signals, serving, server)
-                await server.serve(listeners, task_status)
+            nursery.start_soon(_obey, signals, server)
+            await server.serve(task_status)
             nursery.cancel_scope.cancel()
 
 
-def run(handler: Handler, port: int, host: str = "127.0.0.1", **options: Unpack[Options]) -> None:
-    """Serve WebSockets until SIGTERM or SIGINT: `trio.run` of `serve` with signals. The arguments are those of `serve`.
-
-    Returns once everything is closed, within `settings.drain_timeout` seconds of the signal; a second signal closes
-    every socket at once. The process is its own: it does `settle` in there.
-
-    Neither this nor `serve` minds what a program imports, and when: the drill and the import guard are those of
-    `tricorn serve`. A program that wants them awaits `tricorn.service.drill.drill` first and has this in a block of
-    `tricorn.errors.import_guard.guarded`.
-
-    Raises:
-        OSError: an address cannot be found or bound.
-    """
-    settle()
-    trio.run(partial(_run, handler, port, host, **options))
-
-
-def settle() -> None:
-    """Have Python's garbage collector leave alone what start-up made, and look less often at what comes.
-
-    For a process that does nothing but serve.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*COLLECT)
-
-
-async def _run(handler: Handler, port: int, host: str, **options: Unpack[Options]) -> None:
-    await serve_until_signal(handler, await listen(port, host), **options)
-
-
-async def _obey(signals: AsyncIterator[int], serving: trio.CancelScope, server: Server) -> None:
+async def _obey(signals: AsyncIterator[int], server: Server) -> None:
     async for _ in signals:
-        if serving.cancel_called:
-            server.abort()
-        serving.cancel()
+        server.begin_closing()
 
 
-def _close(listeners: list[Socket]) -> None:
-    for listener in listeners:
-        listener.close()
+async def _bound(port: int | None, host: str, bind: Sequence[str], listeners: Sequence[Socket]) -> list[Socket]:
+    if port is None and not bind and not listeners:
+        raise ValueError("there is nothing to listen on: give a port, `bind` or `listeners`")
+    bound = list(listeners)
+    try:
+        if port is not None:
+            bound += await listen(port, host)
+        return bound + await listen_on(bind)
+    except BaseException:
+        close_all(bound)
+        raise

@@ -6,43 +6,41 @@ import socket
 from contextlib import suppress
 from errno import EMFILE, ENFILE, ENOBUFS, ENOMEM
 from http import HTTPStatus
-from socket import SHUT_WR
-from typing import TYPE_CHECKING
+from socket import AF_UNIX, IPPROTO_TCP, SHUT_WR, TCP_NODELAY
+from typing import TYPE_CHECKING, Any
 
 import trio
 from trio import move_on_after, sleep
 from trio.lowlevel import wait_readable
 
-from tricorn.connection import WebSocket
 from tricorn.errors.report import report, report_error
-from tricorn.listening.capacity import AtCapacity, Capacity, PeerCapacity, require_capacity
-from tricorn.metrics import CONNECTIONS, LIMIT_HITS
+from tricorn.listening.capacity import AtCapacity, Capacity, PeerCapacity
 from tricorn.protocol.deflate import negotiate
 from tricorn.protocol.handshake import (
     UPGRADE,
     Head,
-    Refused,
     accept,
-    check,
-    choose_subprotocol,
+    check_upgrade,
     offered_extensions,
     refuse,
     wants_websocket,
 )
-from tricorn.transport.native import READ_DEFLATED, READ_SIZE, NativeTransport
+from tricorn.request import Refuse
+from tricorn.transport.flow_control import READ_DEFLATED, READ_SIZE
+from tricorn.transport.native import NativeTransport
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable
 
-    from tricorn.connection import Cancellable, Handler, Kept
+    from tricorn.connection import Connection
     from tricorn.listening.http import Hypercorn
-    from tricorn.protocol.handshake import Request
-    from tricorn.settings import Settings
+    from tricorn.listening.site import Handler, Site
+    from tricorn.request import Accept, Request
     from tricorn.transport.poller import Poller
+    from tricorn.websocket import WebSocket
 
-Address = tuple[str, int]
+    Peer = tuple[str, int] | None  # None on a Unix socket
 
-BACKLOG = 4096
 READ_HEAD = READ_DEFLATED  # bytes: behind the head there may be messages already
 HEAD_TOO_LARGE = (HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, HTTPStatus.REQUEST_URI_TOO_LONG)
 ACCEPT_AT_ONCE = 64  # then others get their turn
@@ -50,45 +48,10 @@ PAUSE = 0.1  # seconds without accepting when descriptors or memory ran out
 SPARE = 128  # sockets beyond max_connections: to read heads from, and for pages and health
 
 
-async def listen(port: int, host: str) -> list[socket.socket]:
-    """Bind and listen on every address that the host has. Raises OSError like `bind`."""
-    listeners = await bind(port, host)
-    try:
-        for listener in listeners:
-            listener.listen(BACKLOG)
-    except BaseException:
-        for listener in listeners:
-            listener.close()
-        raise
-    return listeners
-
-
-async def bind(port: int, host: str) -> list[socket.socket]:
-    """Bind every address that the host has.
-
-    Raises:
-        OSError: an address cannot be found or bound.
-    """
-    found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    listeners: list[socket.socket] = []
-    try:
-        for family, kind, protocol, _, address in found:
-            listener = socket.socket(family, kind, protocol)
-            listeners.append(listener)
-            listener.setblocking(False)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            listener.bind(address)
-    except BaseException:
-        for listener in listeners:
-            listener.close()
-        raise
-    return listeners
-
-
 async def accept_forever(
-    listener: socket.socket, connections: trio.Nursery, serve: Callable[[socket.socket, Address], Awaitable[None]]
+    listener: socket.socket,
+    connections: trio.Nursery,
+    serve: Callable[[socket.socket, tuple[str, int] | None], Awaitable[None]],
 ) -> None:
     """Start a task in `connections` for every socket accepted. Runs until cancelled."""
     short = False
@@ -109,50 +72,37 @@ async def accept_forever(
                 continue  # this peer is gone already
             short = False
             sock.setblocking(False)
-            connections.start_soon(serve, sock, address[:2])
+            connections.start_soon(serve, sock, address[:2] or None)
 
 
 class Acceptor:
-    """What becomes of an accepted socket."""
+    """Serves accepted sockets, each from its first byte to its end."""
 
-    def __init__(
-        self,
-        handler: Handler,
-        readiness: Poller,
-        transports: dict[Kept, Cancellable],
-        settings: Settings,
-        *,
-        subprotocols: Sequence[str],
-        path: str | None,
-        http: Hypercorn | None,
-    ) -> None:
-        self._handler = handler
-        self._readiness = readiness
-        self._transports = transports
-        self._settings = settings
-        self._subprotocols = subprotocols
-        self._path = path
+    def __init__(self, site: Site, poller: Poller, http: Hypercorn | None) -> None:
+        settings, metrics = site.settings, site.metrics
+        self._site = site
+        self._poller = poller
         self._http = http
-        self._sockets = Capacity(settings.max_connections + SPARE, "max_connections")
-        self._peers = PeerCapacity(settings.peer_connections)
-        self._handshakes = Capacity(settings.max_handshakes, "max_handshakes")
+        self._sockets = Capacity(settings.max_connections + SPARE, "max_connections", metrics)
+        self._peers = PeerCapacity(settings.peer_connections, metrics)
+        self._handshakes = Capacity(settings.max_handshakes, "max_handshakes", metrics)
 
-    async def serve(self, sock: socket.socket, peer: Address) -> None:
+    async def serve(self, sock: socket.socket, peer: Peer) -> None:
         """Serve one socket until it is closed. Raises no Exception. If cancelled, closes it in the proper way.
 
-        Where there is no room for it, it is answered and closed at once, and no checkpoint.
+        A socket for which there is no room is answered and closed at once, which is not a checkpoint.
         """
-        head = Head(self._settings.max_head_bytes)
+        site = self._site
+        head = Head(site.settings.max_head_bytes)
         try:
-            with self._sockets, self._peers.of(peer[0]):
+            with self._sockets, self._peers.of(peer):
                 upgraded = await self._answer(sock, peer, head)
                 if upgraded is not None:
-                    transport, websocket = upgraded
-                    self._transports[transport] = websocket
+                    transport, connection, websocket, handler = upgraded
                     try:
-                        await websocket.run(self._handler)
+                        await connection.run(handler, websocket)
                     finally:
-                        del self._transports[transport]
+                        site.forget(connection)
                         transport.forget()
         except AtCapacity as full:
             _turn_away(sock, refuse(full, head))
@@ -163,73 +113,71 @@ class Acceptor:
         finally:
             sock.close()
 
-    async def _answer(self, sock: socket.socket, peer: Address, head: Head) -> tuple[NativeTransport, WebSocket] | None:
-        """Answer the request on a socket. Return what is to be run where that upgraded it, with the head forgotten."""
+    async def _answer(
+        self, sock: socket.socket, peer: Peer, head: Head
+    ) -> tuple[NativeTransport, Connection, WebSocket[Any], Handler] | None:
+        """Answer the request on a socket. If that upgraded it, return what is to be run, with the head forgotten."""
         if self._http is not None and self._http.does_tls:
             await self._http.serve(sock, peer, b"")
             return None
         try:
-            with self._handshakes, CONNECTIONS.connecting():
-                request = await self._read_head(sock, head)
-            if request is not None and wants_websocket(request):
-                check(request, self._path, self._settings.origins)
-                require_capacity(len(self._transports), self._settings.max_connections, "max_connections")
-                return self._upgrade(sock, peer, request, head)
+            with self._handshakes:
+                self._site.metrics.connecting += 1
+                try:
+                    request = await self._read_head(sock, peer, head)
+                    if request is not None and wants_websocket(request):
+                        check_upgrade(request)
+                        handler, accepted = await self._site.admit(request)
+                        return *self._upgrade(sock, request, accepted, head), handler
+                finally:
+                    self._site.metrics.connecting -= 1
             if request is None and not head.is_http2:
                 pass  # the peer went before it had said what it wants
             elif self._http is not None:
                 await self._http.serve(sock, peer, head.data)
             else:
-                raise Refused(HTTPStatus.UPGRADE_REQUIRED, "this is a WebSocket server", UPGRADE)
+                raise Refuse(HTTPStatus.UPGRADE_REQUIRED, "this is a WebSocket server", UPGRADE)
         except AtCapacity:
             raise
-        except Refused as refused:
+        except Refuse as refused:
             if refused.status in HEAD_TOO_LARGE:
-                LIMIT_HITS.add("max_head_bytes")
+                self._site.metrics.limit_hits.add("max_head_bytes")
             await self._refuse(sock, refuse(refused, head))
         return None
 
-    async def _read_head(self, sock: socket.socket, head: Head) -> Request | None:
-        """Return None where there will be no head that we can read: the stream ended, or it is HTTP/2."""
-        with move_on_after(self._settings.handshake_timeout):
+    async def _read_head(self, sock: socket.socket, peer: Peer, head: Head) -> Request | None:
+        """Return None if there will be no head that we can read: the stream ended, or it is HTTP/2."""
+        with move_on_after(self._site.settings.handshake_timeout):
             while True:
                 await wait_readable(sock)
                 data = sock.recv(READ_HEAD)
                 if not data:
                     return None
-                request = head.receive_data(data)
+                request = head.receive_data(data, peer)
                 if request is not None or head.is_http2:
                     return request
         if not head.data:
             return None
-        raise Refused(HTTPStatus.REQUEST_TIMEOUT, "the request head did not come in time")
+        raise Refuse(HTTPStatus.REQUEST_TIMEOUT, "the request head did not come in time")
 
     def _upgrade(
-        self, sock: socket.socket, peer: Address, request: Request, head: Head
-    ) -> tuple[NativeTransport, WebSocket]:
-        subprotocol = choose_subprotocol(request, self._subprotocols)
+        self, sock: socket.socket, request: Request, accepted: Accept, head: Head
+    ) -> tuple[NativeTransport, Connection, WebSocket[Any]]:
+        site = self._site
         agreement = None
         offers = offered_extensions(request)
-        if self._settings.deflate != "off":
-            agreement = negotiate(offers, takeover=self._settings.deflate == "takeover")
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if site.settings.deflate != "off":
+            agreement = negotiate(offers, takeover=site.settings.deflate == "takeover")
+        if sock.family != AF_UNIX:
+            sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
         extensions = agreement.header() if agreement else None
-        sock.send(accept(request, subprotocol, extensions))  # nothing was sent before, so there is room
-        transport = NativeTransport(sock, head.finish(), self._readiness, self._settings, agreement)
-        websocket = WebSocket(
-            transport,
-            peer=peer,
-            path=request.path,
-            query=request.query,
-            headers=request.headers,
-            subprotocol=subprotocol,
-            close_timeout=self._settings.close_timeout,
-        )
-        return transport, websocket
+        sock.send(accept(request, accepted, extensions))  # nothing was sent before, so there is room
+        transport = NativeTransport(sock, head.finish(), self._poller, site.settings, site.metrics, agreement)
+        return transport, *site.connect(transport, request, accepted)
 
     async def _refuse(self, sock: socket.socket, response: bytes) -> None:
         """Send a response and wait for the peer's end: closed with something unread, the socket would take it back."""
-        with move_on_after(self._settings.close_timeout):
+        with move_on_after(self._site.settings.close_timeout):
             sock.send(response)
             sock.shutdown(SHUT_WR)
             while True:

@@ -12,7 +12,6 @@ from contextlib import asynccontextmanager, suppress
 from copy import copy
 from functools import partial
 from math import inf
-from socket import SO_LINGER, SOL_SOCKET
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -27,12 +26,12 @@ from trio.lowlevel import checkpoint
 
 from tricorn.errors.report import report_error
 from tricorn.listening.asgi import PASSES
-from tricorn.transport.asgi import shut_down
-from tricorn.transport.native import RESET
+from tricorn.transport.sockets import reset_when_closed, shut_down
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
     from socket import socket as Socket
+    from ssl import SSLContext
 
     from tricorn.listening.asgi import AsgiWebSockets
     from tricorn.settings import Settings
@@ -50,7 +49,14 @@ class Hypercorn:
     `config` is Hypercorn's own. What the settings bound as well goes by the settings.
     """
 
-    def __init__(self, app: ASGIApp, websockets: AsgiWebSockets, settings: Settings, config: Config | None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        websockets: AsgiWebSockets,
+        settings: Settings,
+        config: Config | None,
+        ssl_context: SSLContext | None,
+    ) -> None:
         self._app = app
         self._websockets = websockets
         self._settings = settings
@@ -63,7 +69,7 @@ class Hypercorn:
         config.accesslog = None
         config.errorlog = None
         self._config = config
-        self._ssl_context = config.create_ssl_context()
+        self._ssl_context = ssl_context or config.create_ssl_context()
         self._context = WorkerContext(None)
         self._state: dict[str, Any] = {}
         self._serving: set[_Guarded] = set()  # those that carry requests only
@@ -90,7 +96,7 @@ class Hypercorn:
             self._one_ended = Event()
             await self._one_ended.wait()
 
-    async def serve(self, sock: Socket, peer: tuple[str, int], head: bytes) -> None:
+    async def serve(self, sock: Socket, peer: tuple[str, int] | None, head: bytes) -> None:
         """Serve one connection until it ends. If cancelled, its WebSockets are closed with 1012, and it is aborted."""
         stream = _Guarded(sock, head, self._settings.stall_timeout)
         self._serving.add(stream)
@@ -200,7 +206,7 @@ class _Guarded(trio.abc.HalfCloseableStream):
 
     def abort(self) -> None:
         with suppress(OSError):
-            self.socket.setsockopt(SOL_SOCKET, SO_LINGER, RESET)
+            reset_when_closed(self.socket)
         self.socket.close()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 from zlib import DEFLATED, Z_SYNC_FLUSH, compressobj, decompressobj
 
-from tricorn.protocol.frames import RSV1, frame
+from tricorn.protocol.frames import RSV1, Opcode, fragment, frame
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,24 +81,40 @@ def _accept(parameters: Sequence[tuple[str, str | None]], takeover: bool) -> Agr
 
 
 class Deflater:
-    """The sending half. What it remembers is made with the first message that it compresses."""
+    """The sending half. The state that it keeps between messages is made for the first that it compresses.
+
+    Attributes:
+        shareable: what another deflater must have here too for their frames to be the same; None if this one keeps
+            state between messages.
+    """
 
     def __init__(self, agreement: Agreement) -> None:
+        self.shareable = None if agreement.server_takeover else agreement.server_bits
         self._bits = agreement.server_bits
         self._takeover = agreement.server_takeover
         self._zlib: _Compress | None = None
 
     def frame(self, opcode: int, payload: bytes) -> bytes:
-        """A whole data frame, compressed but where there is nothing in it: zlib makes no block of nothing."""
+        """Return a whole data frame, compressed unless it is empty: zlib makes no block of nothing."""
         if not payload:
             return frame(opcode, payload)
+        return frame(RSV1 | opcode, self._deflate(payload)[: -len(_EMPTY_BLOCK)])
+
+    def fragment(self, opcode: int, payload: bytes, *, last: bool) -> bytes:
+        """Return one frame of a fragmented message, all of which is compressed (RFC 7692 §6.1)."""
+        deflated = self._deflate(payload, last=last)
+        if last:  # zlib has nothing to flush behind a flush; then this begins the empty block that ends the message
+            deflated = deflated[: -len(_EMPTY_BLOCK)] or b"\0"
+        return fragment(opcode if opcode == Opcode.CONTINUATION else RSV1 | opcode, deflated, last=last)
+
+    def _deflate(self, payload: bytes, *, last: bool = True) -> bytes:
         zlib, self._zlib = self._zlib, None  # half used, if this should fail, it would corrupt all that follows
         if zlib is None:
             zlib = compressobj(LEVEL, DEFLATED, -self._bits, MEMORY_LEVEL)
         deflated = zlib.compress(payload) + zlib.flush(Z_SYNC_FLUSH)
-        if self._takeover:
+        if self._takeover or not last:
             self._zlib = zlib
-        return frame(RSV1 | opcode, deflated[: -len(_EMPTY_BLOCK)])
+        return deflated
 
 
 class Inflater:

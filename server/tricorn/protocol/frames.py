@@ -33,7 +33,7 @@ _SHORT_HEADERS = {
 
 
 def frame(opcode: int, payload: bytes) -> bytes:
-    """One whole unmasked frame, its length in the shortest form (RFC 6455 §5.2). `opcode` may have `RSV1` with it."""
+    """Return one whole unmasked frame, its length in the shortest form (RFC 6455 §5.2). `opcode` may include `RSV1`."""
     size = len(payload)
     if size < 126:
         return _SHORT_HEADERS[opcode][size] + payload
@@ -42,8 +42,14 @@ def frame(opcode: int, payload: bytes) -> bytes:
     return _header64(FIN | opcode, 127, size) + payload
 
 
+def fragment(opcode: int, payload: bytes, *, last: bool) -> bytes:
+    """Return one frame of a fragmented message (RFC 6455 §5.4)."""
+    whole = frame(opcode, payload)
+    return whole if last else bytes((whole[0] & ~FIN,)) + whole[1:]
+
+
 def close_frame(close: Close) -> bytes:
-    """A close frame; the reason is cut, at a character, to what fits (RFC 6455 §5.5.1)."""
+    """Return a close frame. A reason that is too long is cut at a character (RFC 6455 §5.5.1)."""
     if close.code == NO_STATUS:
         return frame(Opcode.CLOSE, b"")
     reason = close.reason.encode()[: MAX_CONTROL_PAYLOAD - 2].decode(errors="ignore").encode()

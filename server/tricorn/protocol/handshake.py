@@ -8,12 +8,14 @@ from binascii import Error as Base64Error
 from collections.abc import Sequence
 from hashlib import sha1
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 import h11
 from websockets.exceptions import InvalidHeaderFormat
 from websockets.headers import parse_extension
+
+from tricorn.request import Accept, Refuse, Request
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -25,26 +27,11 @@ Offer = tuple[str, Sequence[tuple[str, str | None]]]  # of an extension: its nam
 _ABSOLUTE = re.compile(r"https?://([^/?#]*)", re.IGNORECASE)  # the beginning of an absolute-form, RFC 9112 §3.2.2
 _HOST = re.compile(r"(?:\[[0-9a-fA-F:.]+\]|[\w.~!$&'()*+;=%-]*)(?::[0-9]*)?", re.ASCII)  # RFC 9110 §7.2
 
+_TOKEN = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)  # RFC 9110 §5.6.2
+_FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")  # RFC 9110 §5.5
+_OURS = ("connection", "upgrade", "content-length", "transfer-encoding", "sec-websocket-")  # beginnings of names
+
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 §1.3
-
-
-class Request(NamedTuple):
-    """A request's head. `headers` has lower-case names; what came several times is joined by `, ` (RFC 9110 §5.3)."""
-
-    method: str
-    path: str
-    query: str
-    http_version: str
-    headers: Mapping[str, str]
-
-
-class Refused(Exception):
-    """A request that is answered with an HTTP error: its `status`, a text that says why, and further headers."""
-
-    def __init__(self, status: HTTPStatus, text: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(text)
-        self.status = status
-        self.headers = headers or {}
 
 
 class Head:
@@ -67,11 +54,11 @@ class Head:
         self._h11 = None
         return rest
 
-    def receive_data(self, data: bytes) -> Request | None:
+    def receive_data(self, data: bytes, peer: tuple[str, int] | None = None) -> Request | None:
         """Take what one read brought; return the request once its head is complete, and never one of HTTP/2.
 
         Raises:
-            Refused: it is malformed (400) or larger than `max_bytes` (431).
+            Refuse: it is malformed (400) or larger than `max_bytes` (431).
         """
         self.data += data
         if self.is_http2:
@@ -83,29 +70,41 @@ class Head:
             status = HTTPStatus(error.error_status_hint)
             if status is HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE and b"\n" not in self.data:
                 status = HTTPStatus.REQUEST_URI_TOO_LONG
-            raise Refused(status, f"bad request head: {error}") from None
+            raise Refuse(status, f"bad request head: {error}") from None
         if not isinstance(event, h11.Request):
             return None
         rest = len(self._h11.trailing_data[0])
         if len(self.data) - rest > self._max_bytes:  # h11 looks only at heads that are incomplete
             text = f"a request head may have at most {self._max_bytes} bytes"
-            raise Refused(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, text)
+            raise Refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, text)
         if not event.http_version.startswith(b"1."):
-            raise Refused(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "this server speaks HTTP/1.1")
-        return as_request(event.method, event.target.decode("ascii"), event.http_version, event.headers)
+            raise Refuse(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "this server speaks HTTP/1.1")
+        return as_request(event.method, event.target.decode("ascii"), event.http_version, event.headers, peer)
 
 
-def as_request(method: bytes, target: str, http_version: bytes, raw_headers: Iterable[tuple[bytes, bytes]]) -> Request:
-    """A request of the parts that h11 has taken its head apart into."""
-    headers: dict[str, str] = {}
-    for raw_name, raw_value in raw_headers:
-        name, value = raw_name.decode("ascii"), raw_value.decode("latin-1")
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+def as_request(
+    method: bytes,
+    target: str,
+    http_version: bytes,
+    raw_headers: Iterable[tuple[bytes, bytes]],
+    peer: tuple[str, int] | None = None,
+) -> Request:
+    """Return the request whose head h11 has taken apart."""
+    headers = join_headers(raw_headers)
     if absolute := _ABSOLUTE.match(target):
         headers["host"] = absolute[1]  # whatever the header says (RFC 9112 §3.2.2)
         target = target[absolute.end() :]
     path, _, query = target.partition("?")
-    return Request(method.decode("ascii"), unquote(path) or "/", query, http_version.decode("ascii"), headers)
+    return Request(method.decode("ascii"), unquote(path) or "/", query, http_version.decode("ascii"), headers, peer)
+
+
+def join_headers(raw_headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+    """Return headers by lower-case name, what came several times joined by `, ` (RFC 9110 §5.3)."""
+    headers: dict[str, str] = {}
+    for raw_name, raw_value in raw_headers:
+        name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return headers
 
 
 def wants_websocket(request: Request) -> bool:
@@ -113,46 +112,42 @@ def wants_websocket(request: Request) -> bool:
     return request.http_version != "1.0" and "websocket" in _tokens(request.headers.get("upgrade", ""))
 
 
-def check(request: Request, path: str | None, origins: Sequence[str] = ()) -> None:
-    """Check an upgrade request against RFC 6455 §4.2.1; `path` is the one that is upgraded, None for any.
-
-    Pages may connect to the server that they came from, and those of `origins` anyway.
+def check_upgrade(request: Request) -> None:
+    """Check that an HTTP/1.1 request asks for an upgrade as RFC 6455 §4.2.1 wants it.
 
     Raises:
-        Refused: it asks for something else, or does not ask properly.
+        Refuse: it does not.
     """
-    check_entry(request, path, origins)
     headers = request.headers
     if request.method != "GET":
-        raise Refused(HTTPStatus.METHOD_NOT_ALLOWED, "a WebSocket upgrade is a GET request", {"Allow": "GET"})
+        raise Refuse(HTTPStatus.METHOD_NOT_ALLOWED, "a WebSocket upgrade is a GET request", {"Allow": "GET"})
     if "upgrade" not in _tokens(headers.get("connection", "")):
-        raise Refused(HTTPStatus.BAD_REQUEST, "the Connection header must name Upgrade")
+        raise Refuse(HTTPStatus.BAD_REQUEST, "the Connection header must name Upgrade")
     if int(headers.get("content-length", "0")) or "transfer-encoding" in headers:
-        raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "a WebSocket upgrade has no body")
+        raise Refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "a WebSocket upgrade has no body")
     if headers.get("sec-websocket-version") != "13":
         text = "the Sec-WebSocket-Version must be 13"
-        raise Refused(HTTPStatus.UPGRADE_REQUIRED, text, {"Sec-WebSocket-Version": "13", **UPGRADE})
+        raise Refuse(HTTPStatus.UPGRADE_REQUIRED, text, {"Sec-WebSocket-Version": "13", **UPGRADE})
     try:
         size = len(b64decode(headers.get("sec-websocket-key", ""), validate=True))
     except (Base64Error, ValueError):
         size = 0
     if size != 16:
-        raise Refused(HTTPStatus.BAD_REQUEST, "the Sec-WebSocket-Key must be 16 bytes in base64")
+        raise Refuse(HTTPStatus.BAD_REQUEST, "the Sec-WebSocket-Key must be 16 bytes in base64")
 
 
-def check_entry(request: Request, path: str | None, origins: Sequence[str]) -> None:
-    """Check what does not depend on how a WebSocket is asked for: where it goes, and a page of which origin asks.
+def check_origin(request: Request, origins: Sequence[str]) -> None:
+    """Check the Host, and that a page of the request's origin may connect (RFC 6455 §10.2).
+
+    Pages may connect to the server that they came from; pages of `origins` may connect too.
 
     Raises:
-        Refused: there is none, or not for that page.
+        Refuse: the Host is malformed, or the page may not connect.
     """
-    headers = request.headers
-    if path is not None and request.path != path:
-        raise Refused(HTTPStatus.NOT_FOUND, f"no WebSocket here; there is one at {path}")
-    if not _HOST.fullmatch(headers.get("host", "")):
-        raise Refused(HTTPStatus.BAD_REQUEST, "the Host must be a name or an address, with or without a port")
-    if not _origin_is_allowed(headers, origins):
-        raise Refused(HTTPStatus.FORBIDDEN, "pages of this origin may not connect")
+    if not _HOST.fullmatch(request.headers.get("host", "")):
+        raise Refuse(HTTPStatus.BAD_REQUEST, "the Host must be a name or an address, with or without a port")
+    if not _origin_is_allowed(request.headers, origins):
+        raise Refuse(HTTPStatus.FORBIDDEN, "pages of this origin may not connect")
 
 
 def _origin_is_allowed(headers: Mapping[str, str], origins: Sequence[str]) -> bool:
@@ -174,27 +169,44 @@ DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 UPGRADE = {"Upgrade": "websocket", "Connection": "Upgrade, close"}  # RFC 9110 §15.5.22: 426 says to what
 
 
+def offered_subprotocols(request: Request) -> list[str]:
+    """Return the subprotocols that the client offers, its favourite first (RFC 6455 §4.1)."""
+    return [name.strip() for name in request.headers.get("sec-websocket-protocol", "").split(",")]
+
+
 def choose_subprotocol(request: Request, known: Sequence[str]) -> str | None:
-    """The first that the client offers and the server knows (RFC 6455 §4.2.2); None where there is none."""
-    offered = request.headers.get("sec-websocket-protocol", "").split(",")
-    return next((name for name in map(str.strip, offered) if name in known), None)
+    """Return the first subprotocol that the client offers and the server knows (RFC 6455 §4.2.2), or None."""
+    return next((name for name in offered_subprotocols(request) if name in known), None)
+
+
+def check_answer(answer: Accept | Refuse, offered: Sequence[str]) -> None:
+    """Check the answer that a hook gives.
+
+    Raises:
+        ValueError: it accepts a subprotocol that the client does not offer, or has a header that cannot be sent.
+    """
+    if isinstance(answer, Accept) and answer.subprotocol is not None and answer.subprotocol not in offered:
+        raise ValueError(f"the client does not offer the subprotocol {answer.subprotocol!r}")
+    for name, value in answer.headers.items():
+        if not _TOKEN.fullmatch(name) or not _FIELD_VALUE.fullmatch(value) or name.lower().startswith(_OURS):
+            raise ValueError(f"the header {name!r}: {value!r} cannot be set in the answer to a handshake")
 
 
 def offered_extensions(request: Request) -> Sequence[Offer]:
     """What the client would have, the best first.
 
     Raises:
-        Refused: the header is malformed, which RFC 6455 §9.1 lets nobody overlook.
+        Refuse: the header is malformed, which RFC 6455 §9.1 lets nobody overlook.
     """
     header = request.headers.get("sec-websocket-extensions")
     try:
         return () if header is None else parse_extension(header)
     except InvalidHeaderFormat as error:
-        raise Refused(HTTPStatus.BAD_REQUEST, f"bad Sec-WebSocket-Extensions: {error}") from None
+        raise Refuse(HTTPStatus.BAD_REQUEST, f"bad Sec-WebSocket-Extensions: {error}") from None
 
 
-def accept(request: Request, subprotocol: str | None, extensions: str | None = None) -> bytes:
-    """The 101 response (RFC 6455 §4.2.2)."""
+def accept(request: Request, accepted: Accept, extensions: str | None = None) -> bytes:
+    """Return the 101 response (RFC 6455 §4.2.2)."""
     digest = sha1(request.headers["sec-websocket-key"].encode() + _GUID, usedforsecurity=False).digest()
     lines = [
         b"HTTP/1.1 101 Switching Protocols",
@@ -202,16 +214,18 @@ def accept(request: Request, subprotocol: str | None, extensions: str | None = N
         b"Connection: Upgrade",
         b"Sec-WebSocket-Accept: " + b64encode(digest),
     ]
-    if subprotocol is not None:
-        lines.append(b"Sec-WebSocket-Protocol: " + subprotocol.encode())
+    if accepted.subprotocol is not None:
+        lines.append(b"Sec-WebSocket-Protocol: " + accepted.subprotocol.encode())
     if extensions is not None:
         lines.append(b"Sec-WebSocket-Extensions: " + extensions.encode())
+    if accepted.headers:
+        lines += [f"{name}: {value}".encode("latin-1") for name, value in accepted.headers.items()]
     return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
-def refuse(refused: Refused, head: Head) -> bytes:
-    """The response to a request that is refused; the connection is closed behind it."""
-    body = f"{refused}\n".encode()
+def refuse(refused: Refuse, head: Head) -> bytes:
+    """Return the response to a request that is refused; the connection is closed after it."""
+    body = f"{refused.body}\n".encode()
     headers = {
         "Connection": "close",
         "Content-Type": "text/plain; charset=utf-8",

@@ -48,7 +48,8 @@ class Receiver:
     """
 
     def __init__(self, max_message_bytes: int, inflater: Inflater | None = None) -> None:
-        self.pings: list[bytes] = []  # payloads of pings; who answers them clears the list
+        self.pings: list[bytes] = []  # payloads of pings; whoever answers them clears the list
+        self.pongs: list[bytes] = []  # payloads of pongs; whoever reads them clears the list
         self.closed: Close | None = None  # the peer's close frame
         self.violation: Close | None = None  # what the peer did wrong, as the close to answer with
         self._max = max_message_bytes
@@ -194,6 +195,8 @@ class Receiver:
             self.pings.append(payload)
         elif self._opcode == Opcode.CLOSE:
             self.closed = _parse_close(payload)
+        elif payload:  # ours that wait for an answer have one; keepalive's have none
+            self.pongs.append(payload)
 
 
 def _extended_length(field: bytes) -> int:

@@ -1,30 +1,29 @@
-"""WebSockets that an ASGI server holds: the way in, and the transport (ASGI 3.0, scope `websocket`)."""
+"""The transport on an ASGI server: a WebSocket behind its `receive` and `send` (ASGI 3.0, scope `websocket`)."""
 
 from __future__ import annotations
 
 import select
 import socket
 from collections import deque
-from socket import SHUT_RDWR
 from sys import byteorder, platform
 from typing import TYPE_CHECKING, Any
 
 import trio
 from trio import BrokenResourceError, BusyResourceError, CancelScope, Event, move_on_after, sleep
-from trio.lowlevel import Abort, ParkingLot, current_task, reschedule, wait_task_rescheduled
+from trio.lowlevel import ParkingLot, checkpoint
 
-from tricorn.connection import Traffic, WebSocket
-from tricorn.metrics import LIMIT_HITS, SEND_STALLS
+from tricorn.connection import Traffic
 from tricorn.protocol.close import ABNORMAL, NO_STATUS, STALLED, TOO_BIG, Close
-from tricorn.transport.native import PUT_OFF, READ_AHEAD, too_fast
+from tricorn.transport.flow_control import BROADCAST_MAX, PUT_OFF, READ_AHEAD
 from tricorn.transport.rate_limit import RateLimit
+from tricorn.transport.sockets import shut_down
+from tricorn.waiter import Waiter
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    from trio.lowlevel import Task
-
-    from tricorn.connection import Handler
+    from tricorn.connection import Broadcast, Connection, Handed
+    from tricorn.metrics import ServerMetrics
     from tricorn.settings import Settings
 
     ASGIEvent = dict[str, Any]
@@ -78,13 +77,22 @@ class AsgiTransport:
     there is room for it.
     """
 
-    def __init__(self, receive: Receive, send: Send, reach: Reach, unattended: Unattended, settings: Settings) -> None:
+    def __init__(
+        self,
+        receive: Receive,
+        send: Send,
+        reach: Reach,
+        unattended: Unattended,
+        settings: Settings,
+        metrics: ServerMetrics,
+    ) -> None:
         self._receive = receive
         self._send = send
         self._reach = reach
         self._unattended = unattended
         self._settings = settings
-        self._connection: WebSocket
+        self._metrics = metrics
+        self._connection: Connection
         self._nursery: trio.Nursery
         self._reading = CancelScope(shield=True)
         self._writing = CancelScope(shield=True)
@@ -95,12 +103,14 @@ class AsgiTransport:
         self._read_on = ParkingLot()  # the reading task, while it does not read or reading is paused
         self._unsent: deque[tuple[ASGIEvent, int]] = deque()  # events and the sizes of messages, in bytes
         self._unsent_bytes = 0  # in there and on the way
-        self._writer: Task | None = None  # the writing task, while there is nothing to send
+        self._writer = Waiter()  # for the writing task, while there is nothing to send
+        self._fragments = bytearray()  # of the message that is being sent in fragments
+        self._fragments_are_text = False
         self._room = ParkingLot()  # tasks that wait until less is unsent
         self._stalled = 0  # how many there are
         self._broken = False  # nothing can be sent any more
         self._over = False  # nothing more is delivered
-        self._pace = RateLimit(settings.messages_per_second, settings.bytes_per_second)
+        self._rate_limit = RateLimit(settings, metrics)
         self._heard = False  # something was received
         self._at_end = False  # `receive` must not be called again
         self._gone = Event()  # `websocket.disconnect` came
@@ -115,11 +125,13 @@ class AsgiTransport:
         self._taken = 0
         self._kept_alive = False
 
-    async def run(self, websocket: WebSocket, handler: Handler) -> None:
+    async def run(
+        self, connection: Connection, handler: Callable[[Handed], Awaitable[None]], websocket: Handed
+    ) -> None:
         """Run the connection. If cancelled, it closes in the proper way."""
         async with trio.open_nursery() as self._nursery:
             try:
-                await websocket.run(handler)
+                await connection.run(handler, websocket)
                 if self._heard:
                     # Hypercorn's reader waits without end for somebody to take what it read, up to the disconnect.
                     with move_on_after(self._settings.close_timeout, shield=True):
@@ -130,7 +142,7 @@ class AsgiTransport:
 
     # For the connection
 
-    def start(self, connection: WebSocket) -> None:
+    def start(self, connection: Connection) -> None:
         self._connection = connection
         self._nursery.start_soon(self._read)
         self._nursery.start_soon(self._write)
@@ -147,25 +159,46 @@ class AsgiTransport:
             self._read_on.unpark_all()
         return None
 
-    def send(self, payloads: Sequence[bytes], *, text: bool) -> bool:
-        if self._broken or self._over:
-            raise BrokenResourceError("the connection is over")
+    def send(self, payloads: Sequence[bytes], *, text: bool, more: bool) -> bool:
+        self._require_open()
         if self._unsent_bytes >= PUT_OFF:
             return False
         for payload in payloads:
-            size = len(payload)
-            self._unsent_bytes += size
-            if text:
-                self._unsent.append(({"type": "websocket.send", "text": payload.decode()}, size))
-            else:
-                self._unsent.append(({"type": "websocket.send", "bytes": payload}, size))
-        self._wake_writer()
+            self._put(payload, text)
+        self._writer.wake()
         if self._stalled and self._unsent_bytes < PUT_OFF:
             self._room.unpark()  # the next, now that this one's is on its way, so that they go out in order
         return True
 
+    def send_fragment(self, payload: bytes, *, text: bool | None, last: bool) -> bool:
+        """ASGI knows no fragments: they are put together."""
+        self._require_open()
+        if last and self._unsent_bytes >= PUT_OFF:
+            return False
+        if text is not None:
+            self._fragments_are_text = text
+        self._fragments += payload
+        if last:
+            whole, self._fragments = bytes(self._fragments), bytearray()
+            self._put(whole, self._fragments_are_text)
+            self._writer.wake()
+        return True
+
+    def broadcast(self, message: Broadcast) -> bool:
+        self._require_open()
+        size = len(message.payload)
+        if self._unsent_bytes + size > max(BROADCAST_MAX, size):
+            return False
+        self._put(message.payload, message.text)
+        self._writer.wake()
+        return True
+
+    async def ping(self) -> float:
+        await checkpoint()
+        raise NotImplementedError("an ASGI server shows no pongs: `ping` works on Tricorn's own server only")
+
     async def room(self) -> None:
-        SEND_STALLS.add()
+        self._metrics.send_stalls.add()
         self._stalled += 1
         try:
             while self._unsent_bytes >= PUT_OFF and not self._broken and not self._over:
@@ -181,7 +214,7 @@ class AsgiTransport:
         if self._broken or close.code == ABNORMAL:
             return
         self._unsent.append(({"type": "websocket.close", "code": close.code, "reason": close.reason}, 0))
-        self._wake_writer()
+        self._writer.wake()
         await self._finished.wait()
 
     def abort(self) -> None:
@@ -268,16 +301,14 @@ class AsgiTransport:
         self._bytes_received += size
         if self._over:
             return
-        connection = self._connection
         if size > self._settings.max_message_bytes:
-            LIMIT_HITS.add("max_message_bytes")
+            self._metrics.limit_hits.add("max_message_bytes")
             self._give_up(Close(TOO_BIG, f"a message may have at most {self._settings.max_message_bytes} bytes"))
             return
-        if passed := self._pace.passed(1, size):
-            self._give_up(too_fast(passed, self._settings))
+        if too_fast := self._rate_limit.exceeded(1, size):
+            self._give_up(too_fast)
             return
-        connection.deliver([message])
-        if connection.inbox:
+        if self._connection.deliver([message]):
             self._unread += size + IN_INBOX
 
     def _give_up(self, close: Close) -> None:
@@ -294,7 +325,6 @@ class AsgiTransport:
         self._connection.end(close)
 
     async def _write(self) -> None:
-        task = current_task()
         with self._writing:
             try:
                 while True:
@@ -308,22 +338,24 @@ class AsgiTransport:
                             self._room.unpark()
                         if event["type"] == "websocket.close":
                             self._close_sent = event["code"]
-                    self._writer = task
-                    await wait_task_rescheduled(self._stop_waiting)
+                    await self._writer.wait()
             except OSError:  # ASGI 3.0: the peer is gone
                 self._break()
             except Exception as error:
                 self._break()
                 self.failed(error)
 
-    def _wake_writer(self) -> None:
-        if self._writer is not None:
-            reschedule(self._writer)
-            self._writer = None
+    def _put(self, payload: bytes, text: bool) -> None:
+        size = len(payload)
+        self._unsent_bytes += size
+        if text:
+            self._unsent.append(({"type": "websocket.send", "text": payload.decode()}, size))
+        else:
+            self._unsent.append(({"type": "websocket.send", "bytes": payload}, size))
 
-    def _stop_waiting(self, _: object) -> Abort:
-        self._writer = None
-        return Abort.SUCCEEDED
+    def _require_open(self) -> None:
+        if self._broken or self._over:
+            raise BrokenResourceError("the connection is over")
 
     def _break(self) -> None:
         """Give up sending."""
@@ -363,7 +395,3 @@ class AsgiTransport:
             taken = int.from_bytes(info[BYTES_ACKED], byteorder)
             self._progress = self._progress or taken != self._taken
             self._taken = taken
-
-
-def shut_down(sock: socket.socket) -> None:
-    sock.shutdown(SHUT_RDWR)

@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from socket import SHUT_RD, SHUT_WR, SO_LINGER, SOL_SOCKET
-from struct import pack
+from secrets import token_bytes
+from socket import SHUT_RD, SHUT_WR
 from typing import TYPE_CHECKING, Protocol
 
-from trio import BrokenResourceError, current_time, sleep
+from trio import BrokenResourceError, Event, current_time
 from trio.lowlevel import ParkingLot
 
 from tricorn.connection import Traffic
-from tricorn.metrics import LIMIT_HITS, SEND_STALLS
-from tricorn.protocol.close import ABNORMAL, NO_PONG, STALLED, TOO_BIG, TOO_FAST, Close
+from tricorn.protocol.close import ABNORMAL, NO_PONG, STALLED, TOO_BIG, Close
 from tricorn.protocol.deflate import Deflater, Inflater
-from tricorn.protocol.frames import Opcode, close_frame, frame
+from tricorn.protocol.frames import Opcode, close_frame, fragment, frame
 from tricorn.protocol.receiver import Receiver
+from tricorn.transport.flow_control import BROADCAST_MAX, PUT_OFF, READ_AHEAD, READ_DEFLATED, READ_SIZE
 from tricorn.transport.rate_limit import RateLimit
+from tricorn.transport.sockets import reset_when_closed
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Sequence
 
-    from tricorn.connection import Kept, WebSocket
+    from tricorn.connection import Broadcast, Connection
+    from tricorn.metrics import ServerMetrics
     from tricorn.protocol.deflate import Agreement
     from tricorn.settings import Settings
     from tricorn.transport.poller import Poller
 
-READ_SIZE = 65536  # bytes; what one read takes at most
-READ_LARGE = 262144  # bytes; the same inside a frame with more than READ_SIZE to come
-READ_DEFLATED = 4096  # bytes; the same where they may inflate, to a thousand times as much
-READ_AHEAD = 65536  # bytes; what is read while the connection has something to receive, before reading pauses
-RESET = pack("ii", 1, 0)  # for SO_LINGER: close with RST and keep nothing
-PUT_OFF = 65536  # bytes; what is put off at most to go out in one write
+READ_LARGE = 262144  # bytes; one read takes no more inside a frame with more than READ_SIZE to come
 TEXT, BINARY = int(Opcode.TEXT), int(Opcode.BINARY)
-LOOKS_PER_TIMEOUT = 4  # how often keepalive looks in its shortest time: it may be late by a quarter
 
 
 class Wire(Protocol):
@@ -62,22 +58,67 @@ class NativeTransport:
     Reading pauses when the connection does not keep up: a busy handler is backpressure for its peer.
     """
 
+    __slots__ = (
+        "_aborted",
+        "_behind",
+        "_broken",
+        "_bytes_received",
+        "_bytes_sent",
+        "_close_code",
+        "_closing",
+        "_codec",
+        "_connection",
+        "_deflater",
+        "_finished",
+        "_frame",
+        "_heard",
+        "_heard_at",
+        "_metrics",
+        "_pinged_at",
+        "_pings",
+        "_poller",
+        "_progress",
+        "_progress_at",
+        "_put_off",
+        "_put_off_bytes",
+        "_rate_limit",
+        "_read_size",
+        "_rest",
+        "_settings",
+        "_socket",
+        "_unread",
+        "_unsent",
+        "_waiting",
+        "at_eof",
+        "wants_read",
+        "wants_write",
+    )
+
     def __init__(
-        self, sock: Wire, rest: bytes, readiness: Poller, settings: Settings, agreement: Agreement | None = None
+        self,
+        sock: Wire,
+        rest: bytes,
+        poller: Poller,
+        settings: Settings,
+        metrics: ServerMetrics,
+        agreement: Agreement | None = None,
     ) -> None:
         self.wants_read = True
         self.wants_write = False
         self.at_eof = False
         self._socket = sock
         self._rest = rest
-        self._readiness = readiness
+        self._poller = poller
         self._settings = settings
-        self._connection: WebSocket
+        self._metrics = metrics
+        self._connection: Connection
         self._codec = Receiver(settings.max_message_bytes, Inflater(agreement) if agreement else None)
-        self._pace = RateLimit(settings.messages_per_second, settings.bytes_per_second)
-        self._frame = Deflater(agreement).frame if agreement else frame
+        self._rate_limit = RateLimit(settings, metrics)
+        self._deflater = Deflater(agreement) if agreement else None
+        self._frame = self._deflater.frame if self._deflater else frame
         self._read_size = READ_DEFLATED if agreement else READ_SIZE
-        self._unread = 0  # bytes read, or inflated, while the connection had something to receive
+        self._behind = False  # the connection has something to receive
+        self._unread = 0  # bytes read, or inflated, while it had
         self._put_off: list[bytes] = []  # frames
         self._put_off_bytes = 0
         self._unsent: bytes | memoryview = b""  # what the socket has not taken of the last write
@@ -86,6 +127,7 @@ class NativeTransport:
         self._closing = False  # the close frame was the last thing sent
         self._close_code: int | None = None  # the one in it
         self._bytes_received = self._bytes_sent = 0
+        self._pings: dict[bytes, _Ping] | None = None  # of the handler, without an answer yet, in their order
         self._finished = False  # the closing handshake is done, or cannot be done
         self._aborted = False
         # For keepalive: what happened since it last looked, and when something last had.
@@ -101,42 +143,78 @@ class NativeTransport:
 
     # For the connection
 
-    def start(self, connection: WebSocket) -> None:
+    def start(self, connection: Connection) -> None:
         self._connection = connection
-        self._readiness.register(self)
+        self._poller.register(self)
         if self._rest:
             self._take(self._rest)
 
     def idle(self) -> None:
+        self._behind = False
         self._unread = 0
         if self._put_off:
             self.flush()
         if not self.wants_read and not self.at_eof:
             self.wants_read = True
-            self._readiness.change(self)
+            self._poller.change(self)
 
-    def send(self, payloads: Sequence[bytes], *, text: bool) -> bool:
-        if self._broken or self._closing:
-            raise BrokenResourceError("the connection is over")
+    def send(self, payloads: Sequence[bytes], *, text: bool, more: bool) -> bool:
+        self._require_open()
         if self._unsent:
             return False
         opcode = TEXT if text else BINARY
         put_off = self._put_off
-        if not put_off and self._connection.inbox:
-            self._readiness.flush_soon(self)
+        if more and not put_off:
+            self._poller.flush_soon(self)
         size = 0
         for payload in payloads:
             data = self._frame(opcode, payload)
             put_off.append(data)
             size += len(data)
         self._put_off_bytes += size
-        if not self._connection.inbox or self._put_off_bytes >= PUT_OFF:
+        if not more or self._put_off_bytes >= PUT_OFF:
             self.flush()
         return True
 
+    def send_fragment(self, payload: bytes, *, text: bool | None, last: bool) -> bool:
+        self._require_open()
+        if self._unsent:
+            return False
+        opcode = Opcode.CONTINUATION if text is None else Opcode.TEXT if text else Opcode.BINARY
+        make = fragment if self._deflater is None else self._deflater.fragment
+        self._put_off.append(make(opcode, payload, last=last))
+        self.flush()
+        return True
+
+    def broadcast(self, message: Broadcast) -> bool:
+        self._require_open()
+        data = message.frame(self._deflater)
+        if len(self._unsent) + self._put_off_bytes + len(data) > max(BROADCAST_MAX, len(data)):
+            return False
+        self._put_off.append(data)
+        self._put_off_bytes += len(data)
+        self._poller.flush_soon(self)
+        return True
+
+    async def ping(self) -> float:
+        self._require_open()
+        if self._pings is None:
+            self._pings = {}
+        payload = token_bytes(4)
+        ping = self._pings[payload] = _Ping(current_time())
+        self._put_off.append(frame(Opcode.PING, payload))
+        self.flush()
+        try:
+            await ping.answered.wait()
+        finally:
+            self._pings.pop(payload, None)
+        if ping.latency is None:
+            raise BrokenResourceError("the connection ended before the pong came")
+        return ping.latency
+
     async def room(self) -> None:
         if self._unsent and not self._broken and not self._closing:
-            SEND_STALLS.add()
+            self._metrics.send_stalls.add()
             while self._unsent and not self._broken and not self._closing:
                 await self._wait()
 
@@ -160,11 +238,13 @@ class NativeTransport:
         if self._aborted:
             return
         self._aborted = self.at_eof = True
-        self._readiness.unregister(self)
+        self._poller.unregister(self)
         if self._unsent:  # the stream ends in half a frame: the kernel need not keep the rest for it
-            self._socket.setsockopt(SOL_SOCKET, SO_LINGER, RESET)
+            reset_when_closed(self._socket)
         self._socket.close()
         self._break()
+        for ping in (self._pings or {}).values():
+            ping.answered.set()
         self._connection.end(Close(ABNORMAL, "aborted"))
 
     def forget(self) -> None:
@@ -187,7 +267,7 @@ class NativeTransport:
                 self._end_of_stream("no close frame within what could be inflated")
                 return
             self.wants_read = True
-            self._readiness.change(self)
+            self._poller.change(self)
         try:
             size = self._read_size
             data = self._socket.recv(READ_LARGE if self._codec.left > size == READ_SIZE else size)
@@ -225,10 +305,9 @@ class NativeTransport:
             self._waiting.unpark()  # one: the next when this one's is on its way, so that they go out in order
 
     def failed(self, error: Exception) -> None:
-        """A bug, or no memory: it ends this connection and nothing else."""
         self._connection.fail(error)
         self.at_eof = True
-        self._readiness.change(self)
+        self._poller.change(self)
 
     # For the server
 
@@ -266,30 +345,49 @@ class NativeTransport:
         messages = codec.receive_data(data)
         connection = self._connection
         if messages and not self._closing:
-            connection.deliver(messages)
+            self._behind = connection.deliver(messages)
         if codec.pings:
             if self._unsent:
                 del codec.pings[:-1]  # answering the last of those that wait is enough, RFC 6455 §5.5.3
             self.flush()
+        if codec.pongs:
+            self._take_pongs(codec.pongs)
         over = codec.closed or codec.violation
-        if over is None and (passed := self._pace.passed(len(messages), len(data))) and not self._closing:
-            over = codec.violation = too_fast(passed, self._settings)  # from here on nothing that comes is looked at
+        if over is None and (too_fast := self._rate_limit.exceeded(len(messages), len(data))) and not self._closing:
+            over = codec.violation = too_fast  # from here on nothing that comes is looked at
         if over is not None:
             if over.code == TOO_BIG and over is codec.violation and not self._closing:
-                LIMIT_HITS.add("max_message_bytes")
+                self._metrics.limit_hits.add("max_message_bytes")
             self.wants_read = self._closing
-            self._readiness.change(self)
+            self._poller.change(self)
             self._look_finished()
             connection.end(over)
-        elif connection.inbox:
+        elif self._behind:
             self._unread += sum(map(len, messages)) if self._inflates else len(data)
             if self._unread > READ_AHEAD and not self._broken:
                 self.wants_read = False
-                self._readiness.change(self)
+                self._poller.change(self)
+
+    def _take_pongs(self, pongs: list[bytes]) -> None:
+        """A pong answers its ping and all before it (RFC 6455 §5.5.3)."""
+        now = current_time()
+        for payload in pongs:
+            if self._pings and payload in self._pings:
+                for each, ping in list(self._pings.items()):
+                    del self._pings[each]
+                    ping.latency = now - ping.sent_at
+                    ping.answered.set()
+                    if each == payload:
+                        break
+        pongs.clear()
+
+    def _require_open(self) -> None:
+        if self._broken or self._closing:
+            raise BrokenResourceError("the connection is over")
 
     def _end_of_stream(self, reason: str) -> None:
         self.at_eof = True
-        self._readiness.change(self)
+        self._poller.change(self)
         self._look_finished()
         self._connection.end(Close(ABNORMAL, reason))
 
@@ -310,7 +408,7 @@ class NativeTransport:
         self._unsent = b"" if all_sent else memoryview(data)[sent:]
         if self.wants_write is all_sent:
             self.wants_write = not all_sent
-            self._readiness.change(self)
+            self._poller.change(self)
 
     def _break(self) -> None:
         """Give up sending."""
@@ -320,7 +418,7 @@ class NativeTransport:
         if self.wants_write:
             self.wants_write = False
             if not self._aborted:
-                self._readiness.change(self)
+                self._poller.change(self)
 
     async def _wait(self) -> None:
         if self._waiting is None:
@@ -348,20 +446,12 @@ class NativeTransport:
                 self._finish()
 
 
-def too_fast(limit: str, settings: Settings) -> Close:
-    """The end of a peer that passes this limit of its pace, which is counted."""
-    LIMIT_HITS.add(limit)
-    return Close(TOO_FAST, f"more than {getattr(settings, limit):,.0f} {limit.replace('_', ' ')}")
+class _Ping:
+    """A ping of the handler on its way."""
 
+    __slots__ = ("answered", "latency", "sent_at")
 
-async def keep_alive(transports: Collection[Kept], settings: Settings) -> None:
-    """Keep the connections alive that there are at any time, or give them up. Runs until cancelled."""
-    period = min(settings.ping_interval, settings.ping_timeout, settings.stall_timeout) / LOOKS_PER_TIMEOUT
-    while True:
-        await sleep(period)
-        now = current_time()
-        for transport in list(transports):
-            try:
-                transport.keep_alive(now)
-            except Exception as error:
-                transport.failed(error)
+    def __init__(self, now: float) -> None:
+        self.sent_at = now
+        self.latency: float | None = None
+        self.answered = Event()

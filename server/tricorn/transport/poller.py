@@ -10,18 +10,9 @@ import sys
 from typing import TYPE_CHECKING, Protocol
 
 import trio
-from trio.lowlevel import (
-    Abort,
-    Task,
-    current_task,
-    notify_closing,
-    reschedule,
-    wait_readable,
-    wait_task_rescheduled,
-    wait_writable,
-)
+from trio.lowlevel import notify_closing, wait_readable, wait_writable
 
-from tricorn.connection import WOKEN
+from tricorn.waiter import Waiter
 
 if sys.platform == "linux":
     from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLONESHOT, EPOLLOUT, EPOLLRDHUP, epoll
@@ -77,28 +68,21 @@ class Flusher:
 
     def __init__(self) -> None:
         self._waiting: set[Watched] = set()
-        self._task: Task | None = None
+        self._some = Waiter()
 
     def flush_soon(self, watched: Watched) -> None:
         self._waiting.add(watched)
-        if self._task is not None:
-            reschedule(self._task, WOKEN)
-            self._task = None
+        self._some.wake()
 
     async def _flush(self) -> None:
         while True:
-            self._task = current_task()
-            await wait_task_rescheduled(self._stop_waiting)
+            await self._some.wait()
             waiting, self._waiting = self._waiting, set()
             for watched in waiting:
                 try:
                     watched.flush()
                 except Exception as error:
                     watched.failed(error)
-
-    def _stop_waiting(self, _: object) -> Abort:
-        self._task = None
-        return Abort.SUCCEEDED
 
 
 class Epoll(Flusher):

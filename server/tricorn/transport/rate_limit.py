@@ -1,21 +1,28 @@
-"""How fast something may come: token buckets."""
+"""How fast a peer may send: token buckets."""
 
 from __future__ import annotations
 
 from math import inf
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from trio import current_time
 
+from tricorn.protocol.close import TOO_FAST, Close
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from tricorn.metrics import ServerMetrics
+    from tricorn.settings import Settings
 
 BURST = 10.0  # seconds' worth that a peer may send at once
 LOT = 0.1  # seconds' worth that is counted before the clock is asked
 
 
 class TokenBucket:
-    """Allows `size` at once, and as many in `seconds` from then on, by `clock`."""
+    """Allows `size` at once, and then `size` in every `seconds`, by `clock`."""
+
+    __slots__ = ("_clock", "_filled_at", "_level", "_rate", "_size")
 
     def __init__(self, size: float, seconds: float, clock: Callable[[], float] = current_time) -> None:
         self._clock = clock
@@ -25,7 +32,7 @@ class TokenBucket:
         self._filled_at = -inf
 
     def take(self, amount: float = 1) -> float:
-        """Take so much and return 0; where there is not so much, return how many seconds it is until there is."""
+        """Take so much and return 0; if there is less, take nothing and return the seconds until there is enough."""
         now = self._clock()
         self._level = min(self._size, self._level + (now - self._filled_at) * self._rate)
         self._filled_at = now
@@ -36,17 +43,30 @@ class TokenBucket:
 
 
 class RateLimit:
-    """How fast one peer may send messages and bytes: `BURST` seconds' worth at once, and so many a second."""
+    """How fast one peer may send: `BURST` seconds' worth of messages and bytes at once, then what the settings allow."""
 
-    def __init__(self, messages_per_second: float, bytes_per_second: float) -> None:
-        self._messages = TokenBucket(BURST * messages_per_second, BURST)
-        self._bytes = TokenBucket(BURST * bytes_per_second, BURST)
-        self._message_lot = LOT * messages_per_second
-        self._byte_lot = LOT * bytes_per_second
+    __slots__ = (
+        "_byte_lot",
+        "_bytes",
+        "_message_lot",
+        "_messages",
+        "_metrics",
+        "_new_bytes",
+        "_new_messages",
+        "_settings",
+    )
+
+    def __init__(self, settings: Settings, metrics: ServerMetrics) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._messages = TokenBucket(BURST * settings.messages_per_second, BURST)
+        self._bytes = TokenBucket(BURST * settings.bytes_per_second, BURST)
+        self._message_lot = LOT * settings.messages_per_second
+        self._byte_lot = LOT * settings.bytes_per_second
         self._new_messages = self._new_bytes = 0  # that were not taken from the buckets yet
 
-    def passed(self, messages: int, size: int) -> Literal["messages_per_second", "bytes_per_second"] | None:
-        """Count what came; return which limit it passes, if any."""
+    def exceeded(self, messages: int, size: int) -> Close | None:
+        """Count what came. If it is too much, count that too and return the end of the connection."""
         self._new_messages += messages
         self._new_bytes += size
         if self._new_messages < self._message_lot and self._new_bytes < self._byte_lot:
@@ -54,7 +74,11 @@ class RateLimit:
         messages, self._new_messages = self._new_messages, 0
         size, self._new_bytes = self._new_bytes, 0
         if self._messages.take(messages):
-            return "messages_per_second"
+            return self._too_fast("messages_per_second", self._settings.messages_per_second)
         if self._bytes.take(size):
-            return "bytes_per_second"
+            return self._too_fast("bytes_per_second", self._settings.bytes_per_second)
         return None
+
+    def _too_fast(self, setting: str, limit: float) -> Close:
+        self._metrics.limit_hits.add(setting)
+        return Close(TOO_FAST, f"more than {limit:,.0f} {setting.replace('_', ' ')}")

@@ -8,7 +8,7 @@ import trio
 from trio import BrokenResourceError, ClosedResourceError
 from trio.lowlevel import ParkingLot
 
-from tricorn.transport.native import READ_SIZE
+from tricorn.transport.flow_control import READ_SIZE
 from tricorn.transport.poller import Flusher
 
 if TYPE_CHECKING:

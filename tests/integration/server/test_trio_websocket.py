@@ -17,7 +17,7 @@ from websockets.frames import Frame, Opcode
 
 from fixtures.handlers import echo, flood, greet_and_sleep
 from tricorn import Settings, WebSocket
-from tricorn.transport.trio_websocket import adapt
+from tricorn.trio_websocket import adapt
 
 Served = Callable[..., AbstractAsyncContextManager[Any]]
 
@@ -183,7 +183,7 @@ async def test_a_bug_ends_one_connection_and_nothing_else(
 
     async with embedded(adapt(echo)) as server, server.connect() as other:
         with monkeypatch.context() as broken, suppress(trio.BrokenResourceError):
-            broken.setattr("tricorn.transport.trio_websocket.choose_subprotocol", fail)
+            broken.setattr("tricorn.trio_websocket.choose_subprotocol", fail)
             async with server.open() as stream:
                 await stream.send_all(UPGRADE)
                 assert await stream.receive_some() == b""

@@ -18,11 +18,13 @@ import trio
 from trio.lowlevel import checkpoint, notify_closing
 from trio_websocket import ConnectionClosed
 
-from tricorn.connection import WebSocket
 from tricorn.errors.report import report_error
-from tricorn.protocol.handshake import Refused, accept, as_request, check, choose_subprotocol
+from tricorn.listening.site import Site
+from tricorn.protocol.handshake import accept, as_request, check_upgrade
+from tricorn.request import Refuse
 from tricorn.settings import Settings
-from tricorn.transport.native import NativeTransport, keep_alive
+from tricorn.transport.keep_alive import keep_alive
+from tricorn.transport.native import NativeTransport
 from tricorn.transport.stream import StreamSocket
 
 if TYPE_CHECKING:
@@ -30,14 +32,19 @@ if TYPE_CHECKING:
 
     from trio_websocket import WebSocketConnection, WebSocketRequest
 
-    from tricorn.connection import Handler
-    from tricorn.protocol.handshake import Request
+    from tricorn.connection import Connection
+    from tricorn.listening.site import Handler, Handlers
+    from tricorn.request import Accept, BeforeUpgrade, Request
 
 DEFAULTS = Settings()
 
 
 def adapt(
-    handler: Handler, *, settings: Settings = DEFAULTS, subprotocols: Sequence[str] = (), path: str | None = None
+    handler: Handlers,
+    *,
+    settings: Settings = DEFAULTS,
+    before_upgrade: BeforeUpgrade | None = None,
+    subprotocols: Sequence[str] = (),
 ) -> Callable[[WebSocketRequest], Awaitable[None]]:
     """Make a handler for trio-websocket of one for Tricorn. The arguments are those of `tricorn.serve`.
 
@@ -49,21 +56,24 @@ def adapt(
     `max_message_size`, `message_queue_size` and `receive_buffer_size` mean nothing.
     """
 
+    site = Site(handler, settings, before_upgrade=before_upgrade, subprotocols=subprotocols)
+
     async def serve(request: WebSocketRequest) -> None:
+        connection = request._connection
+        sock = _socket(connection._stream)
         try:
-            asked = _as_asked(request)
-            check(asked, path, settings.origins)
-        except Refused as refused:
+            asked = _as_asked(request, sock.getpeername()[:2])
+            check_upgrade(asked)
+            admitted, accepted = await site.admit(asked)
+        except Refuse as refused:
             headers = [(name.encode(), value.encode()) for name, value in refused.headers.items()]
             with suppress(ConnectionClosed):
-                await request.reject(refused.status, extra_headers=headers, body=f"{refused}\n".encode())
+                await request.reject(refused.status, extra_headers=headers, body=f"{refused.body}\n".encode())
             return
-        connection = request._connection
         stream, connection._stream = connection._stream, cast(trio.abc.Stream, _Gone())
-        sock = _socket(stream)
         notify_closing(sock)  # so that trio-websocket's reader ends; it stays open
         try:
-            await _serve(_TakenOver(stream, connection), sock, asked)
+            await _serve(_TakenOver(stream, connection), sock, asked, admitted, accepted)
         except* (OSError, trio.BrokenResourceError):
             pass  # the peer is gone
         except* Exception as errors:  # a bug of ours: it ends this connection and nothing else
@@ -71,40 +81,35 @@ def adapt(
         finally:
             sock.close()
 
-    async def _serve(stream: _TakenOver, sock: trio.socket.SocketType, request: Request) -> None:
-        peer = sock.getpeername()[:2]
-        subprotocol = choose_subprotocol(request, subprotocols)
-        await stream.send_all(accept(request, subprotocol))  # nothing was sent before, so there is room
+    async def _serve(
+        stream: _TakenOver, sock: trio.socket.SocketType, request: Request, admitted: Handler, accepted: Accept
+    ) -> None:
+        await stream.send_all(accept(request, accepted))  # nothing was sent before, so there is room
         wire = StreamSocket(stream, sock)
-        transport = NativeTransport(wire, b"", wire, settings)
-        websocket = WebSocket(
-            transport,
-            peer=peer,
-            path=request.path,
-            query=request.query,
-            headers=request.headers,
-            subprotocol=subprotocol,
-            close_timeout=settings.close_timeout,
-        )
-        async with trio.open_nursery() as support:
-            with trio.CancelScope(shield=True):  # cancelled, this start would leave its shielded task behind
-                supporting = await support.start(partial(_support, wire, transport, settings))
-            try:
-                await websocket.run(handler)
-            finally:
-                supporting.cancel()
+        transport = NativeTransport(wire, b"", wire, settings, site.metrics)
+        connection, websocket = site.connect(transport, request, accepted)
+        try:
+            async with trio.open_nursery() as support:
+                with trio.CancelScope(shield=True):  # cancelled, this start would leave its shielded task behind
+                    supporting = await support.start(partial(_support, wire, connection, settings))
+                try:
+                    await connection.run(admitted, websocket)
+                finally:
+                    supporting.cancel()
+        finally:
+            site.forget(connection)
 
     return serve
 
 
 async def _support(
-    wire: StreamSocket, transport: NativeTransport, settings: Settings, task_status: trio.TaskStatus[trio.CancelScope]
+    wire: StreamSocket, connection: Connection, settings: Settings, task_status: trio.TaskStatus[trio.CancelScope]
 ) -> None:
     """What a connection needs until it has ended, also when it is cancelled."""
     with trio.CancelScope(shield=True) as scope:  # ends with the connection, and that has a deadline
         async with trio.open_nursery() as nursery:
             await nursery.start(wire.run)
-            nursery.start_soon(keep_alive, {transport}, settings)
+            nursery.start_soon(keep_alive, {connection}, settings)
             task_status.started(scope)
 
 
@@ -148,9 +153,9 @@ def _socket(stream: trio.abc.Stream) -> trio.socket.SocketType:
     return stream.socket
 
 
-def _as_asked(request: WebSocketRequest) -> Request:
+def _as_asked(request: WebSocketRequest, peer: tuple[str, int]) -> Request:
     """The request's head as the client sent it, which trio-websocket has taken apart."""
     headers = [(b"host", request._event.host.encode("latin-1")), *request.headers]
     if request.proposed_subprotocols:
         headers.append((b"sec-websocket-protocol", ", ".join(request.proposed_subprotocols).encode()))
-    return as_request(b"GET", request.path, b"1.1", headers)
+    return as_request(b"GET", request.path, b"1.1", headers, peer)

@@ -1,0 +1,114 @@
+"""What a server serves, whatever the way in: handlers by path, the hook before an upgrade, limits, connections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from trio import TooSlowError, fail_after
+
+from tricorn.connection import Connection
+from tricorn.errors.report import report, report_error
+from tricorn.listening.capacity import require_capacity
+from tricorn.metrics import ServerMetrics
+from tricorn.protocol.handshake import check_answer, check_origin, choose_subprotocol, offered_subprotocols
+from tricorn.request import Accept, Refuse
+from tricorn.websocket import WebSocket
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from tricorn.connection import Transport
+    from tricorn.request import BeforeUpgrade, Request
+    from tricorn.settings import Settings
+
+    Handler = Callable[[WebSocket[Any]], Awaitable[None]]
+    Handlers = Handler | Mapping[str, Handler]
+
+
+class Site:
+    """What a server serves.
+
+    Attributes:
+        settings: times and limits.
+        metrics: the counters of the server.
+        connections: the connections that there are, with what their handlers hold.
+        closing: no more are let in.
+    """
+
+    def __init__(
+        self,
+        handlers: Handlers,
+        settings: Settings,
+        *,
+        before_upgrade: BeforeUpgrade | None = None,
+        subprotocols: Sequence[str] = (),
+    ) -> None:
+        self.settings = settings
+        self.connections: dict[Connection, WebSocket[Any]] = {}
+        self.metrics = ServerMetrics(self.connections)
+        self.closing = False
+        self._handlers = handlers
+        self._before_upgrade = before_upgrade
+        self._subprotocols = subprotocols
+
+    async def admit(self, request: Request) -> tuple[Handler, Accept]:
+        """Find out who handles a request, and how it is to be answered. Not a checkpoint without a hook.
+
+        Raises:
+            Refuse: it is not to be upgraded.
+        """
+        handler = self._route(request.path)
+        check_origin(request, self.settings.origins)
+        self.require_capacity()
+        if self._before_upgrade is None:
+            return handler, Accept(choose_subprotocol(request, self._subprotocols))
+        answer = await self._ask(self._before_upgrade, request)
+        self.require_capacity()  # others may have come meanwhile
+        return handler, answer
+
+    def require_capacity(self) -> None:
+        """Raise Refuse if no more connections are let in."""
+        if self.closing:
+            raise Refuse(HTTPStatus.SERVICE_UNAVAILABLE, "the server is going away")
+        require_capacity(len(self.connections), self.settings.max_connections, "max_connections", self.metrics)
+
+    def connect(self, transport: Transport, request: Request, accepted: Accept) -> tuple[Connection, WebSocket[Any]]:
+        """Make the connection of a request that is upgraded, and count it; end that with `forget`."""
+        connection = Connection(transport, request, close_timeout=self.settings.close_timeout, metrics=self.metrics)
+        websocket = self.connections[connection] = WebSocket(connection, accepted)
+        return connection, websocket
+
+    def forget(self, connection: Connection) -> None:
+        """Count a connection no longer."""
+        del self.connections[connection]
+
+    def _route(self, path: str) -> Handler:
+        if not isinstance(self._handlers, Mapping):
+            return self._handlers
+        try:
+            return self._handlers[path]
+        except KeyError:
+            raise Refuse(HTTPStatus.NOT_FOUND, f"there is no WebSocket at {path}") from None
+
+    async def _ask(self, hook: BeforeUpgrade, request: Request) -> Accept:
+        """Have the hook decide. Its failure is ours and not the client's: 500 with an error id, 503 if it is late."""
+        try:
+            with fail_after(self.settings.handshake_timeout):
+                answer = await hook(request)
+            if not isinstance(answer, Accept | Refuse):
+                raise TypeError(f"before_upgrade must return Accept or Refuse, not {type(answer).__name__}")
+            check_answer(answer, offered_subprotocols(request))
+        except Refuse as refused:
+            check_answer(refused, ())
+            raise
+        except TooSlowError:
+            report("WARNING", "before_upgrade did not decide in time", path=request.path, peer=request.peer)
+            raise Refuse(HTTPStatus.SERVICE_UNAVAILABLE, "the server could not decide in time") from None
+        except Exception as error:
+            error_id = report_error(error, path=request.path, peer=request.peer)
+            raise Refuse(HTTPStatus.INTERNAL_SERVER_ERROR, f"internal server error {error_id}") from None
+        if isinstance(answer, Refuse):
+            raise answer
+        return answer

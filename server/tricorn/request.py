@@ -1,0 +1,67 @@
+"""The opening handshake as a handler or a hook sees it: the request, and the two answers to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    BeforeUpgrade = Callable[["Request"], Awaitable["Accept | Refuse"]]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The head of an HTTP request.
+
+    Attributes:
+        method: GET, for a request that was upgraded.
+        path: the path, decoded.
+        query: the part behind `?`, as it came.
+        http_version: `1.1`, for example.
+        headers: the headers by lower-case name. Values that came several times are joined by `, ` (RFC 9110 §5.3).
+        peer: the client's address, host and port; None if it connected to a Unix socket.
+    """
+
+    method: str
+    path: str
+    query: str
+    http_version: str
+    headers: Mapping[str, str]
+    peer: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Accept:
+    """Upgrade the request.
+
+    Attributes:
+        subprotocol: the subprotocol to agree on, one of those that the client offers; None for no subprotocol.
+        headers: further headers of the response.
+        state: what `WebSocket.state` is to be.
+    """
+
+    subprotocol: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    state: Any = None
+
+
+class Refuse(Exception):
+    """Answer the request with an HTTP error instead of the upgrade. A hook may return it or raise it.
+
+    Attributes:
+        status: the status of the response, 400 to 599.
+        body: its body, plain text.
+        headers: further headers.
+    """
+
+    def __init__(self, status: int, body: str = "", headers: Mapping[str, str] | None = None) -> None:
+        self.status = HTTPStatus(status)
+        if self.status < 400:
+            raise ValueError(f"a request is refused with a status from 400 to 599, not with {status}")
+        self.body = body or self.status.phrase
+        self.headers = headers or {}
+        super().__init__(self.body)

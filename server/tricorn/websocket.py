@@ -1,0 +1,267 @@
+"""What a handler holds: one WebSocket, and the message that goes to many of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Generic, Self
+
+import trio
+from trio.lowlevel import checkpoint, checkpoint_if_cancelled
+
+from tricorn.connection import Disconnected
+from tricorn.protocol.close import NORMAL, Close, may_be_sent
+from tricorn.protocol.frames import Opcode, frame
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from typing_extensions import TypeVar
+
+    from tricorn.connection import Connection, Message
+    from tricorn.protocol.deflate import Deflater
+    from tricorn.request import Accept, Request
+
+    State = TypeVar("State", default=Any)
+else:
+    from typing import TypeVar
+
+    State = TypeVar("State")  # its default (PEP 696) is for type checkers: a plain `WebSocket` has any state
+
+
+class WebSocket(Generic[State]):
+    """One connection, as its handler sees it.
+
+    The handler runs in the connection's own nursery. It is cancelled when the peer is gone, but never before it
+    received what the peer had sent. When it returns, the connection closes with 1000; when it raises, with 1011 and an
+    error id as the reason.
+
+    Attributes:
+        state: what the hook before the upgrade has put into its `Accept`, else None.
+        subprotocol: the subprotocol agreed on, or None.
+    """
+
+    __slots__ = ("__weakref__", "_connection", "_paid", "state", "subprotocol")
+
+    def __init__(self, connection: Connection, accepted: Accept) -> None:
+        self.state: State = accepted.state
+        self.subprotocol = accepted.subprotocol
+        self._connection = connection
+        self._paid = False  # the next send is not a checkpoint: the receive before it was one
+
+    def __repr__(self) -> str:
+        connection = self._connection
+        return f"<WebSocket {connection.id} {connection.request.path} of {self._peer()}, {connection.phase.value}>"
+
+    @property
+    def id(self) -> str:
+        """A text that tells this connection from others in reports."""
+        return self._connection.id
+
+    @property
+    def request(self) -> Request:
+        """The request that was upgraded: path, query, headers, peer."""
+        return self._connection.request
+
+    @property
+    def nursery(self) -> trio.Nursery:
+        """The connection's nursery: what you start there ends with the connection."""
+        return self._connection.nursery
+
+    @property
+    def context(self) -> dict[str, object]:
+        """What you want in every record about this connection, for example who the user is."""
+        if self._connection.context is None:
+            self._connection.context = {}
+        return self._connection.context
+
+    @property
+    def closed(self) -> Close | None:
+        """The close code and the reason once the connection is over, until then None."""
+        return self._connection.cause if self._connection.over else None
+
+    async def receive(self) -> Message:
+        """Return the next message: str for text, bytes for binary.
+
+        Checks for cancellation always, and yields if it has to wait. If cancelled, no message is lost.
+
+        Raises:
+            Disconnected: the connection is over and all that came before was received.
+            trio.BusyResourceError: another task is receiving.
+        """
+        try:
+            return await self.__anext__()
+        except StopAsyncIteration:
+            assert self._connection.cause is not None  # noqa: S101
+            raise Disconnected(*self._connection.cause) from None
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Message:
+        """Return the next message, as `receive` does. Iteration ends when the connection is over."""
+        connection = self._connection
+        if connection.inbox or connection.cause is not None:
+            await checkpoint_if_cancelled()
+        while not connection.inbox:
+            if connection.cause is not None:
+                connection.stop()
+                raise StopAsyncIteration
+            if connection.receiver.waiting:
+                raise trio.BusyResourceError("another task is receiving from this connection")
+            reading = connection.transport.idle()
+            if reading is None:
+                await connection.receiver.wait()
+            else:
+                await reading
+        self._paid = True
+        return connection.inbox.pop()
+
+    async def send(self, message: Message | Iterable[Message]) -> None:
+        """Send a message: str as text, bytes as binary, an iterable of either as one fragmented message.
+
+        Waits while the peer does not keep up. A checkpoint, but for the first send after a receive, which was one.
+        If cancelled, nothing of a str or bytes was sent. A message once begun is sent whole, or the connection ends: a
+        fragmented message that is cancelled, or whose iterable raises, after its first fragment ends it with 1011. An
+        empty iterable sends nothing. Other messages wait until a fragmented one is complete.
+
+        Raises:
+            Disconnected: the connection is over.
+            TypeError: the message, or a fragment, is neither str nor bytes, or fragments are of both kinds.
+        """
+        if isinstance(message, str):
+            payload, text = message.encode(), True
+        elif isinstance(message, bytes | bytearray | memoryview):
+            payload, text = bytes(message), False
+        else:
+            await self._send_fragments(message)
+            return
+        if self._paid:
+            self._paid = False
+        else:
+            await checkpoint()
+        connection = self._connection
+        while not connection.put((payload,), text):
+            await connection.room()
+
+    async def send_texts(self, payloads: Iterable[bytes]) -> None:
+        """Send texts that are UTF-8 already, each as one message, all in one write. Otherwise like `send`."""
+        whole = list(payloads)
+        if self._paid:
+            self._paid = False
+        else:
+            await checkpoint()
+        connection = self._connection
+        while not connection.put(whole, True):
+            await connection.room()
+
+    async def ping(self) -> float:
+        """Ping the peer and return the latency: the seconds until its pong (RFC 6455 §5.5.2).
+
+        If cancelled, the answer is ignored. You need no ping to keep a connection alive: the server sends its own.
+
+        Raises:
+            Disconnected: the connection is over, or ended before the pong came.
+            NotImplementedError: this is plain Hypercorn, which shows no pongs.
+        """
+        await checkpoint_if_cancelled()
+        self._connection.require_open()
+        try:
+            return await self._connection.transport.ping()
+        except trio.BrokenResourceError:
+            raise Disconnected(*(self._connection.cause or ABORTED)) from None
+
+    async def close(self, code: int = NORMAL, reason: str = "") -> None:
+        """Close the connection, once and for all: the first cause counts. Cancels the connection's nursery.
+
+        Returns when the connection is closed. In a task of the connection itself it therefore does not return: it
+        raises `Cancelled`. If cancelled, the connection closes all the same.
+
+        Raises:
+            ValueError: the code may not be sent (RFC 6455 §7.4), or the reason has more than 123 bytes.
+        """
+        if not may_be_sent(code):
+            raise ValueError(f"close code {code} may not be sent; 1000 and 3000 to 4999 are for applications")
+        if len(reason.encode()) > REASON_MAX:
+            raise ValueError(f"a close reason may have at most {REASON_MAX} bytes in UTF-8")
+        await self._connection.close(Close(code, reason))
+
+    async def _send_fragments(self, fragments: Iterable[Message]) -> None:
+        iterator = iter(fragments)
+        await checkpoint()
+        fragment = next(iterator, None)
+        if fragment is None:
+            return
+        connection = self._connection
+        while not connection.begin_fragments():
+            await connection.room()
+        text: bool | None = isinstance(fragment, str)
+        whole = begun = False
+        try:
+            payload = _payload(fragment, text=text)
+            following: Message | None = fragment
+            first: bool | None = text
+            while following is not None:
+                following = next(iterator, None)
+                while not connection.put_fragment(payload, text=first, last=following is None):
+                    await connection.transport.room()
+                begun, first = True, None
+                if following is not None:
+                    payload = _payload(following, text=text)
+                    await checkpoint()
+            whole = True
+        finally:
+            connection.end_fragments(complete=whole or not begun)
+
+    def _peer(self) -> str:
+        peer = self._connection.request.peer
+        return "a Unix socket" if peer is None else f"{peer[0]}:{peer[1]}"
+
+
+REASON_MAX = 123  # bytes, RFC 6455 §5.5.1
+ABORTED = Close(1006)
+
+
+def _payload(fragment: Message, *, text: bool | None) -> bytes:
+    if isinstance(fragment, str):
+        if text:
+            return fragment.encode()
+    elif not text:
+        return bytes(fragment)
+    raise TypeError("the fragments of a message must all be str or all be bytes")
+
+
+class _Broadcast:
+    """A message that is framed once, and compressed once for all connections that keep no state for that."""
+
+    def __init__(self, message: Message) -> None:
+        self.text = isinstance(message, str)
+        self.payload = message.encode() if isinstance(message, str) else bytes(message)
+        self._opcode = int(Opcode.TEXT if self.text else Opcode.BINARY)
+        self._frames: dict[int, bytes] = {}  # by the window of a connection that compresses, 0 for one that does not
+
+    def frame(self, deflater: Deflater | None) -> bytes:
+        if deflater is not None and deflater.shareable is None:
+            return deflater.frame(self._opcode, self.payload)
+        window = 0 if deflater is None else deflater.shareable or 0
+        made = self._frames.get(window)
+        if made is None:
+            make = frame if deflater is None else deflater.frame
+            made = self._frames[window] = make(self._opcode, self.payload)
+        return made
+
+
+def broadcast(members: Iterable[WebSocket[Any]], message: Message) -> list[WebSocket[Any]]:
+    """Send a message to many connections, and wait for none of them. Return those that it was not sent to.
+
+    A connection is left out if it is over, if it is sending a fragmented message, or if more than 1 MiB waits for its
+    peer to read. What to do about a slow reader is up to you: close it, or let it catch up from what you keep.
+
+    The message is framed once, and compressed once for all connections whose compression keeps no state. It goes out
+    behind what was sent before. Not a checkpoint, so that the set of members cannot change meanwhile.
+
+    Raises:
+        TypeError: the message is neither str nor bytes.
+    """
+    if not isinstance(message, str | bytes | bytearray | memoryview):
+        raise TypeError(f"a message is str or bytes, not {type(message).__name__}")
+    prepared = _Broadcast(message)
+    return [ws for ws in members if not ws._connection.broadcast(prepared)]  # noqa: SLF001 (its own module)
