@@ -306,13 +306,15 @@ class Connection:
             self.stop()
 
     def broadcast(self, message: Broadcast) -> bool:
-        """Send a message if that needs no waiting; False if it was not sent."""
-        if self.over or self.cause is not None or self._fragmenting is not None:
+        """Send a message unless that needs waiting, and say whether it does not. One that ends gets nothing."""
+        if self.over or self.cause is not None:
+            return True
+        if self._fragmenting is not None:
             return False
         try:
             sent = self.transport.broadcast(message)
         except trio.BrokenResourceError:
-            return False
+            return True
         self._sent += sent
         return sent
 
