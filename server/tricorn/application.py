@@ -18,7 +18,6 @@ from tricorn.listening.http import lifespan, upgrade_required
 from tricorn.listening.site import Site
 from tricorn.settings import Settings
 from tricorn.transport.descriptors import Descriptors, Ends
-from tricorn.transport.keep_alive import keep_alive
 from tricorn.transport.sockets import shut_down
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ class Application:
             return
         worker = _worker()
         async with lifespan(self._app, scope.get("state", {})), trio.open_nursery() as nursery:
-            nursery.start_soon(keep_alive, self._site.connections, self._settings)
+            nursery.start_soon(self._site.look_after)
             nursery.start_soon(self._websockets.attend)
             nursery.start_soon(self._end_with, worker)
             self._lives = True

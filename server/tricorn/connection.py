@@ -7,9 +7,11 @@ from secrets import token_hex
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import trio
-from trio import current_effective_deadline, current_time, move_on_after
+from trio import CancelScope, current_effective_deadline, current_time, move_on_after
 
+from tricorn.errors.failures import PASSING, leaves, passing
 from tricorn.errors.report import report, report_error, trace_id
+from tricorn.errors.stuck import stuck
 from tricorn.metrics import Totals
 from tricorn.protocol.close import FAULTS, INTERNAL_ERROR, NORMAL, SERVICE_RESTART, Close
 from tricorn.protocol.phase import IllegalMove, Phase, move
@@ -21,8 +23,20 @@ if TYPE_CHECKING:
     from tricorn.metrics import ServerMetrics
     from tricorn.protocol.deflate import Deflater
     from tricorn.request import Request
+    from tricorn.settings import Settings
 
 Message = str | bytes  # text or binary, RFC 6455 §5.6
+
+
+class Reaper(Protocol):
+    """Closes sockets whose tasks do not end."""
+
+    def watch(self, connection: Connection) -> None:
+        """See to it that the connection's tasks have ended at its `patience`."""
+
+    def forget(self, connection: Connection) -> None:
+        """They have."""
+
 
 LATER_CAUSES = 10  # that are kept; the first cause always is
 
@@ -103,14 +117,23 @@ class Transport(Protocol):
     async def close(self, close: Close) -> None:
         """Finish what is on its way and do the closing handshake. If cancelled, whatever is unsent stays so."""
 
-    def abort(self) -> None:
-        """Close the socket at once. Never blocks, and may be called again."""
+    async def flushed(self) -> None:
+        """Wait until nothing is unsent, or nothing can be sent. Cancelling it ends only the waiting."""
+
+    def taken(self) -> object:
+        """A value that changes when the peer's kernel has confirmed more of what was sent."""
+
+    def abort(self, close: Close | None = None) -> None:
+        """Close the socket at once, behind a close frame if there is room for it. Never blocks; may be called again."""
 
     def traffic(self) -> Traffic:
         """Return the traffic up to now."""
 
-    def keep_alive(self, now: float) -> None:
-        """Called now and then: see whether the peer is still there, and give up one that is not or takes nothing."""
+    def keep_alive(self, now: float, blocked: float) -> None:
+        """Called now and then: see whether the peer is still there, and give up one that is not or takes nothing.
+
+        `blocked` is for how many seconds since the last call the loop stood still, which is not the peer's fault.
+        """
 
     def failed(self, error: Exception) -> None:
         """There is a bug, or no memory: it ends this connection and nothing else."""
@@ -129,6 +152,7 @@ class Connection:
         receiver: the task that waits for one.
         cause: why the connection ends, once that is certain.
         over: nothing more can be received or sent.
+        patience: when the tasks must have ended, once there is a cause, in Trio's time.
         phase: where the connection is in its life.
     """
 
@@ -138,17 +162,23 @@ class Connection:
         "_ended",
         "_ending_since",
         "_error_id",
+        "_flushes",
+        "_flushing",
         "_fragmenting",
         "_later_causes",
         "_metrics",
+        "_reaper",
         "_received",
         "_sent",
+        "_stall_timeout",
+        "_waiting",
         "cause",
         "context",
         "id",
         "inbox",
         "nursery",
         "over",
+        "patience",
         "phase",
         "receiver",
         "request",
@@ -157,7 +187,9 @@ class Connection:
 
     nursery: trio.Nursery
 
-    def __init__(self, transport: Transport, request: Request, *, close_timeout: float, metrics: ServerMetrics) -> None:
+    def __init__(
+        self, transport: Transport, request: Request, settings: Settings, metrics: ServerMetrics, reaper: Reaper
+    ) -> None:
         self.id = token_hex(6)
         self.request = request
         self.transport = transport
@@ -167,8 +199,14 @@ class Connection:
         self.cause: Close | None = None
         self.over = False
         self.phase = Phase.ACCEPTED
-        self._close_timeout = close_timeout
+        self.patience = inf
+        self._close_timeout = settings.close_timeout
+        self._stall_timeout = settings.stall_timeout
         self._metrics = metrics
+        self._reaper = reaper
+        self._waiting = 0  # tasks that wait for room
+        self._flushes = False  # what is unsent goes out before the close frame
+        self._flushing: CancelScope | None = None
         self._fragmenting: trio.Event | None = None  # set at the end of the fragmented message that is being sent
         self._ended: trio.Event | None = None  # if somebody waits for it
         # For the record of its end.
@@ -194,17 +232,35 @@ class Connection:
                 await handler(websocket)
                 if self.cause is None:
                     self._end(Close(NORMAL))
+                    self._flushes = True
                 self.stop()
-        except* Exception as errors:
-            self._failed(errors)
+        except BaseException as error:  # noqa: ASYNC103 - what has to go on is raised again
+            self._failed(error)
+            if (through := passing(error)) is not None:
+                raise through from None  # noqa: ASYNC104
         finally:
             await self._tear_down()
 
     def cancel(self) -> None:
-        """Close the connection with 1012, as cancelling what is around it does."""
+        """Close the connection with 1012, within `close_timeout`, as cancelling what is around it does."""
         self._end(Close(SERVICE_RESTART))
-        if self.phase is not Phase.ACCEPTED:
+        self._flushes = False
+        if self._flushing is not None:
+            self._flushing.cancel()
+        elif self.phase is not Phase.ACCEPTED:
             self.stop()
+
+    def give_up(self) -> None:
+        """Close the socket though the tasks have not ended, and report where they are."""
+        self.transport.abort(self.cause)
+        report(
+            "ERROR",
+            "a connection's tasks do not end when they are cancelled; its socket was closed",
+            context=self.context,
+            **self._about(),
+            seconds=round(current_time() - self._ending_since, 3),
+            tasks=tuple(stuck(self.nursery.parent_task)),
+        )
 
     def totals(self) -> Totals:
         """Return the traffic so far."""
@@ -225,14 +281,15 @@ class Connection:
     def end(self, cause: Close) -> None:
         """The peer is gone or to be got rid of.
 
-        The handler is cancelled once it has received what came before, but within `close_timeout`.
+        A handler that waits for the peer is told. One that has something to receive is told behind that. Both have
+        `close_timeout`; one that is busy elsewhere is cancelled.
         """
+        waits = self.receiver.waiting or self._waiting > 0
         if not self._end(cause):
             return
-        self.receiver.wake()  # first, so that it gets to know why
-        if self.inbox:
-            scope = self.nursery.cancel_scope
-            scope.deadline = min(scope.deadline, current_time() + self._close_timeout)
+        self.receiver.wake()
+        if waits or self.inbox:
+            self._bound_tasks()
         else:
             self.stop()
 
@@ -247,10 +304,21 @@ class Connection:
         self.over = True
         self.nursery.cancel_scope.cancel()
 
+    def tell(self) -> None:
+        """The handler gets to know that the connection is over: it has `close_timeout` from now on."""
+        if not self.over:
+            self.over = True
+            self._bound_tasks()
+
+    def _bound_tasks(self) -> None:
+        self.patience = current_time() + self._close_timeout
+        self.nursery.cancel_scope.deadline = self.patience
+
     async def close(self, cause: Close) -> None:
         """Close the connection unless it is ending already, and wait until it is closed."""
         self._metrics.know_code(cause.code)
-        self._end(cause)
+        if self._end(cause):
+            self._flushes = True
         self.stop()
         if self._ended is None:
             self._ended = trio.Event()
@@ -273,10 +341,14 @@ class Connection:
 
     async def room(self) -> None:
         """Wait until there may be room. Cancelling it ends only the waiting."""
-        if self._fragmenting is not None:
-            await self._fragmenting.wait()
-        else:
-            await self.transport.room()
+        self._waiting += 1
+        try:
+            if self._fragmenting is not None:
+                await self._fragmenting.wait()
+            else:
+                await self.transport.room()
+        finally:
+            self._waiting -= 1
 
     def begin_fragments(self) -> bool:
         """Have no other message between the fragments that follow; False if another task sends fragments."""
@@ -336,12 +408,14 @@ class Connection:
             return False
         self.cause = cause
         self._ending_since = current_time()
+        self.patience = self._ending_since + self._close_timeout
+        self._reaper.watch(self)
         return True
 
-    def _failed(self, errors: BaseExceptionGroup[BaseException]) -> None:
-        rest = errors.split(Disconnected)[1] if self.cause is not None else errors
-        if rest is not None:
-            self._end(self._report(rest))
+    def _failed(self, error: BaseException) -> None:
+        expected = PASSING if self.cause is None else (*PASSING, Disconnected)
+        if not all(isinstance(leaf, expected) for leaf in leaves(error)) and self._end(self._report(error)):
+            self._flushes = True
 
     def _report(self, error: BaseException) -> Close:
         code = None if self.cause is None else self.cause.code
@@ -375,12 +449,17 @@ class Connection:
             cause = Close(SERVICE_RESTART if current_effective_deadline() == -inf else NORMAL)
             self._end(cause)
         self.over = True
+        self._reaper.forget(self)
         reached = self.phase
         self._move(Phase.CLOSING)
         self.inbox.clear()
         try:
-            with move_on_after(self._close_timeout, shield=True):
-                await self.transport.close(cause)
+            try:
+                if self._flushes:
+                    await self._flush()
+            finally:
+                with move_on_after(self._close_timeout, shield=True):
+                    await self.transport.close(cause)
         except Exception as error:
             self._report(error)
         finally:
@@ -391,6 +470,17 @@ class Connection:
                 self._ended.set()
             self._metrics.count_end(self, cause.code, current_time() - self._ending_since)
             self._record_end(cause, reached)
+
+    async def _flush(self) -> None:
+        """Send what is unsent, as long as the peer takes some of it in every `stall_timeout`. May be cancelled."""
+        with CancelScope() as self._flushing:
+            while True:
+                taken = self.transport.taken()
+                with move_on_after(self._stall_timeout) as patience:
+                    await self.transport.flushed()
+                if not patience.cancelled_caught or self.transport.taken() == taken:
+                    break
+        self._flushing = None
 
     def _record_end(self, cause: Close, reached: Phase) -> None:
         report(

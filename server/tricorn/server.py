@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 from trio import current_time, move_on_after, sleep
 
+from tricorn.errors.last_resort import LastResort, exit_in_time
 from tricorn.errors.report import report_error
 from tricorn.listening.accept import Acceptor, accept_forever
 from tricorn.listening.asgi import AsgiWebSockets
@@ -16,7 +17,6 @@ from tricorn.listening.binds import addresses, close_all, listen, listen_on
 from tricorn.listening.http import Hypercorn, upgrade_required
 from tricorn.listening.site import Site
 from tricorn.settings import Settings
-from tricorn.transport.keep_alive import keep_alive
 from tricorn.transport.poller import best_poller
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class Server:
         with trio.CancelScope(shield=True):  # ends with the connections, and those have a deadline
             async with trio.open_nursery() as support:
                 await support.start(self._poller.run)
-                support.start_soon(keep_alive, self._site.connections, self._settings)
+                support.start_soon(self._site.look_after)
                 support.start_soon(self._inside.attend)
                 app = nullcontext() if self._http is None else self._http.lifespan()
                 with self._holding:
@@ -248,7 +248,8 @@ def run(
     """Serve WebSockets until SIGTERM or SIGINT: `trio.run` of `serve`, with the same arguments, and signals.
 
     Returns once everything is closed, within `settings.drain_timeout` seconds of the signal; a second signal closes
-    every socket at once.
+    every socket at once. If a task or a thread does not end, the process exits with status 1 a second later, and a
+    record and the stacks of all threads on stderr say which.
 
     Neither this nor `serve` minds what a program imports, and when: the drill and the import guard are those of
     `tricorn serve`.
@@ -261,16 +262,18 @@ def run(
     async def main() -> None:
         bound = await _bound(port, host, bind, listeners)
         server = Server(site, bound, app=app, ssl_context=ssl_context, config=config, drain=drain)
-        await serve_until_signal(server)
+        async with exit_in_time(settings.drain_timeout) as last_resort:
+            await serve_until_signal(server, last_resort)
 
     trio.run(main)
 
 
 async def serve_until_signal(
-    server: Server, *, task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED
+    server: Server, last_resort: LastResort, *, task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED
 ) -> None:
     """Serve until SIGTERM or SIGINT; a second signal closes every socket at once. If cancelled, the server closes."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        last_resort.watch_signals()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_obey, signals, server)
             await server.serve(task_status)

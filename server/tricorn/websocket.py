@@ -30,22 +30,26 @@ else:
 class WebSocket(Generic[State]):
     """One connection, as its handler sees it.
 
-    The handler runs in the connection's own nursery. It is cancelled when the peer is gone, but never before it
-    received what the peer had sent. When it returns, the connection closes with 1000; when it raises, with 1011 and an
-    error id as the reason.
+    The handler runs in the connection's own nursery, in a context of its own. When it returns, everything that it sent
+    goes out, for as long as the peer takes some of it in every `stall_timeout` seconds, and the connection closes with
+    1000; when it raises, with 1011 and an error id as the reason.
+
+    When the peer is gone, the handler first receives what the peer had sent. Once it has been told, because its
+    iteration ended or a method raised `Disconnected`, it has `close_timeout` seconds to finish, and may await anything
+    meanwhile. A handler that is busy elsewhere is cancelled.
 
     Attributes:
         state: what the hook before the upgrade has put into its `Accept`, else None.
         subprotocol: the subprotocol agreed on, or None.
     """
 
-    __slots__ = ("__weakref__", "_connection", "_paid", "state", "subprotocol")
+    __slots__ = ("__weakref__", "_connection", "_yielded", "state", "subprotocol")
 
     def __init__(self, connection: Connection, accepted: Accept) -> None:
         self.state: State = accepted.state
         self.subprotocol = accepted.subprotocol
         self._connection = connection
-        self._paid = False  # the next send is not a checkpoint: the receive before it was one
+        self._yielded = False  # others had their turn since the last send: the receive before it was a checkpoint
 
     def __repr__(self) -> str:
         connection = self._connection
@@ -81,7 +85,8 @@ class WebSocket(Generic[State]):
     async def receive(self) -> Message:
         """Return the next message: str for text, bytes for binary.
 
-        Checks for cancellation always, and yields if it has to wait. If cancelled, no message is lost.
+        Checks for cancellation always, and yields if it has to wait and at every 16th message. If cancelled, no message
+        is lost.
 
         Raises:
             Disconnected: the connection is over and all that came before was received.
@@ -99,11 +104,13 @@ class WebSocket(Generic[State]):
     async def __anext__(self) -> Message:
         """Return the next message, as `receive` does. Iteration ends when the connection is over."""
         connection = self._connection
-        if connection.inbox or connection.cause is not None:
+        if len(connection.inbox) & IN_A_ROW:
             await checkpoint_if_cancelled()
+        elif connection.inbox or connection.cause is not None:
+            await checkpoint()
         while not connection.inbox:
             if connection.cause is not None:
-                connection.stop()
+                connection.tell()
                 raise StopAsyncIteration
             if connection.receiver.waiting:
                 raise trio.BusyResourceError("another task is receiving from this connection")
@@ -112,16 +119,16 @@ class WebSocket(Generic[State]):
                 await connection.receiver.wait()
             else:
                 await reading
-        self._paid = True
+        self._yielded = True
         return connection.inbox.pop()
 
     async def send(self, message: Message | Iterable[Message]) -> None:
         """Send a message: str as text, bytes as binary, an iterable of either as one fragmented message.
 
-        Waits while the peer does not keep up. A checkpoint, but for the first send after a receive, which was one.
-        If cancelled, nothing of a str or bytes was sent. A message once begun is sent whole, or the connection ends: a
-        fragmented message that is cancelled, or whose iterable raises, after its first fragment ends it with 1011. An
-        empty iterable sends nothing. Other messages wait until a fragmented one is complete.
+        Waits while the peer does not keep up. Checks for cancellation always, and yields unless the message answers one
+        that was received. If cancelled, nothing of a str or bytes was sent. A message once begun is sent whole, or the
+        connection ends: a fragmented message that is cancelled, or whose iterable raises, after its first fragment ends
+        it with 1011. An empty iterable sends nothing. Other messages wait until a fragmented one is complete.
 
         Raises:
             Disconnected: the connection is over.
@@ -134,8 +141,9 @@ class WebSocket(Generic[State]):
         else:
             await self._send_fragments(message)
             return
-        if self._paid:
-            self._paid = False
+        if self._yielded:
+            self._yielded = False
+            await checkpoint_if_cancelled()
         else:
             await checkpoint()
         connection = self._connection
@@ -145,8 +153,9 @@ class WebSocket(Generic[State]):
     async def send_texts(self, payloads: Iterable[bytes]) -> None:
         """Send texts that are UTF-8 already, each as one message, all in one write. Otherwise like `send`."""
         whole = list(payloads)
-        if self._paid:
-            self._paid = False
+        if self._yielded:
+            self._yielded = False
+            await checkpoint_if_cancelled()
         else:
             await checkpoint()
         connection = self._connection
@@ -216,6 +225,7 @@ class WebSocket(Generic[State]):
         return "a Unix socket" if peer is None else f"{peer[0]}:{peer[1]}"
 
 
+IN_A_ROW = 15  # messages that are received without a turn for others, a power of two less one
 REASON_MAX = 123  # bytes, RFC 6455 §5.5.1
 ABORTED = Close(1006)
 

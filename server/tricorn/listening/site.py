@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from trio import TooSlowError, fail_after
+from trio import TooSlowError, fail_after, open_nursery
 
 from tricorn.connection import Connection
 from tricorn.errors.report import report, report_error
@@ -14,6 +14,7 @@ from tricorn.listening.capacity import require_capacity
 from tricorn.metrics import ServerMetrics
 from tricorn.protocol.handshake import check_answer, check_origin, choose_subprotocol, offered_subprotocols
 from tricorn.request import Accept, Refuse
+from tricorn.transport.keep_alive import Reaper, keep_alive
 from tricorn.websocket import WebSocket
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Site:
         settings: times and limits.
         metrics: the counters of the server.
         connections: the connections that there are, with what their handlers hold.
+        reaper: closes their sockets if their tasks do not end.
         closing: no more are let in.
     """
 
@@ -48,6 +50,7 @@ class Site:
         self.settings = settings
         self.connections: dict[Connection, WebSocket[Any]] = {}
         self.metrics = ServerMetrics(self.connections)
+        self.reaper = Reaper()
         self.closing = False
         self._handlers = handlers
         self._before_upgrade = before_upgrade
@@ -74,15 +77,26 @@ class Site:
             raise Refuse(HTTPStatus.SERVICE_UNAVAILABLE, "the server is going away")
         require_capacity(len(self.connections), self.settings.max_connections, "max_connections", self.metrics)
 
-    def connect(self, transport: Transport, request: Request, accepted: Accept) -> tuple[Connection, WebSocket[Any]]:
+    def connect(
+        self, transport: Transport, request: Request, accepted: Accept, reaper: Reaper | None = None
+    ) -> tuple[Connection, WebSocket[Any]]:
         """Make the connection of a request that is upgraded, and count it; end that with `forget`."""
-        connection = Connection(transport, request, close_timeout=self.settings.close_timeout, metrics=self.metrics)
+        connection = Connection(transport, request, self.settings, self.metrics, reaper or self.reaper)
         websocket = self.connections[connection] = WebSocket(connection, accepted)
         return connection, websocket
 
     def forget(self, connection: Connection) -> None:
         """Count a connection no longer."""
         del self.connections[connection]
+
+    async def look_after(self) -> None:
+        """Keep the connections alive or give them up, and close the sockets of those that do not end.
+
+        Runs until cancelled: not before the last connection has ended.
+        """
+        async with open_nursery() as nursery:
+            nursery.start_soon(keep_alive, self.connections, self.settings)
+            nursery.start_soon(self.reaper.run)
 
     def _route(self, path: str) -> Handler:
         if not isinstance(self._handlers, Mapping):

@@ -108,6 +108,7 @@ class AsgiTransport:
         self._fragments_are_text = False
         self._room = ParkingLot()  # tasks that wait until less is unsent
         self._stalled = 0  # how many there are
+        self._sent = ParkingLot()  # the connection, while it waits until nothing is unsent
         self._broken = False  # nothing can be sent any more
         self._over = False  # nothing more is delivered
         self._rate_limit = RateLimit(settings, metrics)
@@ -206,6 +207,14 @@ class AsgiTransport:
         finally:
             self._stalled -= 1
 
+    async def flushed(self) -> None:
+        while self._unsent_bytes and not self._broken:
+            await self._sent.park()
+
+    def taken(self) -> object:
+        self._reach(self._see_progress)
+        return self._bytes_sent, self._taken
+
     async def close(self, close: Close) -> None:
         self._over = True
         self._room.unpark_all()
@@ -217,7 +226,7 @@ class AsgiTransport:
         self._writer.wake()
         await self._finished.wait()
 
-    def abort(self) -> None:
+    def abort(self, close: Close | None = None) -> None:
         if self._aborted:
             return
         self._aborted = True
@@ -232,8 +241,9 @@ class AsgiTransport:
 
     # For the server
 
-    def keep_alive(self, now: float) -> None:
+    def keep_alive(self, now: float, blocked: float) -> None:
         """Give up a peer that takes nothing of what is sent to it."""
+        self._progress_at += blocked
         if not self._kept_alive:
             self._kept_alive = True
             self._reach(self._have_kernel_ask)
@@ -334,6 +344,7 @@ class AsgiTransport:
                         self._progress = True
                         self._bytes_sent += size
                         self._unsent_bytes -= size
+                        self._sent.unpark_all()
                         if self._unsent_bytes < PUT_OFF <= self._unsent_bytes + size:
                             self._room.unpark()
                         if event["type"] == "websocket.close":
@@ -362,6 +373,7 @@ class AsgiTransport:
         self._broken = True
         self._unsent.clear()
         self._room.unpark_all()
+        self._sent.unpark_all()
         self._finished.set()
 
     def _have_kernel_ask(self, sock: socket.socket) -> None:
