@@ -7,7 +7,7 @@ from secrets import token_hex
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import trio
-from trio import CancelScope, current_effective_deadline, current_time, move_on_after
+from trio import CancelScope, current_effective_deadline, current_time, move_on_after, sleep
 
 from tricorn.errors.failures import PASSING, leaves, passing
 from tricorn.errors.report import report, report_error, trace_id
@@ -38,6 +38,8 @@ class Reaper(Protocol):
         """They have."""
 
 
+LITTLE = 8192  # bytes
+FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.2  # seconds between two looks at what the peer has confirmed
 LATER_CAUSES = 10  # that are kept; the first cause always is
 
 Handed = TypeVar("Handed")
@@ -118,10 +120,13 @@ class Transport(Protocol):
         """Finish what is on its way and do the closing handshake. If cancelled, whatever is unsent stays so."""
 
     async def flushed(self) -> None:
-        """Wait until nothing is unsent, or nothing can be sent. Cancelling it ends only the waiting."""
+        """Wait until the kernel has all that was sent, or nothing can be sent. Cancelling it ends only the waiting."""
+
+    def waiting(self) -> int:
+        """Return how many bytes the peer's kernel has not confirmed; 0 if the connection is lost."""
 
     def taken(self) -> object:
-        """A value that changes when the peer's kernel has confirmed more of what was sent."""
+        """Return a value that changes when the peer's kernel has confirmed more of what was sent."""
 
     def abort(self, close: Close | None = None) -> None:
         """Close the socket at once, behind a close frame if there is room for it. Never blocks; may be called again."""
@@ -169,6 +174,7 @@ class Connection:
         "_metrics",
         "_reaper",
         "_received",
+        "_sends_in_vain",
         "_sent",
         "_stall_timeout",
         "_waiting",
@@ -205,6 +211,7 @@ class Connection:
         self._metrics = metrics
         self._reaper = reaper
         self._waiting = 0  # tasks that wait for room
+        self._sends_in_vain = False  # a task sends to a peer that is gone, and has not been told
         self._flushes = False  # what is unsent goes out before the close frame
         self._flushing: CancelScope | None = None
         self._fragmenting: trio.Event | None = None  # set at the end of the fragmented message that is being sent
@@ -284,7 +291,7 @@ class Connection:
         A handler that waits for the peer is told. One that has something to receive is told behind that. Both have
         `close_timeout`; one that is busy elsewhere is cancelled.
         """
-        waits = self.receiver.waiting or self._waiting > 0
+        waits = self.receiver.waiting or self._waiting > 0 or self._sends_in_vain
         if not self._end(cause):
             return
         self.receiver.wake()
@@ -335,7 +342,7 @@ class Connection:
             if not self.transport.send(payloads, text=text, more=bool(self.inbox)):
                 return False
         except trio.BrokenResourceError:
-            return True  # no error yet: something that came before may still be worth receiving
+            return self._sent_in_vain()
         self._sent += len(payloads)
         return True
 
@@ -364,9 +371,17 @@ class Connection:
         try:
             sent = self.transport.send_fragment(payload, text=text, last=last)
         except trio.BrokenResourceError:
-            return True
+            return self._sent_in_vain()
         self._sent += sent and last
         return sent
+
+    def _sent_in_vain(self) -> bool:
+        """Raise Disconnected, but not before it is certain why, and all that came before was received."""
+        if self.cause is None or self.inbox:
+            self._sends_in_vain = True
+            return True
+        self.tell()
+        raise Disconnected(*self.cause)
 
     def end_fragments(self, *, complete: bool) -> None:
         """Let others send again; a message that stays incomplete ends the connection."""
@@ -472,14 +487,23 @@ class Connection:
             self._record_end(cause, reached)
 
     async def _flush(self) -> None:
-        """Send what is unsent, as long as the peer takes some of it in every `stall_timeout`. May be cancelled."""
+        """Have the peer take what it was sent, as long as it takes some of it in every `stall_timeout`.
+
+        May be cancelled. A little of it may be on its way when this returns: as much as the time for the closing
+        handshake is enough for.
+        """
+        transport, pause = self.transport, FIRST_PAUSE
         with CancelScope() as self._flushing:
-            while True:
-                taken = self.transport.taken()
-                with move_on_after(self._stall_timeout) as patience:
-                    await self.transport.flushed()
-                if not patience.cancelled_caught or self.transport.taken() == taken:
-                    break
+            taken, since = transport.taken(), current_time()
+            while (waiting := transport.waiting()) and current_time() - since < self._stall_timeout:
+                with move_on_after(pause):
+                    await transport.flushed()
+                    if waiting <= LITTLE:
+                        break
+                    await sleep(pause)  # the kernel does not tell when the peer has confirmed
+                pause = min(2 * pause, LONGEST_PAUSE)
+                if transport.taken() != taken:
+                    taken, since = transport.taken(), current_time()
         self._flushing = None
 
     def _record_end(self, cause: Close, reached: Phase) -> None:

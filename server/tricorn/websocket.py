@@ -43,12 +43,13 @@ class WebSocket(Generic[State]):
         subprotocol: the subprotocol agreed on, or None.
     """
 
-    __slots__ = ("__weakref__", "_connection", "_yielded", "state", "subprotocol")
+    __slots__ = ("__weakref__", "_connection", "_row", "_yielded", "state", "subprotocol")
 
     def __init__(self, connection: Connection, accepted: Accept) -> None:
         self.state: State = accepted.state
         self.subprotocol = accepted.subprotocol
         self._connection = connection
+        self._row = IN_A_ROW  # how many more may be received without a turn for others
         self._yielded = False  # others had their turn since the last send: the receive before it was a checkpoint
 
     def __repr__(self) -> str:
@@ -85,7 +86,7 @@ class WebSocket(Generic[State]):
     async def receive(self) -> Message:
         """Return the next message: str for text, bytes for binary.
 
-        Checks for cancellation always, and yields if it has to wait and at every 16th message. If cancelled, no message
+        Checks for cancellation always, and yields if it has to wait and after 16 messages. If cancelled, no message
         is lost.
 
         Raises:
@@ -104,9 +105,11 @@ class WebSocket(Generic[State]):
     async def __anext__(self) -> Message:
         """Return the next message, as `receive` does. Iteration ends when the connection is over."""
         connection = self._connection
-        if len(connection.inbox) & IN_A_ROW:
+        if connection.inbox and self._row:
+            self._row -= 1
             await checkpoint_if_cancelled()
         elif connection.inbox or connection.cause is not None:
+            self._row = IN_A_ROW
             await checkpoint()
         while not connection.inbox:
             if connection.cause is not None:
@@ -115,6 +118,7 @@ class WebSocket(Generic[State]):
             if connection.receiver.waiting:
                 raise trio.BusyResourceError("another task is receiving from this connection")
             reading = connection.transport.idle()
+            self._row = IN_A_ROW
             if reading is None:
                 await connection.receiver.wait()
             else:
@@ -225,7 +229,7 @@ class WebSocket(Generic[State]):
         return "a Unix socket" if peer is None else f"{peer[0]}:{peer[1]}"
 
 
-IN_A_ROW = 15  # messages that are received without a turn for others, a power of two less one
+IN_A_ROW = 16  # messages that are received without a turn for others
 REASON_MAX = 123  # bytes, RFC 6455 §5.5.1
 ABORTED = Close(1006)
 

@@ -211,6 +211,9 @@ class AsgiTransport:
         while self._unsent_bytes and not self._broken:
             await self._sent.park()
 
+    def waiting(self) -> int:
+        return 0 if self._broken else self._unsent_bytes
+
     def taken(self) -> object:
         self._reach(self._see_progress)
         return self._bytes_sent, self._taken

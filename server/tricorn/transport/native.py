@@ -226,6 +226,11 @@ class NativeTransport:
             if self._unsent and not self._broken:
                 await self._wait()
 
+    def waiting(self) -> int:
+        if self._broken:
+            return 0
+        return unconfirmed(self._socket.fileno()) + len(self._unsent) + sum(map(len, self._put_off))
+
     def taken(self) -> object:
         return self._bytes_sent - unconfirmed(self._socket.fileno())
 
