@@ -67,7 +67,7 @@ class WebSocket(Generic[State]):
         return self._connection.nursery
 
     @property
-    def context(self) -> dict[str, object]:
+    def context(self) -> dict[Any, object]:
         """What you want in every record about this connection, for example who the user is."""
         if self._connection.context is None:
             self._connection.context = {}
