@@ -28,7 +28,7 @@ import trio
 import trio.testing
 
 from tricorn.chat import Chat
-from tricorn.chat.logs.base import Log
+from tricorn.chat.logs.base import Append, Log
 from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.protocol import UserMessage
 from tricorn.settings import Settings
@@ -79,7 +79,7 @@ class Measured:
         async def write(key: str) -> None:
             for _ in range(each):
                 began = perf_counter()
-                await self._log.append(key, epochs[key], post("x" * 64))
+                await self._log.append(key, epochs[key], Append(post("x" * 64)))
                 times.append(perf_counter() - began)
 
         began = perf_counter()
@@ -107,7 +107,7 @@ class Measured:
         for _ in range(max(2, events // 10)):
             heard = trio.Event()
             began = perf_counter()
-            await self._log.append(key, epoch, post("x" * 64))
+            await self._log.append(key, epoch, Append(post("x" * 64)))
             await heard.wait()
             times.append(perf_counter() - began)
             expected += 1
@@ -124,7 +124,7 @@ class Measured:
         epoch, _, head, _ = await self._log.open(key)
         async with trio.open_nursery() as nursery:
             for _ in range(1000 - head):
-                nursery.start_soon(self._log.append, key, epoch, post("x" * 64))
+                nursery.start_soon(self._log.append, key, epoch, Append(post("x" * 64)))
 
         async def read() -> None:
             seq = 0

@@ -14,7 +14,7 @@ import trio.testing
 
 from tricorn.chat import Chat, Run
 from tricorn.chat.chat import LOOK_AT_ONCE
-from tricorn.chat.logs.base import Entry, LogState, Unavailable
+from tricorn.chat.logs.base import Append, Entry, LogState, Unavailable
 from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.protocol import AgentThinking
 from tricorn.settings import Settings
@@ -571,7 +571,7 @@ async def test_a_reader_goes_on_when_the_log_is_back(connect: Connect, autojump_
     log = Failing()
     epoch = (await log.open("local/c")).epoch
     for n in range(1000):
-        await log.append("local/c", epoch, AgentThinking(conversation="c", seq=0, at=0.0, run="r", text=f"{n}"))
+        await log.append("local/c", epoch, Append(AgentThinking(conversation="c", seq=0, at=0.0, run="r", text=f"{n}")))
     async with Chat(echo, log=log) as chat:
         client = await connect(chat)
         client.stop_reading()
@@ -635,7 +635,7 @@ async def test_retention_that_overtakes_a_reader_is_told(connect: Connect) -> No
     log = MemoryLog()
     epoch = (await log.open("local/c")).epoch
     for n in range(600):
-        await log.append("local/c", epoch, AgentThinking(conversation="c", seq=0, at=0.0, run="r", text=f"{n}"))
+        await log.append("local/c", epoch, Append(AgentThinking(conversation="c", seq=0, at=0.0, run="r", text=f"{n}")))
     async with Chat(echo, log=log) as chat:
         client = await connect(chat)
         client.stop_reading()

@@ -22,7 +22,7 @@ from msgspec import Struct
 from msgspec.json import Encoder
 from msgspec.structs import force_setattr
 
-from tricorn.chat.protocol import AnyEvent
+from tricorn.chat.protocol import AnyEvent, UserMessage
 
 _encode = Encoder().encode
 
@@ -101,6 +101,26 @@ class Lease:
     appended: int = 0
 
 
+class Append(NamedTuple):
+    """What one append adds, and under which conditions.
+
+    Attributes:
+        event: what is added; it gets its seq and its time.
+        key: if the conversation has an entry with this key already, nothing is added.
+        lease: under which a run's event is added; None for a post.
+        answered: the seq of the post that is answered with this event, the last of its run.
+    """
+
+    event: AnyEvent
+    key: str | None = None
+    lease: Lease | None = None
+    answered: int | None = None
+
+    @property
+    def is_post(self) -> bool:
+        return isinstance(self.event, UserMessage)
+
+
 class Retention(NamedTuple):
     """What a log may forget: all but the last `events` of a conversation, and what is older than `seconds`.
 
@@ -152,24 +172,14 @@ class Log(Protocol):
         Where retention has taken entries, `first` tells: that is no loss.
         """
 
-    async def append(
-        self,
-        conversation: str,
-        epoch: str,
-        event: AnyEvent,
-        key: str | None = None,
-        *,
-        lease: Lease | None = None,
-        answered: int | None = None,
-    ) -> tuple[Entry, bool]:
+    async def append(self, conversation: str, epoch: str, append: Append) -> tuple[Entry, bool]:
         """Add an event, give it the next seq and the time, and return once it is durable: (its entry, False).
 
-        Nobody can read it before. Where `key` was given before in this conversation, nothing is added: (the first
-        entry, True). If this is cancelled or raises, the event may be in the log or not; asking again with the same key
-        makes it certain.
+        Nobody can read it before. If the key is not new in this conversation, add nothing and return (the first entry,
+        True). If this is cancelled or raises, the event may be in the log or not; append it again with the same key to
+        be certain.
 
-        A `user_message` is a post: somebody has to answer it. Everything else belongs to a run and is appended under
-        the lease; the last of a run says with `answered` which post, by its seq, is answered with that.
+        A `user_message` is a post: somebody has to answer it. Everything else belongs to a run and needs the lease.
 
         Raises:
             LeaseLost: the lease is no longer this instance's. Nothing was added.
@@ -227,14 +237,5 @@ class Log(Protocol):
 class ImmediateLog(Log, Protocol):
     """A log that has nothing to wait for."""
 
-    def append_nowait(
-        self,
-        conversation: str,
-        epoch: str,
-        event: AnyEvent,
-        key: str | None = None,
-        *,
-        lease: Lease | None = None,
-        answered: int | None = None,
-    ) -> tuple[Entry, bool]:
+    def append_nowait(self, conversation: str, epoch: str, append: Append) -> tuple[Entry, bool]:
         """Do what `append` does, which is a checkpoint and then this. Where it raises, nothing was added."""

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import trio
 
-from tricorn.chat.logs.base import KEEP_EVERYTHING, Entry, Lease, LeaseLost, Log, PastLost, Retention
+from tricorn.chat.logs.base import KEEP_EVERYTHING, Append, Entry, Lease, LeaseLost, Log, PastLost, Retention
 from tricorn.chat.protocol import AgentCompleted, AgentThinking, ToolExecuting, UserMessage
 
 LEASE = 1.0  # seconds that the leases of the tested logs hold
@@ -90,9 +90,9 @@ async def _fill(log: Log, number: int, conversation: str = "c") -> list[Entry]:
     lease = await _claimed(log, conversation)
     entries = []
     for n in range(number // 2):
-        entry, _ = await log.append(conversation, epoch, post(str(n), f"p{n}"), f"post:{n}")
+        entry, _ = await log.append(conversation, epoch, Append(post(str(n), f"p{n}"), f"post:{n}"))
         entries.append(entry)
-        last, _ = await log.append(conversation, epoch, completed(f"r{n}"), lease=lease, answered=entry.seq)
+        last, _ = await log.append(conversation, epoch, Append(completed(f"r{n}"), lease=lease, answered=entry.seq))
         entries.append(last)
     assert await log.release(conversation, lease)
     return entries
@@ -115,8 +115,8 @@ async def a_new_conversation_is_empty_and_keeps_its_epoch(stores: Stores) -> Non
 async def it_sets_seq_and_time_and_encodes(stores: Stores) -> None:
     async with stores.connect() as log:
         epoch = (await log.open("c")).epoch
-        first, repeated = await log.append("c", epoch, post("one"))
-        second, _ = await log.append("c", epoch, post('two ☃ "seq":0 \\ \0 \''))
+        first, repeated = await log.append("c", epoch, Append(post("one")))
+        second, _ = await log.append("c", epoch, Append(post('two ☃ "seq":0 \\ \0 \'')))
         assert (first.seq, repeated, second.seq) == (1, False, 2)
         event = loads(second.json)
         assert event.pop("at") > 1_700_000_000
@@ -137,7 +137,7 @@ async def conversations_do_not_mix(stores: Stores) -> None:
     async with stores.connect() as log:
         for key in keys:
             epoch = (await log.open(key)).epoch
-            entry, _ = await log.append(key, epoch, post(key), "k")
+            entry, _ = await log.append(key, epoch, Append(post(key), "k"))
             assert entry.seq == 1
         for key in keys:
             (entry,) = await log.read(key, 0, 10)
@@ -147,15 +147,15 @@ async def conversations_do_not_mix(stores: Stores) -> None:
 async def a_repeated_key_gets_the_first_entry_again(stores: Stores) -> None:
     async with stores.connect() as log:
         epoch = (await log.open("c")).epoch
-        first, _ = await log.append("c", epoch, post("one"), "k")
-        await log.append("c", epoch, post("two"), "l")
-        second, _ = await log.append("c", epoch, post("three"), "m")
-        assert await log.append("c", epoch, post("other"), "k") == (first, True)
-        assert await log.append("c", epoch, post("other"), "m") == (second, True)
+        first, _ = await log.append("c", epoch, Append(post("one"), "k"))
+        await log.append("c", epoch, Append(post("two"), "l"))
+        second, _ = await log.append("c", epoch, Append(post("three"), "m"))
+        assert await log.append("c", epoch, Append(post("other"), "k")) == (first, True)
+        assert await log.append("c", epoch, Append(post("other"), "m")) == (second, True)
         assert await log.find("c", "k") == first
         assert (await log.open("c")).head == 3
         other = (await log.open("d")).epoch
-        assert not (await log.append("d", other, post("one"), "k"))[1]
+        assert not (await log.append("d", other, Append(post("one"), "k")))[1]
 
 
 async def read_gives_what_follows_up_to_the_limit(stores: Stores) -> None:
@@ -180,7 +180,7 @@ async def appends_of_many_tasks_have_no_gaps(stores: Stores) -> None:
     entries: dict[str, list[Entry]] = {}
 
     async def write(key: str, epoch: str, n: int) -> None:
-        entry, _ = await log.append(key, epoch, post(f"{n}", f"p{n}"), f"{n}")
+        entry, _ = await log.append(key, epoch, Append(post(f"{n}", f"p{n}"), f"{n}"))
         entries[key].append(entry)
 
     async with stores.connect() as log:
@@ -198,7 +198,7 @@ async def appends_of_many_tasks_have_no_gaps(stores: Stores) -> None:
 async def a_long_event_fits(stores: Stores) -> None:
     async with stores.connect() as log:
         epoch = (await log.open("c")).epoch
-        entry, _ = await log.append("c", epoch, post("x" * 200_000))
+        entry, _ = await log.append("c", epoch, Append(post("x" * 200_000)))
         assert await log.read("c", 0, 1) == [entry]
         assert len(entry.json) > 200_000
 
@@ -208,9 +208,9 @@ async def what_is_not_json_is_refused_and_leaves_no_gap(stores: Stores) -> None:
         epoch = (await log.open("c")).epoch
         lease = await _claimed(log)
         bad = ToolExecuting(conversation="c", seq=0, at=0.0, run="r", call="1", tool="t", arguments={"x": object()})
-        await _refused(TypeError, log.append("c", epoch, bad, "k", lease=lease))
-        await _refused(UnicodeEncodeError, log.append("c", epoch, thought("\ud800"), lease=lease))
-        assert (await log.append("c", epoch, post("one"), "k"))[0].seq == 1
+        await _refused(TypeError, log.append("c", epoch, Append(bad, "k", lease=lease)))
+        await _refused(UnicodeEncodeError, log.append("c", epoch, Append(thought("\ud800"), lease=lease)))
+        assert (await log.append("c", epoch, Append(post("one"), "k")))[0].seq == 1
 
 
 async def a_cancelled_append_is_made_certain_by_its_key(stores: Stores) -> None:
@@ -218,15 +218,17 @@ async def a_cancelled_append_is_made_certain_by_its_key(stores: Stores) -> None:
         epoch = (await log.open("c")).epoch
         with trio.CancelScope() as scope:
             scope.cancel()
-            await log.append("c", epoch, post("one"), "k")
+            await log.append("c", epoch, Append(post("one"), "k"))
         assert scope.cancelled_caught
         for turns in range(8):  # cancelled ever later on its way
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(log.append, "c", epoch, post("one"), f"k{turns}")
+                nursery.start_soon(log.append, "c", epoch, Append(post("one"), f"k{turns}"))
                 for _ in range(turns):
                     await trio.lowlevel.checkpoint()
                 nursery.cancel_scope.cancel()
-        entries = [(await log.append("c", epoch, post("one"), key))[0] for key in ("k", *(f"k{n}" for n in range(8)))]
+        entries = [
+            (await log.append("c", epoch, Append(post("one"), key)))[0] for key in ("k", *(f"k{n}" for n in range(8)))
+        ]
         assert await log.read("c", 0, 100) == sorted(entries)
         assert {entry.seq for entry in entries} == set(range(1, 10))
 
@@ -238,7 +240,7 @@ async def it_works_until_its_block_is_left(stores: Stores) -> None:
             epoch = (await log.open("c")).epoch
             around.cancel()
             with trio.fail_after(10, shield=True):
-                entries.append((await log.append("c", epoch, post("last words")))[0])
+                entries.append((await log.append("c", epoch, Append(post("last words"))))[0])
     async with stores.connect() as log:
         assert await log.read("c", 0, 10) == entries
         assert len(entries) == 1
@@ -247,7 +249,7 @@ async def it_works_until_its_block_is_left(stores: Stores) -> None:
 async def another_epoch_is_refused(stores: Stores) -> None:
     async with stores.connect() as log:
         await log.open("c")
-        await _refused(PastLost, log.append("c", "another", post()))
+        await _refused(PastLost, log.append("c", "another", Append(post())))
         assert (await log.open("c")).head == 0
 
 
@@ -255,7 +257,7 @@ async def what_it_holds_outlives_the_instance(stores: Stores) -> None:
     async with stores.connect() as keeper:
         shared = keeper.shared
         before = await keeper.open("c")
-        entry, _ = await keeper.append("c", before.epoch, post("one"), "k")
+        entry, _ = await keeper.append("c", before.epoch, Append(post("one"), "k"))
         if shared:
             await _outlived(stores, before.epoch, entry)
     if not shared:
@@ -266,23 +268,23 @@ async def _outlived(stores: Stores, epoch: str, entry: Entry) -> None:
     async with stores.connect() as log:
         assert await log.open("c") == (epoch, 1, 1, 0)
         assert await log.read("c", 0, 10) == [entry]
-        assert await log.append("c", epoch, post("one"), "k") == (entry, True)
+        assert await log.append("c", epoch, Append(post("one"), "k")) == (entry, True)
         assert await log.unanswered(10) == ["c"]
 
 
 async def answering(stores: Stores) -> None:
     async with stores.connect() as log:
         epoch = (await log.open("c")).epoch
-        first, _ = await log.append("c", epoch, post("one", "p1"))
-        second, _ = await log.append("c", epoch, post("two", "p2"))
+        first, _ = await log.append("c", epoch, Append(post("one", "p1")))
+        second, _ = await log.append("c", epoch, Append(post("two", "p2")))
         assert await log.unanswered(10) == ["c"]
         lease = await _claimed(log)
         assert await log.unanswered(10) == []
-        await log.append("c", epoch, thought("…"), lease=lease)
-        await log.append("c", epoch, completed(), "k", lease=lease, answered=first.seq)
+        await log.append("c", epoch, Append(thought("…"), lease=lease))
+        await log.append("c", epoch, Append(completed(), "k", lease=lease, answered=first.seq))
         assert (await log.open("c")).answered == first.seq
         assert not await log.release("c", lease)  # the second post is due
-        await log.append("c", epoch, completed("r2"), lease=lease, answered=second.seq)
+        await log.append("c", epoch, Append(completed("r2"), lease=lease, answered=second.seq))
         assert await log.release("c", lease)
         assert await log.release("c", lease)  # it is not this instance's any more
         assert await log.unanswered(10) == []
@@ -292,23 +294,23 @@ async def answering(stores: Stores) -> None:
 async def a_lease_that_is_given_back_is_no_good(stores: Stores) -> None:
     async with stores.connect() as log:
         epoch = (await log.open("c")).epoch
-        await log.append("c", epoch, post())
+        await log.append("c", epoch, Append(post()))
         first = await _claimed(log)
         assert await log.release("c", first, unanswered=True)
         assert await log.unanswered(10) == ["c"]
-        await _refused(LeaseLost, log.append("c", epoch, thought("late"), lease=first))
+        await _refused(LeaseLost, log.append("c", epoch, Append(thought("late"), lease=first)))
         second = await _claimed(log)
         third = await _claimed(log)  # one instance never waits for itself
         assert first.token < second.token < third.token
-        await _refused(LeaseLost, log.append("c", epoch, thought("late"), lease=second))
-        assert (await log.append("c", epoch, thought("now"), lease=third))[0].seq == 2
+        await _refused(LeaseLost, log.append("c", epoch, Append(thought("late"), lease=second)))
+        assert (await log.append("c", epoch, Append(thought("now"), lease=third)))[0].seq == 2
 
 
 async def unanswered_is_bounded(stores: Stores) -> None:
     async with stores.connect() as log:
         for n in range(5):
             epoch = (await log.open(f"c{n}")).epoch
-            await log.append(f"c{n}", epoch, post())
+            await log.append(f"c{n}", epoch, Append(post()))
         assert len(await log.unanswered(3)) == 3
         assert sorted(await log.unanswered(10)) == [f"c{n}" for n in range(5)]
 
@@ -329,7 +331,7 @@ async def a_watcher_can_leave(stores: Stores) -> None:
         log.unwatch("c")
         heard = told.times
         epoch = (await log.open("c")).epoch
-        await log.append("c", epoch, post())
+        await log.append("c", epoch, Append(post()))
         assert told.times == heard
 
 
@@ -340,7 +342,7 @@ async def retention_by_count_keeps_the_last(stores: Stores) -> None:
         assert (head, first) == (40, 31)
         assert await log.read("c", 0, 100) == entries[30:]
         assert await log.read("c", 35, 100) == entries[35:]
-        assert (await log.append("c", epoch, post(), "post:0"))[1] is False  # forgotten with its entry
+        assert (await log.append("c", epoch, Append(post(), "post:0")))[1] is False  # forgotten with its entry
         assert await log.find("c", "post:19") == entries[38]
 
 
@@ -349,11 +351,11 @@ async def retention_keeps_what_is_not_answered(stores: Stores) -> None:
         await _fill(log, 10)
         epoch = (await log.open("c")).epoch
         lease = await _claimed(log)
-        asked, _ = await log.append("c", epoch, post("again", "q"))
+        asked, _ = await log.append("c", epoch, Append(post("again", "q")))
         for n in range(10):
-            await log.append("c", epoch, thought(str(n)), lease=lease)
+            await log.append("c", epoch, Append(thought(str(n)), lease=lease))
         assert (await log.open("c")).first <= asked.seq
-        await log.append("c", epoch, completed("again"), lease=lease, answered=asked.seq)
+        await log.append("c", epoch, Append(completed("again"), lease=lease, answered=asked.seq))
         assert (await log.open("c"))[1:] == (asked.seq + 10, asked.seq + 11, asked.seq)
 
 
@@ -376,10 +378,10 @@ async def others_read_what_one_appends(stores: Stores) -> None:
     async with stores.connect() as one, stores.connect() as other:
         epoch = (await one.open("c")).epoch
         assert (await other.open("c")).epoch == epoch
-        entry, _ = await one.append("c", epoch, post("one"), "k")
+        entry, _ = await one.append("c", epoch, Append(post("one"), "k"))
         assert await other.read("c", 0, 10) == [entry]
-        assert await other.append("c", epoch, post("one"), "k") == (entry, True)
-        assert (await other.append("c", epoch, post("two")))[0].seq == 2
+        assert await other.append("c", epoch, Append(post("one"), "k")) == (entry, True)
+        assert (await other.append("c", epoch, Append(post("two"))))[0].seq == 2
         assert (await one.open("c")).head == 2
 
 
@@ -390,7 +392,7 @@ async def watchers_are_told_of_every_change(stores: Stores) -> None:
         await other.open("c")
         await other.watch("c", told.hear)
         for seq in range(1, 20):
-            await one.append("c", epoch, post(str(seq)))
+            await one.append("c", epoch, Append(post(str(seq))))
             if seq % 5 == 0:
                 await told.until(lambda seq=seq: told.head >= seq)  # type: ignore[misc]
         await told.until(lambda: told.head == 19)
@@ -410,13 +412,13 @@ async def watchers_are_told_of_every_change(stores: Stores) -> None:
 async def one_instance_answers(stores: Stores) -> None:
     async with stores.connect() as one, stores.connect() as other:
         epoch = (await one.open("c")).epoch
-        await other.append("c", epoch, post())
+        await other.append("c", epoch, Append(post()))
         lease = await _claimed(one)
         assert await other.claim("c") is None
         await trio.sleep(2 * LEASE)  # it renews itself
         assert await other.claim("c") is None
         assert await other.unanswered(10) == []
-        await one.append("c", epoch, thought("still here"), lease=lease)
+        await one.append("c", epoch, Append(thought("still here"), lease=lease))
         assert await one.release("c", lease, unanswered=True)
         assert await other.unanswered(10) == ["c"]
         await _claimed(other)
@@ -426,28 +428,28 @@ async def one_instance_answers(stores: Stores) -> None:
 async def who_comes_too_late_is_refused(stores: Stores) -> None:
     async with stores.connect() as one, stores.connect() as other:
         epoch = (await one.open("c")).epoch
-        await one.append("c", epoch, post())
+        await one.append("c", epoch, Append(post()))
         old = await _claimed(one)
         assert await one.release("c", old, unanswered=True)
         new = await _claimed(other)
         assert new.token > old.token
-        await _refused(LeaseLost, one.append("c", epoch, completed(), "k", lease=old, answered=1))
+        await _refused(LeaseLost, one.append("c", epoch, Append(completed(), "k", lease=old, answered=1)))
         assert await one.release("c", old)
         assert await one.claim("c") is None  # giving back an old lease has not given back the new one
-        await other.append("c", epoch, completed(), "k", lease=new, answered=1)
+        await other.append("c", epoch, Append(completed(), "k", lease=new, answered=1))
         assert (await one.open("c")).answered == 1
 
 
 async def an_instance_that_vanished_is_replaced(stores: Stores) -> None:
     async with stores.connect() as one, stores.connect() as other:
         epoch = (await one.open("c")).epoch
-        await one.append("c", epoch, post())
+        await one.append("c", epoch, Append(post()))
         await _claimed(one)
         await one.attend("c", True)
         assert await other.attended("c")
         await stores.vanish(one)
         lease = await _claim_when_free(other)
-        await other.append("c", epoch, completed(), lease=lease, answered=1)
+        await other.append("c", epoch, Append(completed(), lease=lease, answered=1))
         assert not await other.attended("c")
 
 
@@ -455,7 +457,7 @@ async def an_instance_that_closed_is_replaced_at_once(stores: Stores) -> None:
     async with stores.connect() as other:
         async with stores.connect() as one:
             epoch = (await one.open("c")).epoch
-            await one.append("c", epoch, post())
+            await one.append("c", epoch, Append(post()))
             await _claimed(one)
             await one.attend("c", True)
         assert await other.unanswered(10) == ["c"]
@@ -479,7 +481,7 @@ async def many_instances_append_without_gaps(stores: Stores) -> None:
     async def write(log: Log, epoch: str) -> None:
         for _ in range(20):
             n = next(numbers)
-            await log.append("c", epoch, post(f"{n}", f"p{n}"), f"{n}")
+            await log.append("c", epoch, Append(post(f"{n}", f"p{n}"), f"{n}"))
 
     async with stores.connect() as one, stores.connect() as two, stores.connect() as three:
         epoch = (await one.open("c")).epoch

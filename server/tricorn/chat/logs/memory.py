@@ -16,8 +16,18 @@ from msgspec import Struct
 from trio import current_time
 from trio.lowlevel import checkpoint
 
-from tricorn.chat.logs.base import KEEP_EVERYTHING, Entry, Hear, Lease, LeaseLost, LogState, PastLost, Retention, stamp
-from tricorn.chat.protocol import AnyEvent, UserMessage
+from tricorn.chat.logs.base import (
+    KEEP_EVERYTHING,
+    Append,
+    Entry,
+    Hear,
+    Lease,
+    LeaseLost,
+    LogState,
+    PastLost,
+    Retention,
+    stamp,
+)
 from tricorn.settings import SettingError, Settings
 
 
@@ -67,31 +77,13 @@ class MemoryLog:
         past.forget(self._retention)
         return past.state()
 
-    async def append(
-        self,
-        conversation: str,
-        epoch: str,
-        event: AnyEvent,
-        key: str | None = None,
-        *,
-        lease: Lease | None = None,
-        answered: int | None = None,
-    ) -> tuple[Entry, bool]:
+    async def append(self, conversation: str, epoch: str, append: Append) -> tuple[Entry, bool]:
         await checkpoint()
-        return self.append_nowait(conversation, epoch, event, key, lease=lease, answered=answered)
+        return self.append_nowait(conversation, epoch, append)
 
-    def append_nowait(
-        self,
-        conversation: str,
-        epoch: str,
-        event: AnyEvent,
-        key: str | None = None,
-        *,
-        lease: Lease | None = None,
-        answered: int | None = None,
-    ) -> tuple[Entry, bool]:
+    def append_nowait(self, conversation: str, epoch: str, append: Append) -> tuple[Entry, bool]:
         past = self._store[conversation]
-        entry, repeated = past.append(self, epoch, event, key, lease, answered)
+        entry, repeated = past.append(self, epoch, append)
         if not repeated:
             if self._forgets:
                 past.forget(self._retention)
@@ -200,9 +192,8 @@ class Past:
     def is_held(self, alive: Callable[[object], bool]) -> bool:
         return self.holder is not None and alive(self.holder)
 
-    def append(
-        self, instance: object, epoch: str, event: AnyEvent, key: str | None, lease: Lease | None, answered: int | None
-    ) -> tuple[Entry, bool]:
+    def append(self, instance: object, epoch: str, append: Append) -> tuple[Entry, bool]:
+        event, key, lease, answered = append
         if epoch != self.epoch:
             raise PastLost
         if lease is not None and (self.holder is not instance or self.token != lease.token):
@@ -214,7 +205,7 @@ class Past:
         self.entries.append(_Kept(entry, key, event.at))
         if key is not None:
             self.keys[key] = entry
-        if isinstance(event, UserMessage):
+        if append.is_post:
             self.asked = entry.seq
         if answered is not None:
             self.answered = answered

@@ -34,10 +34,20 @@ from psycopg.pq import ConnStatus
 from trio import CancelScope, Event, TooSlowError, fail_after, move_on_after, open_nursery, sleep
 from trio.lowlevel import checkpoint_if_cancelled, wait_readable
 
-from tricorn.chat.logs.base import Entry, Hear, Lease, LeaseLost, LogState, PastLost, Retention, Unavailable, draft
+from tricorn.chat.logs.base import (
+    Append,
+    Entry,
+    Hear,
+    Lease,
+    LeaseLost,
+    LogState,
+    PastLost,
+    Retention,
+    Unavailable,
+    draft,
+)
 from tricorn.chat.logs.calls import Call, Calls
 from tricorn.chat.logs.psycopg_trio import Row, TrioConnection, hosts
-from tricorn.chat.protocol import AnyEvent, UserMessage
 from tricorn.settings import SettingError, Settings
 
 VERSION = 1
@@ -129,16 +139,8 @@ class PostgresLog:
         (row,) = await self._ask("SELECT * FROM tricorn.open(%s, %s, %s)", conversation, *self._retention)
         return LogState(*row)
 
-    async def append(
-        self,
-        conversation: str,
-        epoch: str,
-        event: AnyEvent,
-        key: str | None = None,
-        *,
-        lease: Lease | None = None,
-        answered: int | None = None,
-    ) -> tuple[Entry, bool]:
+    async def append(self, conversation: str, epoch: str, append: Append) -> tuple[Entry, bool]:
+        event, key, lease, answered = append
         before, behind = draft(event)
         token = number = None
         if lease is not None:
@@ -146,9 +148,8 @@ class PostgresLog:
             token, number = lease.token, lease.appended
         elif key is None:
             key = f"once:{token_hex(8)}"  # to be known again if it has to be said again
-        is_post = isinstance(event, UserMessage)
         outcome, seq, json = await self._appends.ask(
-            conversation, epoch, before, behind, key, token, number, is_post, answered
+            conversation, epoch, before, behind, key, token, number, append.is_post, answered
         )
         if outcome == "past":
             raise PastLost

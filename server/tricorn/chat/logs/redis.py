@@ -42,7 +42,7 @@ from trio import CancelScope, Event, TooSlowError, move_on_after, open_nursery, 
 from trio.lowlevel import checkpoint_if_cancelled
 
 from tricorn.chat.logs.base import (
-    Draft,
+    Append,
     Entry,
     Hear,
     Lease,
@@ -53,7 +53,6 @@ from tricorn.chat.logs.base import (
     Unavailable,
     draft,
 )
-from tricorn.chat.protocol import AnyEvent, UserMessage
 from tricorn.settings import SettingError, Settings
 
 _SCRIPT = files("tricorn.chat.logs").joinpath("redis.lua").read_bytes()
@@ -126,17 +125,9 @@ class RedisLog:
         epoch, first, head, answered = await self._step("open", conversation, *self._kept())
         return LogState(epoch.decode(), int(first), int(head), int(answered))
 
-    async def append(
-        self,
-        conversation: str,
-        epoch: str,
-        event: AnyEvent,
-        key: str | None = None,
-        *,
-        lease: Lease | None = None,
-        answered: int | None = None,
-    ) -> tuple[Entry, bool]:
-        stamped: Draft = draft(event)
+    async def append(self, conversation: str, epoch: str, append: Append) -> tuple[Entry, bool]:
+        event, key, lease, answered = append
+        stamped = draft(event)
         token: object = NOTHING
         number: object = NOTHING
         if lease is not None:
@@ -153,7 +144,7 @@ class RedisLog:
             key or NOTHING,
             token,
             number,
-            int(isinstance(event, UserMessage)),
+            int(append.is_post),
             NOTHING if answered is None else answered,
             *self._kept(),
         )

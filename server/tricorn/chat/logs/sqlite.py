@@ -17,10 +17,20 @@ from typing import Self
 from trio import CancelScope, current_time, open_nursery, sleep, to_thread
 from trio.lowlevel import checkpoint
 
-from tricorn.chat.logs.base import Entry, Hear, Lease, LeaseLost, LogState, PastLost, Retention, Unavailable, draft
+from tricorn.chat.logs.base import (
+    Append,
+    Entry,
+    Hear,
+    Lease,
+    LeaseLost,
+    LogState,
+    PastLost,
+    Retention,
+    Unavailable,
+    draft,
+)
 from tricorn.chat.logs.calls import Calls
 from tricorn.chat.logs.sqlite_file import File
-from tricorn.chat.protocol import AnyEvent, UserMessage
 from tricorn.errors.report import report_error
 from tricorn.settings import SettingError, Settings
 
@@ -68,21 +78,11 @@ class SQLiteLog:
         state: LogState = await self._requests.ask(File.open, conversation, self._retention)
         return state
 
-    async def append(
-        self,
-        conversation: str,
-        epoch: str,
-        event: AnyEvent,
-        key: str | None = None,
-        *,
-        lease: Lease | None = None,
-        answered: int | None = None,
-    ) -> tuple[Entry, bool]:
-        if lease is not None and self._leases.get(conversation) != lease.token:
+    async def append(self, conversation: str, epoch: str, append: Append) -> tuple[Entry, bool]:
+        if append.lease is not None and self._leases.get(conversation) != append.lease.token:
             await checkpoint()
             raise LeaseLost
-        asks = isinstance(event, UserMessage)
-        what = conversation, epoch, draft(event), key, asks, answered, self._retention
+        what = conversation, epoch, draft(append.event), append, self._retention
         appended: tuple[Entry, bool] | None = await self._requests.ask(File.append, *what)
         if appended is None:
             raise PastLost

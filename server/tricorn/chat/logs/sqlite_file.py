@@ -12,7 +12,7 @@ from sqlite3 import DatabaseError
 from time import time
 from typing import Any, NamedTuple
 
-from tricorn.chat.logs.base import Draft, Entry, LogState, Retention
+from tricorn.chat.logs.base import Append, Draft, Entry, LogState, Retention
 
 VERSION = 1
 APPLICATION = 0x54524943  # says whose file it is
@@ -133,14 +133,7 @@ class File:
         return LogState(self._epoch(key), first, row.head, row.answered)
 
     def append(
-        self,
-        key: str,
-        epoch: str,
-        stamped: Draft,
-        event_key: str | None,
-        asks: bool,
-        answered: int | None,
-        retention: Retention,
+        self, key: str, epoch: str, stamped: Draft, append: Append, retention: Retention
     ) -> tuple[Entry, bool] | None:
         """None where the epoch is another one."""
         if epoch != self._epoch(key):
@@ -150,17 +143,19 @@ class File:
             self._db.execute("INSERT INTO conversation (key) VALUES (?)", [key])
             row = self._row(key)
             assert row is not None  # noqa: S101
-        elif event_key is not None:
-            found = self._find(row, event_key)
+        elif append.key is not None:
+            found = self._find(row, append.key)
             if found is not None:
                 return found, True
         entry = stamped.entry(row.head + 1)
         row = row._replace(
             head=entry.seq,
-            asked=entry.seq if asks else row.asked,
-            answered=row.answered if answered is None else answered,
+            asked=entry.seq if append.is_post else row.asked,
+            answered=row.answered if append.answered is None else append.answered,
         )
-        self._db.execute("INSERT INTO entry VALUES (?, ?, ?, ?, ?)", [row.id, entry.seq, entry.json, event_key, time()])
+        self._db.execute(
+            "INSERT INTO entry VALUES (?, ?, ?, ?, ?)", [row.id, entry.seq, entry.json, append.key, time()]
+        )
         change = "UPDATE conversation SET head = ?, asked = ?, answered = ? WHERE id = ?"
         self._db.execute(change, [row.head, row.asked, row.answered, row.id])
         self._forget(row, retention)
