@@ -1,9 +1,9 @@
 """The protocol of lease and resume, tried out: every order in which two instances can act, with crashes in between.
 
-What the store does is the store's own code (`Past`), and what an instance knows is its own fold (`ConversationState`)
-of what it has read, which it may do late; the steps of an instance are those of `Responder`, cut where another one may
-act in between. Every state that can be reached with two posts, two instances and two crashes, real ones or only
-seeming so, is visited; in each the log must be one that a client may see.
+What the store does is the store's own code (`StoredConversation`), and what an instance knows is its own fold
+(`ConversationState`) of what it has read, which it may do late; the steps of an instance are those of `Responder`, cut
+where another one may act in between. Every state that can be reached with two posts, two instances and two crashes,
+real ones or only seeming so, is visited; in each the log must be one that a client may see.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 
 from tricorn.chat.conversation.state import ConversationState, completed_key, started_key
 from tricorn.chat.logs.base import Append, Lease, LeaseLost, LogState
-from tricorn.chat.logs.memory import Past
+from tricorn.chat.logs.memory import StoredConversation
 from tricorn.chat.protocol import AgentCompleted, AgentMessage, AgentStarted, RunEvent, UserMessage
 
 INSTANCES = ("a", "b")
@@ -49,7 +49,7 @@ class Instance:
 
 @dataclass
 class World:
-    past: Past = field(default_factory=lambda: Past(epoch=EPOCH))
+    past: StoredConversation = field(default_factory=lambda: StoredConversation(epoch=EPOCH))
     instances: list[Instance] = field(default_factory=lambda: [Instance(name) for name in INSTANCES])
     dead: set[str] = field(default_factory=set)  # whose leases have run out; who is slow may be among them
     posts: int = 0
@@ -266,12 +266,12 @@ def test_it_finds_who_goes_on_from_what_it_knew_before_its_lease(monkeypatch: py
 
 
 def test_it_finds_a_store_that_does_not_look_at_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    append = Past.append
+    append = StoredConversation.append
 
-    def careless(self: Past, instance: object, epoch: str, what: Append) -> object:
+    def careless(self: StoredConversation, instance: object, epoch: str, what: Append) -> object:
         return append(self, instance, epoch, what._replace(lease=None))
 
-    monkeypatch.setattr(Past, "append", careless)
+    monkeypatch.setattr(StoredConversation, "append", careless)
     with pytest.raises(AssertionError):
         explore()
 
@@ -290,12 +290,12 @@ def test_it_finds_a_start_that_can_come_twice(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_it_finds_a_store_that_forgets_how_far_it_was_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    append = Past.append
+    append = StoredConversation.append
 
-    def forgetful(self: Past, instance: object, epoch: str, what: Append) -> object:
+    def forgetful(self: StoredConversation, instance: object, epoch: str, what: Append) -> object:
         return append(self, instance, epoch, what._replace(answered=POSTS + 9 if what.answered else None))
 
-    monkeypatch.setattr(Past, "append", forgetful)
+    monkeypatch.setattr(StoredConversation, "append", forgetful)
     monkeypatch.setitem(globals(), "INSTANCES", ("a",))  # which is enough
     with pytest.raises(AssertionError):
         explore()
