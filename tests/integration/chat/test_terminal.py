@@ -153,7 +153,7 @@ async def test_it_does_not_come_back_where_that_would_change_nothing(
 async def test_what_was_being_cancelled_is_cancelled_on_the_next_connection(chatting: Chatting) -> None:
     """The person had pressed Ctrl-C, and the connection was lost with it."""
     async with chatting(stuck) as server, through_proxy(server) as proxy:
-        client = terminal.Client(f"ws://127.0.0.1:{proxy.address}/ws", "c", "hello", True, None)
+        client = terminal.TerminalChat(f"ws://127.0.0.1:{proxy.address}/ws", "c", "hello", True, None)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(client.run)
             with trio.fail_after(PATIENCE):
