@@ -13,5 +13,5 @@ def innermost(error: BaseException) -> BaseException:
 def reason(error: BaseException) -> str:
     """Say in one line what went wrong: what the operating system says, else the innermost error's text or type."""
     error = innermost(error)
-    text: str = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
+    text: str = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0].rstrip()
     return text or type(error).__name__
