@@ -26,7 +26,6 @@ import msgspec
 import trio
 
 from tricorn.chat import Agent, Chat
-from tricorn.chat.client.connect import what_failed
 from tricorn.chat.client.terminal import INTERRUPTED, chat, websocket_url
 from tricorn.chat.identity import Everybody, Gate, ThisMachine
 from tricorn.chat.logs import connect as connect_log
@@ -34,7 +33,8 @@ from tricorn.chat.logs.base import Log, Unavailable
 from tricorn.chat.protocol import SUBPROTOCOLS, Id
 from tricorn.errors.audit import Finding, audit, defines, locate, python_files
 from tricorn.errors.import_guard import guarded
-from tricorn.errors.report import report
+from tricorn.errors.reason import reason
+from tricorn.errors.report import report, send_records
 from tricorn.listening.accept import Address, listen
 from tricorn.server import Server, serve_until_signal, settle
 from tricorn.service.auth import Tokens, check_exposure, make_token
@@ -148,8 +148,9 @@ def _chat_command(arguments: Namespace) -> int:
         conversation = msgspec.convert(arguments.conversation, Id)
     except msgspec.ValidationError:
         raise SettingError("--conversation: must be 1 to 128 letters, digits, or any of . _ : ~ -") from None
-    token = Settings.from_environ().token
-    if token is not None and not (token.reveal().isascii() and token.reveal().isprintable()):
+    secret = Settings.from_environ().token
+    token = None if secret is None else secret.reveal()
+    if token is not None and not (token.isascii() and token.isprintable()):
         raise SettingError("TRICORN_TOKEN: must be a token, as `tricorn token` makes it")
     return trio.run(
         partial(chat, url, conversation=conversation, message=arguments.message, raw=arguments.json, token=token)
@@ -180,6 +181,7 @@ SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def _serve_command(arguments: Namespace) -> int:
+    send_records("stderr", "INFO")  # before the agent is imported, which may choose otherwise
     settings = _settings(arguments)
     if arguments.bind is not None:
         host, port = parse_bind(arguments.bind, "--bind ")
@@ -338,8 +340,13 @@ def _say_where(settings: Settings, config: Config | None, addresses: Sequence[Ad
     scheme = "http" if config is None or not config.ssl_enabled else "https"
     print(f"Tricorn is listening on {scheme}://{_address(*addresses[0])}", flush=True)
     if settings.service is not None:
-        of = {"service": settings.service, "revision": settings.revision, "configuration": settings.configuration}
-        report("INFO", "an instance has started", **of)
+        report(
+            "INFO",
+            "an instance has started",
+            service=settings.service,
+            revision=settings.revision,
+            configuration=settings.configuration,
+        )
 
 
 async def _listen_for_metrics(settings: Settings) -> list[Socket]:
@@ -357,7 +364,7 @@ async def _bound(bind: Callable[[int, str], Awaitable[list[Socket]]], host: str,
     try:
         return await bind(port, host)
     except OSError as error:
-        raise SettingError(f"{label}{_address(host, port)}: {what_failed(error)}") from None
+        raise SettingError(f"{label}{_address(host, port)}: {reason(error).lower()}") from None
 
 
 async def make_gate(settings: Settings) -> tuple[Keys, Gate]:

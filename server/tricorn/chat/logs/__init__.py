@@ -19,10 +19,10 @@ ENGINES = {
 
 
 def connect(url: str, settings: Settings) -> Log:
-    """The log of this URL, by its scheme; it is opened by entering it. For start-up: this imports what it needs.
+    """Make the log that this URL names; enter it to open it. For start-up: this imports the engine.
 
-    Raises SettingError where there is no such log, or where what it needs is not installed. The URL is in no message,
-    since it may have a password in it.
+    Raises SettingError if there is no such log, or if a package that it needs is not installed. No message contains the
+    URL, since it may have a password in it.
     """
     engine = ENGINES.get(url.partition(":")[0])
     if engine is None:
