@@ -24,6 +24,8 @@ class Request:
         http_version: `1.1`, for example.
         headers: the headers by lower-case name. Values that came several times are joined by `, ` (RFC 9110 §5.3).
         peer: the client's address, host and port; None if it connected to a Unix socket.
+        secure: the request came through TLS that this server ends.
+        certificate: the client's certificate as `ssl.SSLSocket.getpeercert` returns it, if one was asked for and shown.
     """
 
     method: str
@@ -32,6 +34,8 @@ class Request:
     http_version: str
     headers: Mapping[str, str]
     peer: tuple[str, int] | None = None
+    secure: bool = False
+    certificate: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ from trio import current_time, move_on_after, sleep
 from tricorn.errors.last_resort import LastResort, exit_in_time
 from tricorn.errors.report import report_error
 from tricorn.listening.accept import Acceptor, accept_forever
-from tricorn.listening.asgi import AsgiWebSockets
 from tricorn.listening.binds import addresses, close_all, listen, listen_on
 from tricorn.listening.http import Hypercorn, upgrade_required
 from tricorn.listening.site import Site
@@ -70,11 +69,11 @@ class Server:
         self._listeners = listeners
         self._drain = drain
         self._http = None
-        self._inside = AsgiWebSockets(site)  # WebSockets inside TLS and HTTP/2
-        if app is not None or config is not None or ssl_context is not None:
-            self._http = Hypercorn(app or upgrade_required, self._inside, site.settings, config, ssl_context)
+        if app is not None or config is not None:
+            self._http = Hypercorn(app or upgrade_required, site.settings, site.metrics, config)
         self._poller = best_poller()
-        self._acceptor = Acceptor(site, self._poller, self._http)
+        tls = ssl_context or (config.create_ssl_context() if config is not None else None)
+        self._acceptor = Acceptor(site, self._poller, self._http, tls)
         self._serving = trio.CancelScope()
         self._draining = trio.CancelScope(shield=True)
         self._holding = trio.CancelScope()
@@ -137,7 +136,6 @@ class Server:
             async with trio.open_nursery() as support:
                 await support.start(self._poller.run)
                 support.start_soon(self._site.look_after)
-                support.start_soon(self._inside.attend)
                 app = nullcontext() if self._http is None else self._http.lifespan()
                 with self._holding:
                     async with app, trio.open_nursery() as connections:
@@ -216,8 +214,9 @@ async def serve(
             them is agreed on.
         app: an ASGI 3.0 application for every request that is not an upgrade; without one they get 426. Its lifespan
             is run.
-        ssl_context: for TLS on all listeners.
-        config: Hypercorn's, for HTTP: what of it counts is in docs/operations.md.
+        ssl_context: for TLS on all listeners. WebSockets come by HTTP/1.1; pages also by HTTP/2, if the context's ALPN
+            protocols have `h2`.
+        config: Hypercorn's, for pages and TLS: what of it counts is in docs/operations.md.
         drain: awaited when accepting has stopped, before connections are closed.
 
     Raises:

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, Self
 from msgspec import Meta, Struct, ValidationError, convert
 from msgspec.structs import fields
 
+from tricorn.protocol.origin import check_pattern
+
 Seconds = Annotated[float, Meta(gt=0, description="a number of seconds above 0")]
 Linger = Annotated[float, Meta(ge=0, description="a number of seconds, 0 or more")]
 # JSON has no infinity, and the heartbeat is told to every client.
@@ -25,9 +27,7 @@ Deflate = Annotated[Literal["off", "takeover", "no-takeover"], Meta(description=
 Bind = Annotated[tuple[Host, Port] | None, Meta(description="HOST:PORT, for example 127.0.0.1:9090")]
 AgentName = Annotated[str, Meta(min_length=1, description="module:function")]
 Auth = Annotated[Literal["none"] | None, Meta(description="none, which lets everybody in, or not set")]
-# As RFC 6454 §6.2 serialises them; `*` is any.
-Origin = Annotated[str, Meta(pattern=r"\A(https?://[^\s/?#@,A-Z]+|\*)\Z")]
-Origins = Annotated[tuple[Origin, ...], Meta(description="origins like https://example.org, or *")]
+Origins = Annotated[tuple[str, ...], Meta(description="origins like https://example.org, or *")]
 
 
 class Secret:
@@ -87,7 +87,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     auth: Auth = None
     # How long a client may take to show its token.
     auth_timeout: Seconds = 10.0
-    # Pages of which other origins may connect.
+    # Pages of which other origins may connect: patterns as `tricorn.protocol.origin` has them.
     origins: Origins = ()
     # What `tricorn chat` shows to the server.
     token: Hidden = None
@@ -164,6 +164,11 @@ class Settings(Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         for field in fields(Settings):
             _checked(field.name, getattr(self, field.name), field.type, strict=True)
+        for origin in self.origins:
+            try:
+                check_pattern(origin)
+            except ValueError as error:
+                raise SettingError(f"origins={_shown(origin)}: {error}") from None
         if self.jwt_key is not None and self.auth is not None:
             raise SettingError("auth=none: there is a jwt_key as well; only one of them can be meant")
         if self.close_timeout >= self.drain_timeout:

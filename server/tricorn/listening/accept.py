@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import socket
 from contextlib import suppress
+from dataclasses import replace
 from errno import EMFILE, ENFILE, ENOBUFS, ENOMEM
 from http import HTTPStatus
 from socket import AF_UNIX, IPPROTO_TCP, SHUT_WR, TCP_NODELAY
 from typing import TYPE_CHECKING, Any
 
 import trio
-from trio import move_on_after, sleep
+from trio import Lock, move_on_after, sleep
 from trio.lowlevel import wait_readable
 
 from tricorn.errors.report import report, report_error
 from tricorn.listening.capacity import AtCapacity, Capacity, PeerCapacity
+from tricorn.listening.http import Pages
+from tricorn.listening.http2 import Http2
 from tricorn.protocol.deflate import negotiate
 from tricorn.protocol.handshake import (
     UPGRADE,
@@ -25,20 +28,25 @@ from tricorn.protocol.handshake import (
     refuse,
     wants_websocket,
 )
+from tricorn.protocol.http2 import REFUSAL
 from tricorn.request import Refuse
 from tricorn.transport.flow_control import READ_DEFLATED, READ_SIZE
 from tricorn.transport.native import NativeTransport
+from tricorn.transport.tls import TlsSocket
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from ssl import SSLContext
 
     from tricorn.connection import Connection
     from tricorn.listening.http import Hypercorn
     from tricorn.listening.site import Handler, Site
     from tricorn.request import Accept, Request
+    from tricorn.transport.native import Wire
     from tricorn.transport.poller import Poller
     from tricorn.websocket import WebSocket
 
+    Upgraded = tuple[NativeTransport, Connection, WebSocket[Any], Handler]
     Peer = tuple[str, int] | None  # None on a Unix socket
 
 READ_HEAD = READ_DEFLATED  # bytes: behind the head there may be messages already
@@ -46,6 +54,7 @@ HEAD_TOO_LARGE = (HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, HTTPStatus.REQUEST
 ACCEPT_AT_ONCE = 64  # then others get their turn
 PAUSE = 0.1  # seconds without accepting when descriptors or memory ran out
 SPARE = 128  # sockets beyond max_connections: to read heads from, and for pages and health
+SPARE_PAGES = SPARE // 2  # of these for pages, so that whoever holds them keeps no WebSocket out
 
 
 async def accept_forever(
@@ -76,14 +85,21 @@ async def accept_forever(
 
 
 class Acceptor:
-    """Serves accepted sockets, each from its first byte to its end."""
+    """Serves accepted sockets, each from its first byte to its end.
 
-    def __init__(self, site: Site, poller: Poller, http: Hypercorn | None) -> None:
+    Every WebSocket is carried by the codec on the socket itself, or on the TLS that `tls` makes of it: also one whose
+    upgrade follows other requests. Everything else goes to `http`, or is refused without that.
+    """
+
+    def __init__(self, site: Site, poller: Poller, http: Hypercorn | None, tls: SSLContext | None = None) -> None:
         settings, metrics = site.settings, site.metrics
         self._site = site
         self._poller = poller
         self._http = http
+        self._tls = tls
+        self._tls_turns = Lock()
         self._sockets = Capacity(settings.max_connections + SPARE, "max_connections", metrics)
+        self._pages = Capacity(settings.max_connections + SPARE_PAGES, "max_connections", metrics)
         self._peers = PeerCapacity(settings.peer_connections, metrics)
         self._handshakes = Capacity(settings.max_handshakes, "max_handshakes", metrics)
 
@@ -92,76 +108,133 @@ class Acceptor:
 
         A socket for which there is no room is answered and closed at once, which is not a checkpoint.
         """
-        site = self._site
-        head = Head(site.settings.max_head_bytes)
+        wire: Wire = sock
         try:
             with self._sockets, self._peers.of(peer):
-                upgraded = await self._answer(sock, peer, head)
-                if upgraded is not None:
-                    transport, connection, websocket, handler = upgraded
-                    try:
-                        await connection.run(handler, websocket)
-                    finally:
-                        site.forget(connection)
-                        transport.forget()
+                if self._tls is not None:
+                    wire = TlsSocket(sock, self._tls)
+                following = await self._enter(wire, sock, peer)
+                if isinstance(following, Head):
+                    await self._serve_pages(wire, sock, peer, following)
+                elif following is not None:
+                    await self._run(*following)
         except AtCapacity as full:
-            _turn_away(sock, refuse(full, head))
+            self._turn_away(wire, refuse(full))
         except OSError:
             pass  # the peer is gone
         except Exception as error:  # a bug of ours: it ends this connection and nothing else
             report_error(error, peer=peer)
         finally:
-            sock.close()
+            wire.close()
 
-    async def _answer(
-        self, sock: socket.socket, peer: Peer, head: Head
-    ) -> tuple[NativeTransport, Connection, WebSocket[Any], Handler] | None:
-        """Answer the request on a socket. If that upgraded it, return what is to be run, with the head forgotten."""
-        if self._http is not None and self._http.does_tls:
-            await self._http.serve(sock, peer, b"")
-            return None
+    async def _serve_pages(self, wire: Wire, sock: socket.socket, peer: Peer, head: Head) -> None:
+        """Have requests answered, each after the one before, and then a WebSocket, if the last one is its upgrade."""
+        assert self._http is not None  # noqa: S101
+        local = None if sock.family == AF_UNIX else sock.getsockname()[:2]
+        arguments = self._http, wire, peer, local
+        with self._pages:
+            if head.is_http2:
+                http2 = Http2(*arguments, secure=True)
+                async with http2.run():
+                    await http2.serve(head.data)
+                return
+            pages = Pages(*arguments, secure=self._tls is not None)
+            async with pages.run():
+                following: Head | Upgraded | None = head
+                while isinstance(following, Head):
+                    if not await pages.answer(following) or not (data := await pages.following()):
+                        return
+                    following = await self._go_on(wire, sock, peer, data)
+                if following is not None:
+                    pages.give_away()
+                    await self._run(*following)
+
+    async def _go_on(self, wire: Wire, sock: socket.socket, peer: Peer, data: bytes) -> Head | Upgraded | None:
+        """The same as `_enter` for a request that follows others. Raises no Exception."""
+        try:
+            return await self._enter(wire, sock, peer, data)
+        except AtCapacity as full:
+            self._turn_away(wire, refuse(full))
+        except OSError:
+            pass  # the peer is gone
+        return None
+
+    async def _run(
+        self, transport: NativeTransport, connection: Connection, websocket: WebSocket[Any], handler: Handler
+    ) -> None:
+        try:
+            await connection.run(handler, websocket)
+        finally:
+            self._site.forget(connection)
+            transport.forget()
+
+    async def _enter(self, wire: Wire, sock: socket.socket, peer: Peer, data: bytes = b"") -> Head | Upgraded | None:
+        """Read the head of a request that begins with `data`, and answer it if it is an upgrade, or to be refused.
+
+        Return the WebSocket that it became, or the head of a request for a page, or None if it is over.
+        """
+        site = self._site
+        head = Head(site.settings.max_head_bytes)
         try:
             with self._handshakes:
-                self._site.metrics.connecting += 1
+                site.metrics.connecting += 1
                 try:
-                    request = await self._read_head(sock, peer, head)
+                    request = await self._read_head(wire, peer, head, data)
                     if request is not None and wants_websocket(request):
+                        self._check_host(request)
                         check_upgrade(request)
-                        handler, accepted = await self._site.admit(request)
-                        return *self._upgrade(sock, request, accepted, head), handler
+                        handler, accepted = await site.admit(request)
+                        return *self._upgrade(wire, sock, request, accepted, head), handler
                 finally:
-                    self._site.metrics.connecting -= 1
-            if request is None and not head.is_http2:
+                    site.metrics.connecting -= 1
+            if head.is_http2 and (self._http is None or _protocol(wire) != "h2"):
+                await self._refuse(wire, REFUSAL)
+            elif request is None and not head.is_http2:
                 pass  # the peer went before it had said what it wants
             elif self._http is not None:
-                await self._http.serve(sock, peer, head.data)
+                return head
             else:
                 raise Refuse(HTTPStatus.UPGRADE_REQUIRED, "this is a WebSocket server", UPGRADE)
         except AtCapacity:
             raise
         except Refuse as refused:
             if refused.status in HEAD_TOO_LARGE:
-                self._site.metrics.limit_hits.add("max_head_bytes")
-            await self._refuse(sock, refuse(refused, head))
+                site.metrics.limit_hits.add("max_head_bytes")
+            await self._refuse(wire, refuse(refused, head))
         return None
 
-    async def _read_head(self, sock: socket.socket, peer: Peer, head: Head) -> Request | None:
+    def _check_host(self, request: Request) -> None:
+        if self._http is not None and not self._http.serves(request.headers.get("host", "")):
+            raise Refuse(HTTPStatus.MISDIRECTED_REQUEST, "this server has another name")
+
+    async def _read_head(self, wire: Wire, peer: Peer, head: Head, data: bytes) -> Request | None:
         """Return None if there will be no head that we can read: the stream ended, or it is HTTP/2."""
         with move_on_after(self._site.settings.handshake_timeout):
+            if isinstance(wire, TlsSocket) and not data:
+                data = await wire.handshake(self._tls_turns)
             while True:
-                await wait_readable(sock)
-                data = sock.recv(READ_HEAD)
+                if data:
+                    request = head.receive_data(data, peer)
+                    if head.is_http2:
+                        return None
+                    if request is not None and isinstance(wire, TlsSocket):
+                        return replace(request, secure=True, certificate=wire.certificate)
+                    if request is not None:
+                        return request
+                await wait_readable(wire.fileno())
+                try:
+                    data = wire.recv(READ_HEAD)
+                except BlockingIOError:  # half a record of TLS
+                    data = b""
+                    continue
                 if not data:
                     return None
-                request = head.receive_data(data, peer)
-                if request is not None or head.is_http2:
-                    return request
         if not head.data:
             return None
         raise Refuse(HTTPStatus.REQUEST_TIMEOUT, "the request head did not come in time")
 
     def _upgrade(
-        self, sock: socket.socket, request: Request, accepted: Accept, head: Head
+        self, wire: Wire, sock: socket.socket, request: Request, accepted: Accept, head: Head
     ) -> tuple[NativeTransport, Connection, WebSocket[Any]]:
         site = self._site
         agreement = None
@@ -171,27 +244,37 @@ class Acceptor:
         if sock.family != AF_UNIX:
             sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
         extensions = agreement.header() if agreement else None
-        sock.send(accept(request, accepted, extensions))  # nothing was sent before, so there is room
-        transport = NativeTransport(sock, head.finish(), self._poller, site.settings, site.metrics, agreement)
+        response = accept(request, accepted, extensions)
+        with suppress(BlockingIOError):  # earlier responses may still be on their way to a slow peer
+            response = response[wire.send(response) :]
+        transport = NativeTransport(
+            wire, head.finish(), self._poller, site.settings, site.metrics, agreement, unsent=response
+        )
         return transport, *site.connect(transport, request, accepted)
 
-    async def _refuse(self, sock: socket.socket, response: bytes) -> None:
+    async def _refuse(self, wire: Wire, response: bytes) -> None:
         """Send a response and wait for the peer's end: closed with something unread, the socket would take it back."""
         with move_on_after(self._site.settings.close_timeout):
-            sock.send(response)
-            sock.shutdown(SHUT_WR)
+            wire.send(response)
+            wire.shutdown(SHUT_WR)
             while True:
-                await wait_readable(sock)
-                if not sock.recv(READ_SIZE):
-                    return
+                await wait_readable(wire.fileno())
+                with suppress(BlockingIOError):
+                    if not wire.recv(READ_SIZE):
+                        return
+
+    def _turn_away(self, wire: Wire, response: bytes) -> None:
+        """Send a response and wait for nothing: where there is no room, nothing more may be spent.
+
+        What has come is read first, since what is closed with something unread may take the response back.
+        """
+        if self._tls is not None and not (isinstance(wire, TlsSocket) and wire.ready):
+            return  # there is no way to say it yet
+        with suppress(OSError):
+            wire.recv(READ_SIZE)
+        with suppress(OSError):
+            wire.send(response)
 
 
-def _turn_away(sock: socket.socket, response: bytes) -> None:
-    """Send a response and wait for nothing: where there is no room, nothing more may be spent.
-
-    What has come is read first, since what is closed with something unread may take the response back.
-    """
-    with suppress(OSError):
-        sock.recv(READ_SIZE)
-    with suppress(OSError):
-        sock.send(response)
+def _protocol(wire: Wire) -> str | None:
+    return wire.protocol if isinstance(wire, TlsSocket) else None

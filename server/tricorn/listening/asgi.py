@@ -96,4 +96,5 @@ def _request(scope: Any) -> Request:
         scope["http_version"],
         join_headers(scope["headers"]),
         None if client is None else (client[0], client[1]),
+        scope.get("scheme") == "wss",
     )

@@ -1,9 +1,11 @@
-"""The guarded hand-over: everything that is not a plain WebSocket upgrade is served by Hypercorn, on our stream.
+"""Pages: every request that is no WebSocket upgrade is answered by an ASGI app, with Hypercorn's HTTP in between.
 
-Hypercorn 0.18 shields its writes without a deadline, and lets some of its errors out. Here each connection has a stream
-whose writes are bounded and which is aborted when the connection is cancelled, and its errors end it alone.
-`TCPServer`, `Lifespan`, `WorkerContext` and `ConnectionState` are not its public interface: the version range in
-pyproject.toml is tight, and the tests of this module use them against the real thing.
+Hypercorn never sees a WebSocket: it gets one HTTP/1.1 request at a time, whose head has been read and judged like that
+of every other. Reading and writing are ours: each wait for a peer has a deadline, an error ends its connection alone,
+and after each answer the next request may go another way.
+
+`H11Protocol`, `TaskGroup`, `Lifespan`, `WorkerContext` and `ConnectionState` are not Hypercorn's public interface: the
+version range in pyproject.toml is tight, and the tests of this module use them against the real thing.
 """
 
 from __future__ import annotations
@@ -12,202 +14,322 @@ from contextlib import asynccontextmanager, suppress
 from copy import copy
 from functools import partial
 from math import inf
+from socket import SHUT_WR
 from typing import TYPE_CHECKING, Any
 
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
+from hypercorn.events import Closed, RawData, Updated
+from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.lifespan import Lifespan
-from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
-from trio import CancelScope, Event, move_on_after, sleep_forever
-from trio.lowlevel import checkpoint
+from trio import CancelScope, fail_after, move_on_after, sleep_forever
+from trio.lowlevel import checkpoint, notify_closing, wait_readable, wait_writable
 
 from tricorn.errors.report import report_error
-from tricorn.listening.asgi import PASSES
-from tricorn.transport.sockets import reset_when_closed, shut_down
+from tricorn.transport.flow_control import READ_DEFLATED, READ_SIZE
+from tricorn.transport.sockets import reset_when_closed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
-    from socket import socket as Socket
-    from ssl import SSLContext
 
-    from tricorn.listening.asgi import AsgiWebSockets
+    from tricorn.metrics import ServerMetrics
+    from tricorn.protocol.handshake import Head
     from tricorn.settings import Settings
+    from tricorn.transport.native import Wire
 
     ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]  # ASGI 3.0; frameworks differ in how they type it
-
-# Past max_message_bytes the connection ends with 1009 and a record; past so many times as much Hypercorn has already
-# closed it with 1009 by itself, and tells nobody.
-SPARE_MESSAGE = 2
+    Address = tuple[str, int] | None
 
 
 class Hypercorn:
-    """Serves connections whose first bytes have been read already: HTTP to an ASGI app, WebSockets to the router.
+    """What answers requests that are no WebSocket upgrades.
 
     `config` is Hypercorn's own. What the settings bound as well goes by the settings.
+
+    Attributes:
+        config: the same with that.
+        context: whether the server drains, as Hypercorn wants it.
+        state: what the app's lifespan shares with its requests.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        websockets: AsgiWebSockets,
-        settings: Settings,
-        config: Config | None,
-        ssl_context: SSLContext | None,
-    ) -> None:
-        self._app = app
-        self._websockets = websockets
-        self._settings = settings
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: ServerMetrics, config: Config | None) -> None:
         config = Config() if config is None else copy(config)
+        self._app = app
+        self._server_names = frozenset(config.server_names)
+        config.server_names = []  # Hypercorn would never end a connection that asks for another name
         config.include_server_header = False
         config.h11_max_incomplete_size = settings.max_head_bytes
-        config.websocket_max_message_size = SPARE_MESSAGE * settings.max_message_bytes
-        config.websocket_ping_interval = None if settings.ping_interval == inf else settings.ping_interval
-        config.ssl_handshake_timeout = settings.handshake_timeout
+        config.h2_max_header_list_size = settings.max_head_bytes
         config.accesslog = None
         config.errorlog = None
-        self._config = config
-        self._ssl_context = ssl_context or config.create_ssl_context()
-        self._context = WorkerContext(None)
-        self._state: dict[str, Any] = {}
-        self._serving: set[_Guarded] = set()  # those that carry requests only
-        self._one_ended = Event()
-
-    @property
-    def does_tls(self) -> bool:
-        """Whether connections begin with a TLS handshake, which is then Hypercorn's to do."""
-        return self._ssl_context is not None
+        self.config = config
+        self.settings = settings
+        self.metrics = metrics
+        self.context = WorkerContext(None)
+        self.state: dict[str, Any] = {}
+        self._exchanges: set[Exchange] = set()  # those that draining waits for
+        self._one_left = trio.Event()
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
         """The app's lifespan, around the block. Raises in a group what keeps the app from starting up."""
-        async with lifespan(self._app, self._state, self._config):
+        async with lifespan(self._app, self.state, self.config):
             yield
 
     async def drain(self) -> None:
-        """Close what is idle, and everything else behind its next response, and wait for that. May be cancelled.
+        """Close what is idle, and everything else after its next response, and wait for that. May be cancelled."""
+        await self.context.terminated.set()
+        for exchange in self._exchanges:
+            exchange.drain()
+        while self._exchanges:
+            self._one_left = trio.Event()
+            await self._one_left.wait()
 
-        What carries a WebSocket ends with that.
-        """
-        await self._context.terminated.set()
-        while self._serving:
-            self._one_ended = Event()
-            await self._one_ended.wait()
+    def enter(self, exchange: Exchange) -> None:
+        """Have draining wait for an exchange."""
+        self._exchanges.add(exchange)
 
-    async def serve(self, sock: Socket, peer: tuple[str, int] | None, head: bytes) -> None:
-        """Serve one connection until it ends. If cancelled, its WebSockets are closed with 1012, and it is aborted."""
-        stream = _Guarded(sock, head, self._settings.stall_timeout)
-        self._serving.add(stream)
+    def leave(self, exchange: Exchange) -> None:
+        """Have draining not wait for it any more."""
+        self._exchanges.discard(exchange)
+        self._one_left.set()
+
+    def serves(self, host: str) -> bool:
+        """Whether a Host is among Hypercorn's `server_names`, or there are none."""
+        return not self._server_names or host in self._server_names
+
+    async def answer(self, exchange: Exchange, scope: Any, receive: Any, send: Any) -> None:
+        """Have the app answer a request. Raises what the app raises, for which Hypercorn answers with 500."""
         try:
-            async with trio.open_nursery() as nursery:
-                with CancelScope(shield=True) as serving:
-                    nursery.start_soon(self._end_when_cancelled, serving, stream)
-                    try:
-                        await self._serve(stream)
-                    finally:
-                        serving.cancel()
-                nursery.cancel_scope.cancel()
-        except* Exception as errors:
-            report_error(errors, peer=peer)
-        finally:
-            stream.abort()
-            self._leave(stream)
-
-    async def _serve(self, stream: _Guarded) -> None:
-        app = ASGIWrapper(partial(self._answer, stream))
-        wire: Any = stream
-        if self._ssl_context is not None:
-            wire = trio.SSLStream(stream, self._ssl_context, server_side=True, https_compatible=True)
-        await TCPServer(app, self._config, self._context, ConnectionState(self._state.copy()), wire).run()
-
-    async def _answer(self, stream: _Guarded, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            if scope["type"] == "http":
-                await self._app(scope, receive, send)
-            elif scope["http_version"] == "2" or not await stream.was_refused():
-                self._leave(stream)
-                await self._websockets.serve(scope, receive, send, stream.reach)
-        except Exception as error:  # for which Hypercorn answers with 500
+            if scope["type"] != "http":  # RFC 8441, which is not offered
+                await send({"type": "websocket.close"})
+            elif not self.serves(_host(scope)):
+                await send({"type": "http.response.start", "status": 421, "headers": [(b"content-length", b"0")]})
+                await send({"type": "http.response.body", "body": b""})
+            else:
+                await self._app(scope, exchange.in_time(receive), send)
+        except Exception as error:
             report_error(error, path=scope["path"])
             raise
 
-    def _leave(self, stream: _Guarded) -> None:
-        self._serving.discard(stream)
-        self._one_ended.set()
 
-    async def _end_when_cancelled(self, serving: CancelScope, stream: _Guarded) -> None:
-        try:
-            await sleep_forever()
-        finally:
-            if not serving.cancel_called:
-                with move_on_after(self._settings.close_timeout, shield=True):
-                    await self._websockets.close()
-                serving.cancel()
-                stream.abort()
+def _host(scope: Any) -> str:
+    for name, value in scope["headers"]:
+        if name.lower() in (b"host", b":authority"):
+            return str(value, "latin-1")
+    return ""
 
 
-class _Guarded(trio.abc.HalfCloseableStream):
-    """A socket as a Trio stream: begins with bytes read before, bounds each send, and can be aborted."""
+class Exchange:
+    """Requests and responses on one connection."""
 
-    def __init__(self, sock: Socket, head: bytes, stall_timeout: float) -> None:
-        self.socket = trio.socket.from_stdlib_socket(sock)
-        self._stall_timeout = stall_timeout
-        self._sent = 0  # writes
-        self._stream = trio.SocketStream(self.socket)
-        self._head = head
+    def __init__(self, http: Hypercorn, wire: Wire, peer: Address, local: Address, *, secure: bool) -> None:
+        self._http = http
+        self._wire = wire
+        self._peer = peer
+        self._local = local
+        self._secure = secure
+        self._stall_timeout = http.settings.stall_timeout
+        self._over = False  # nothing more is to be sent or received
+        self._reading = CancelScope()  # around waiting for what comes
+        self._writing = trio.Lock()
+        self._tasks: TaskGroup
 
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        if self._head:
-            head, self._head = self._head, b""
-            await trio.lowlevel.checkpoint()
-            return head
-        return bytes(await self._stream.receive_some(max_bytes))
+    @asynccontextmanager
+    async def run(self) -> AsyncIterator[None]:
+        """Hold what answers the requests. Raises no Exception, and whatever happened, the connection is closed then.
 
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        self._sent += 1
-        with trio.move_on_after(self._stall_timeout) as scope:
-            await self._stream.send_all(data)
-        if scope.cancelled_caught:
-            self.abort()
-            raise trio.BrokenResourceError("the peer stopped reading")
-
-    async def wait_send_all_might_not_block(self) -> None:
-        await self._stream.wait_send_all_might_not_block()
-
-    async def send_eof(self) -> None:
-        await self._stream.send_eof()
-
-    async def aclose(self) -> None:
-        await self._stream.aclose()
-
-    async def was_refused(self) -> bool:
-        """For a WebSocket that has the stream to itself: whether Hypercorn refuses it, because of bytes behind it.
-
-        Then it would tell nobody, and not close the stream either. Else the WebSocket watches over what is sent.
+        If cancelled, it is aborted.
         """
-        before = self._sent
-        for _ in range(PASSES):
-            await checkpoint()
-        if self._sent == before:
-            self._stall_timeout = inf
-            return False
-        self.reach(shut_down)
-        return True
-
-    def reach(self, what: Callable[[Any], None]) -> bool:
-        """Call `what` with the socket; False where that failed as sockets do."""
+        http = self._http
+        http.enter(self)
         try:
-            what(self.socket)
-        except OSError:
-            return False
-        return True
+            async with TaskGroup() as self._tasks:
+                try:
+                    protocol = await self._start()
+                    yield
+                    self._close()
+                    await protocol.handle(Closed())
+                except trio.Cancelled:
+                    self._abort()
+                    raise
+                finally:
+                    http.leave(self)
+        except* Exception as errors:
+            report_error(errors, peer=self._peer)
+        finally:
+            self._close()
 
-    def abort(self) -> None:
+    async def _start(self) -> Any:
+        """Make and start the protocol."""
+        raise NotImplementedError
+
+    def drain(self) -> None:
+        """Close the connection if it is idle."""
+        raise NotImplementedError
+
+    def in_time(self, receive: Any) -> Any:
+        """Return `receive` for an app, bounded as long as that waits for the peer: until the request is complete."""
+        complete = False
+
+        async def receive_in_time() -> Any:
+            nonlocal complete
+            with move_on_after(inf if complete else self._stall_timeout):
+                event = await receive()
+                complete = not event.get("more_body")
+                return event
+            self._abort()
+            return {"type": "http.disconnect"}
+
+        return receive_in_time
+
+    def _arguments(self) -> tuple[Any, ...]:
+        """What Hypercorn makes its protocols of."""
+        http = self._http
+        return (
+            ASGIWrapper(partial(http.answer, self)),
+            http.config,
+            http.context,
+            self._tasks,
+            ConnectionState(http.state.copy()),
+            self._secure,
+            self._peer,
+            self._local,
+            self._event,
+        )
+
+    async def _event(self, event: object) -> None:
+        """What Hypercorn's protocols tell their server."""
+        if isinstance(event, RawData):
+            with CancelScope(shield=True):  # an app that is cancelled leaves no half of a response
+                async with self._writing:
+                    await self._write(event.data)
+        elif isinstance(event, Closed):
+            self._end()
+        elif isinstance(event, Updated):
+            self._updated(idle=event.idle)
+
+    def _updated(self, *, idle: bool) -> None:
+        raise NotImplementedError
+
+    async def _write(self, data: bytes) -> None:
+        await checkpoint()
+        view = memoryview(data)
+        try:
+            while view and not self._over:
+                try:
+                    view = view[self._wire.send(view) :]
+                except BlockingIOError:
+                    with fail_after(self._stall_timeout):
+                        await wait_writable(self._wire.fileno())
+        except trio.TooSlowError:
+            self._abort()
+        except (OSError, trio.ClosedResourceError):
+            self._end()
+
+    async def _read(self, size: int) -> bytes:
+        """Return what comes next; b"" if nothing does."""
+        try:
+            while True:
+                await wait_readable(self._wire.fileno())
+                with suppress(BlockingIOError):
+                    return self._wire.recv(size)
+        except (OSError, trio.ClosedResourceError):
+            return b""
+
+    def _end(self) -> None:
+        self._over = True
+        self._reading.cancel()
+
+    def _abort(self) -> None:
         with suppress(OSError):
-            reset_when_closed(self.socket)
-        self.socket.close()
+            reset_when_closed(self._wire)
+        self._close()
+
+    def _close(self) -> None:
+        self._end()
+        if self._wire.fileno() >= 0:
+            notify_closing(self._wire.fileno())
+            self._wire.close()
+
+
+class Pages(Exchange):
+    """The requests of an HTTP/1.1 connection, one after the other."""
+
+    _protocol: H11Protocol
+
+    async def _start(self) -> H11Protocol:
+        self._protocol = H11Protocol(*self._arguments())
+        self._waits = False  # for the next request
+        self._answered = False
+        self._following = b""  # what came of the next request
+        await self._protocol.initiate()
+        return self._protocol
+
+    async def answer(self, head: Head) -> bool:
+        """Have a request answered; return whether the connection can carry another one."""
+        self._http.enter(self)
+        self._answered = False
+        with CancelScope() as self._reading:
+            data = head.request()
+            while data:
+                if head.complete:
+                    self._following = head.finish()
+                await self._protocol.handle(RawData(data))
+                if head.complete:
+                    await self._watch()
+                data = await self._read(READ_SIZE)
+                if data:
+                    data = head.request(data)
+            self._over = True
+        if not head.complete:
+            await self._linger()
+        return self._answered and not self._over
+
+    async def following(self) -> bytes:
+        """Return the beginning of the next request; b"" if there is none within `keep_alive_timeout`, or ever."""
+        data, self._following = self._following, b""
+        if not data and not self._http.context.terminated.is_set():
+            self._waits = True
+            with move_on_after(self._http.config.keep_alive_timeout) as self._reading:
+                data = await self._read(READ_DEFLATED)
+            self._waits = False
+        self._http.leave(self)
+        return data
+
+    def give_away(self) -> None:
+        """Have nothing to do with the connection any more."""
+        self._over = True
+
+    def drain(self) -> None:
+        if self._waits:
+            self._reading.cancel()
+
+    def _updated(self, *, idle: bool) -> None:
+        if idle:
+            self._answered = True
+            self._reading.cancel()
+
+    async def _watch(self) -> None:
+        """Look out for the peer's end until the answer is complete, and keep what comes of the next request."""
+        while len(self._following) < self._http.settings.max_head_bytes:
+            data = await self._read(READ_DEFLATED)
+            if not data:
+                self._over = True
+                return
+            self._following += data
+        await sleep_forever()
+
+    async def _linger(self) -> None:
+        """Wait for the peer's end: closed with something unread, the socket would take the response back."""
+        with move_on_after(self._http.settings.close_timeout), suppress(OSError):
+            self._wire.shutdown(SHUT_WR)
+            while await self._read(READ_SIZE):
+                pass
 
 
 @asynccontextmanager

@@ -15,12 +15,14 @@ import h11
 from websockets.exceptions import InvalidHeaderFormat
 from websockets.headers import parse_extension
 
+from tricorn.protocol.http2 import PREFACE
+from tricorn.protocol.origin import is_allowed
 from tricorn.request import Accept, Refuse, Request
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
-HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n"  # RFC 9113 §3.4
+MAX_HEADERS = 100  # of one request head; browsers and proxies send about 20
 
 Offer = tuple[str, Sequence[tuple[str, str | None]]]  # of an extension: its name and its parameters
 
@@ -31,34 +33,59 @@ _TOKEN = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)  # RFC 9110 §5.6.2
 _FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")  # RFC 9110 §5.5
 _OURS = ("connection", "upgrade", "content-length", "transfer-encoding", "sec-websocket-")  # beginnings of names
 
+_OFFERS = (b"upgrade", b"http2-settings")
+
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 §1.3
 
 
 class Head:
-    """A request head on its way in."""
+    """A request head on its way in, and after that the body."""
 
     def __init__(self, max_bytes: int) -> None:
-        self.data = b""  # all that came, the head included
+        self.data = b""  # all that came, until the head is complete
         self._max_bytes = max_bytes
         self._h11: Any = h11.Connection(h11.SERVER, max_incomplete_event_size=max_bytes)
+        self._without_upgrade = b""  # the head, if there is a header that upgrades the connection, without that
+        self.complete = False  # so is the body
 
     @property
     def is_http2(self) -> bool:
-        """Whether it began with the preface of HTTP/2."""
-        return self.data.startswith(HTTP2_PREFACE)
+        """Whether it began as HTTP/2 does."""
+        return self.data.startswith(PREFACE[:16])
 
     def finish(self) -> bytes:
-        """Return what came behind the head, and forget the head and all that was needed to read it."""
+        """Return what came after the head, or the body once that is complete, and forget what was needed to read it."""
         rest: bytes = self._h11.trailing_data[0]
         self.data = b""
         self._h11 = None
         return rest
 
+    def request(self, data: bytes = b"") -> bytes:
+        """Return what belongs to the request: at first the head, without what would upgrade the connection, then its
+        body as it comes in, up to the one that makes it `complete`.
+        """
+        if data:
+            self._h11.receive_data(data)
+        else:
+            rest = len(self._h11.trailing_data[0])
+            head, body = self.data[: len(self.data) - rest], self.data[len(self.data) - rest :]
+            data = (self._without_upgrade or head) + body
+            self.data = b""
+        try:
+            event: Any = h11.Data(b"")
+            while isinstance(event, h11.Data):
+                event = self._h11.next_event()
+        except h11.RemoteProtocolError:
+            return data  # whoever reads it next finds that out too, and answers
+        self.complete = isinstance(event, h11.EndOfMessage)
+        return data[: len(data) - len(self._h11.trailing_data[0])] if self.complete else data
+
     def receive_data(self, data: bytes, peer: tuple[str, int] | None = None) -> Request | None:
         """Take what one read brought; return the request once its head is complete, and never one of HTTP/2.
 
         Raises:
-            Refuse: it is malformed (400) or larger than `max_bytes` (431).
+            Refuse: it is malformed or says in two ways where the body ends (400), or is larger than `max_bytes` or has
+                more than `MAX_HEADERS` headers (431).
         """
         self.data += data
         if self.is_http2:
@@ -77,9 +104,24 @@ class Head:
         if len(self.data) - rest > self._max_bytes:  # h11 looks only at heads that are incomplete
             text = f"a request head may have at most {self._max_bytes} bytes"
             raise Refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, text)
+        if len(event.headers) > MAX_HEADERS:
+            text = f"a request head may have at most {MAX_HEADERS} headers"
+            raise Refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, text)
         if not event.http_version.startswith(b"1."):
             raise Refuse(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "this server speaks HTTP/1.1")
+        names = {name for name, _ in event.headers}
+        if b"transfer-encoding" in names and b"content-length" in names:  # RFC 9112 §6.1: close, or it may be smuggled
+            raise Refuse(HTTPStatus.BAD_REQUEST, "either Content-Length or Transfer-Encoding")
+        if b"upgrade" in names:
+            self._without_upgrade = _without_upgrade(event)
         return as_request(event.method, event.target.decode("ascii"), event.http_version, event.headers, peer)
+
+
+def _without_upgrade(event: h11.Request) -> bytes:
+    """The head again, but for the headers that offer another protocol: a server may overlook these (RFC 9110 §7.8)."""
+    lines = [b"%b %b HTTP/%b" % (event.method, event.target, event.http_version)]
+    lines += [b"%b: %b" % each for each in event.headers.raw_items() if each[0].lower() not in _OFFERS]
+    return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
 def as_request(
@@ -139,32 +181,16 @@ def check_upgrade(request: Request) -> None:
 def check_origin(request: Request, origins: Sequence[str]) -> None:
     """Check the Host, and that a page of the request's origin may connect (RFC 6455 §10.2).
 
-    Pages may connect to the server that they came from; pages of `origins` may connect too.
+    Pages may connect to the server that they came from; pages of origins that match one of `origins` may connect too.
 
     Raises:
         Refuse: the Host is malformed, or the page may not connect.
     """
     if not _HOST.fullmatch(request.headers.get("host", "")):
         raise Refuse(HTTPStatus.BAD_REQUEST, "the Host must be a name or an address, with or without a port")
-    if not _origin_is_allowed(request.headers, origins):
+    if not is_allowed(request.headers.get("origin"), request.headers.get("host", ""), origins):
         raise Refuse(HTTPStatus.FORBIDDEN, "pages of this origin may not connect")
 
-
-def _origin_is_allowed(headers: Mapping[str, str], origins: Sequence[str]) -> bool:
-    """RFC 6455 §10.2. Browsers always send an Origin; who sends none is none, and no page can make it act.
-
-    The scheme is not compared with the server's own: behind a proxy that ends TLS the server does not know it, and a
-    header that claims it is the client's word.
-    """
-    origin = headers.get("origin")
-    if origin is None or origin in origins or "*" in origins:
-        return True
-    scheme, _, authority = origin.partition("://")
-    port = DEFAULT_PORTS.get(scheme)
-    return port is not None and authority != "" and authority == headers.get("host", "").lower().removesuffix(port)
-
-
-DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 
 UPGRADE = {"Upgrade": "websocket", "Connection": "Upgrade, close"}  # RFC 9110 §15.5.22: 426 says to what
 
@@ -223,7 +249,7 @@ def accept(request: Request, accepted: Accept, extensions: str | None = None) ->
     return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
-def refuse(refused: Refuse, head: Head) -> bytes:
+def refuse(refused: Refuse, head: Head | None = None) -> bytes:
     """Return the response to a request that is refused; the connection is closed after it."""
     body = f"{refused.body}\n".encode()
     headers = {
@@ -234,7 +260,8 @@ def refuse(refused: Refuse, head: Head) -> bytes:
     }
     lines = [f"HTTP/1.1 {refused.status.value} {refused.status.phrase}", *(f"{k}: {v}" for k, v in headers.items())]
     response = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
-    return response if head.data.startswith(b"HEAD ") else response + body  # RFC 9110 §9.3.2
+    is_head = head is not None and head.data.startswith(b"HEAD ")
+    return response if is_head else response + body  # RFC 9110 §9.3.2
 
 
 def _tokens(header: str) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-from io import StringIO
 from typing import TYPE_CHECKING
 from zlib import error as DeflateError
 
@@ -26,6 +25,10 @@ _WHOLE_BINARY = FIN | Opcode.BINARY
 _WHOLE = (_WHOLE_TEXT, _WHOLE_BINARY)
 _OPCODES = frozenset(Opcode)
 
+# What one call works through, however little each frame says. The rest waits until others had their turn.
+FRAMES_AT_ONCE = 128
+INFLATED_AT_ONCE = 65536  # bytes, and what is left of the message that passes it
+
 _utf8_decoder = codecs.getincrementaldecoder("utf-8")
 
 
@@ -41,38 +44,50 @@ class Receiver:
 
     A message is refused as soon as a frame's header says that it would pass `max_message_bytes`, before any of it is
     kept, and text at its first byte that is not UTF-8. Of a frame that comes in pieces, each is used at once: what is
-    kept is the message so far and at most one incomplete frame header.
+    kept is the bytes of the message so far, however small its fragments are, and at most one incomplete frame header.
 
     With an `Inflater` messages may be compressed. Then what counts is what they inflate to, and one that passes the
     limit is refused at the byte that does.
+
+    Attributes:
+        pings, pongs: payloads; whoever answers or reads them clears the list.
+        closed: the peer's close frame.
+        violation: what the peer did wrong, as the close to answer with.
+        frames: how many frames the last call began.
+        more: the last call left frames for the next one: call it again with no data before you read on.
+        left: how many bytes of the current frame's payload have not come.
     """
 
     def __init__(self, max_message_bytes: int, inflater: Inflater | None = None) -> None:
-        self.pings: list[bytes] = []  # payloads of pings; whoever answers them clears the list
-        self.pongs: list[bytes] = []  # payloads of pongs; whoever reads them clears the list
-        self.closed: Close | None = None  # the peer's close frame
-        self.violation: Close | None = None  # what the peer did wrong, as the close to answer with
+        self.pings: list[bytes] = []
+        self.pongs: list[bytes] = []
+        self.closed: Close | None = None
+        self.violation: Close | None = None
+        self.frames = 0
+        self.more = False
+        self.left = 0
         self._max = max_message_bytes
         self._inflater = inflater
-        self._buffer = b""  # an incomplete frame header
+        self._buffer = b""  # an incomplete frame header, or all that is left for the next call
         self._opcode = Opcode.CONTINUATION  # of the frame on its way
         self._fin = False
-        self.left = 0  # bytes of its payload that have not come
         self._mask = b""  # turned to where that payload goes on
         self._control = b""
         self._message = Opcode.CONTINUATION  # of the message on its way: TEXT, BINARY, or CONTINUATION for none
         self._inflating: Inflater | None = None  # if that message is compressed
         self._received = 0  # bytes of that message, inflated
-        self._text: StringIO | None = None  # what it says so far, if it is text
-        self._binary = bytearray()  # and if not
-        self._utf8: IncrementalDecoder | None = None  # made with the first text that comes in pieces
+        self._inflated = 0  # bytes that this call has inflated
+        self._payload = bytearray()  # of that message, inflated
+        self._utf8: IncrementalDecoder | None = None  # checks text that comes in pieces; made with the first of it
 
     def receive_data(self, data: bytes) -> list[Message]:
-        """Take what one read brought and return the messages that it completed. Never raises.
+        """Take what one read brought and return the messages that it completed, `FRAMES_AT_ONCE` at most. Never raises.
 
         Once `closed` or `violation` is set, whatever comes is ignored (RFC 6455 §1.4, §7.1.7).
         """
         messages: list[Message] = []
+        self.frames = 0
+        self.more = False
         if self.closed is None and self.violation is None:
             try:
                 self._receive(self._buffer + data if self._buffer else data, messages)
@@ -86,11 +101,11 @@ class Receiver:
 
     def _receive(self, data: bytes, messages: list[Message]) -> None:
         self._buffer = b""
-        position = 0
+        self._inflated = position = frames = 0
         size = len(data)
         if self.left:
             position = self._go_on(data, 0, messages)
-        while size - position >= 2 and self.closed is None:
+        while frames < FRAMES_AT_ONCE and size - position >= 2:
             first = data[position]
             length = data[position + 1] ^ _MASKED
             if length < 126:
@@ -110,6 +125,7 @@ class Receiver:
                 length = _extended_length(data[position + 2 : start - 4])
             if length + self._received > self._max and not (first & 8 or first & RSV1 or self._inflating):
                 raise self._too_big()
+            frames += 1
             mask = data[start - 4 : start]
             end = start + length
             if plain and end <= size:
@@ -125,8 +141,13 @@ class Receiver:
                 self._message = self._opcode
                 self._inflating = self._inflater if first & RSV1 else None
             position = self._go_on(data, start, messages)
-        if self.closed is None:
-            self._buffer = data[position:]
+            if self.closed is not None:
+                return
+            if self._inflated > INFLATED_AT_ONCE:
+                break
+        self.frames = frames
+        self._buffer = data[position:]
+        self.more = position < size and (frames == FRAMES_AT_ONCE or self._inflated > INFLATED_AT_ONCE)
 
     def _check(self, first: int, length: int) -> None:
         """Refuse what §5.2, §5.4 and §5.5 forbid in the first two bytes of a frame."""
@@ -167,24 +188,21 @@ class Receiver:
             payload = self._inflating.inflate(payload, room + 1, last=finished)
             if len(payload) > room:
                 raise self._too_big()
+            self._inflated += len(payload)
         self._received += len(payload)
         if self._message == Opcode.TEXT:
             if self._utf8 is None:
                 self._utf8 = _utf8_decoder()
-            if self._text is None:
-                self._text = StringIO()
-            self._text.write(self._utf8.decode(payload, finished))
+            self._utf8.decode(payload, finished)
             if b"\xed\xa0" <= self._utf8.getstate()[0] < b"\xee":  # which the decoder lets pass until its third byte
                 raise _Violation(INVALID_DATA, "not UTF-8: a surrogate")
-        else:
-            self._binary += payload
+        self._payload += payload
         if finished:
-            messages.append(bytes(self._binary) if self._text is None else self._text.getvalue())
+            messages.append(self._payload.decode() if self._message == Opcode.TEXT else bytes(self._payload))
             self._message = Opcode.CONTINUATION
             self._inflating = None
             self._received = 0
-            self._text = None
-            self._binary.clear()
+            self._payload.clear()
         return end
 
     def _too_big(self) -> _Violation:

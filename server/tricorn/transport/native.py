@@ -1,4 +1,4 @@
-"""The codec on a bare socket: the transport of a plain HTTP/1.1 WebSocket."""
+"""The codec on a socket, bare or with TLS: the transport of an HTTP/1.1 WebSocket on our own port."""
 
 from __future__ import annotations
 
@@ -103,9 +103,11 @@ class NativeTransport:
         settings: Settings,
         metrics: ServerMetrics,
         agreement: Agreement | None = None,
+        *,
+        unsent: bytes = b"",
     ) -> None:
         self.wants_read = True
-        self.wants_write = False
+        self.wants_write = bool(unsent)
         self.at_eof = False
         self._socket = sock
         self._rest = rest
@@ -122,7 +124,7 @@ class NativeTransport:
         self._unread = 0  # bytes read, or inflated, while it had
         self._put_off: list[bytes] = []  # frames
         self._put_off_bytes = 0
-        self._unsent: bytes | memoryview = b""  # what the socket has not taken of the last write
+        self._unsent: bytes | memoryview = unsent  # what the socket has not taken of the last write
         self._waiting: ParkingLot | None = None  # tasks that wait until nothing is unsent, or the closing is finished
         self._broken = False  # nothing can be sent any more
         self._closing = False  # the close frame was the last thing sent
@@ -157,8 +159,7 @@ class NativeTransport:
         if self._put_off:
             self.flush()
         if not self.wants_read and not self.at_eof:
-            self.wants_read = True
-            self._poller.change(self)
+            self._pace()
 
     def send(self, payloads: Sequence[bytes], *, text: bool, more: bool) -> bool:
         self._require_open()
@@ -282,6 +283,9 @@ class NativeTransport:
         return self._socket.fileno()
 
     def readable(self) -> None:
+        if self._codec.more:  # the peer hung up, and what was read comes before that
+            self._poller.resume_soon(self)
+            return
         if not self.wants_read:  # the peer hung up: what it left is bounded, so read that and find the end
             if self._inflates and self._unread > self._settings.max_message_bytes + READ_AHEAD:
                 self._end_of_stream("no close frame within what could be inflated")
@@ -323,6 +327,10 @@ class NativeTransport:
             self._write(frames[0] if len(frames) == 1 else b"".join(frames))
         if self._waiting is not None and not self._unsent:
             self._waiting.unpark()  # one: the next when this one's is on its way, so that they go out in order
+
+    def resume(self) -> None:
+        if not self.at_eof:
+            self._take(b"")
 
     def failed(self, error: Exception) -> None:
         self._connection.fail(error)
@@ -382,7 +390,7 @@ class NativeTransport:
         if codec.pongs:
             self._take_pongs(codec.pongs)
         over = codec.closed or codec.violation
-        if over is None and (too_fast := self._rate_limit.exceeded(len(messages), len(data))) and not self._closing:
+        if over is None and (too_fast := self._rate_limit.exceeded(codec.frames, len(data))) and not self._closing:
             over = codec.violation = too_fast  # from here on nothing that comes is looked at
         if over is not None:
             if over.code == TOO_BIG and over is codec.violation and not self._closing:
@@ -393,9 +401,21 @@ class NativeTransport:
             connection.end(over)
         elif self._behind:
             self._unread += sum(map(len, messages)) if self._inflates else len(data)
-            if self._unread > READ_AHEAD and not self._broken:
-                self.wants_read = False
-                self._poller.change(self)
+            if self._unread > READ_AHEAD or codec.more or not self.wants_read:
+                self._pace()
+        elif codec.more or not self.wants_read:
+            self._pace()
+
+    def _pace(self) -> None:
+        """Read on, unless there is enough for now: what was read and waits for its turn, or for the connection."""
+        full = self._behind and self._unread > READ_AHEAD and not self._broken
+        more = self._codec.more
+        if more and not full:
+            self._poller.resume_soon(self)
+        wants_read = not more and not full
+        if self.wants_read is not wants_read:
+            self.wants_read = wants_read
+            self._poller.change(self)
 
     def _take_pongs(self, pongs: list[bytes]) -> None:
         """A pong answers its ping and all before it (RFC 6455 §5.5.3)."""

@@ -7,10 +7,11 @@ own, which spares every message two system calls and a task switch.
 from __future__ import annotations
 
 import sys
+from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 import trio
-from trio.lowlevel import notify_closing, wait_readable, wait_writable
+from trio.lowlevel import checkpoint, notify_closing, wait_readable, wait_writable
 
 from tricorn.waiter import Waiter
 
@@ -19,6 +20,9 @@ if sys.platform == "linux":
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+
+RESUMED_AT_ONCE = 8  # sockets: each has a lot of work, or it would not have been put off
 
 
 class Watched(Protocol):
@@ -39,6 +43,9 @@ class Watched(Protocol):
 
     def flush(self) -> None:
         """Write what was put off."""
+
+    def resume(self) -> None:
+        """Go on with what was read."""
 
     def failed(self, error: Exception) -> None:
         """One of these methods raised."""
@@ -62,30 +69,48 @@ class Poller(Protocol):
     def flush_soon(self, watched: Watched) -> None:
         """Call `flush` once the tasks that are ready now have run."""
 
+    def resume_soon(self, watched: Watched) -> None:
+        """Call `resume` once others have had their turn."""
 
-class Flusher:
-    """Flushes, once a scheduler tick, what was put off in the last one."""
+
+class Turns:
+    """Does, once a scheduler tick, what was put off in the last one: all flushes, and a few of the resumptions."""
 
     def __init__(self) -> None:
-        self._waiting: set[Watched] = set()
+        self._flushing: set[Watched] = set()
+        self._resuming: dict[Watched, None] = {}  # the longest waiting first
         self._some = Waiter()
 
     def flush_soon(self, watched: Watched) -> None:
-        self._waiting.add(watched)
+        self._flushing.add(watched)
         self._some.wake()
 
-    async def _flush(self) -> None:
+    def resume_soon(self, watched: Watched) -> None:
+        self._resuming[watched] = None
+        self._some.wake()
+
+    async def _take_turns(self) -> None:
         while True:
-            await self._some.wait()
-            waiting, self._waiting = self._waiting, set()
-            for watched in waiting:
-                try:
-                    watched.flush()
-                except Exception as error:
-                    watched.failed(error)
+            if self._resuming:
+                await checkpoint()
+            else:
+                await self._some.wait()
+            flushing, self._flushing = self._flushing, set()
+            for watched in flushing:
+                _call(watched, watched.flush)
+            for watched in list(islice(self._resuming, RESUMED_AT_ONCE)):
+                del self._resuming[watched]
+                _call(watched, watched.resume)
 
 
-class Epoll(Flusher):
+def _call(watched: Watched, step: Callable[[], None]) -> None:
+    try:
+        step()
+    except Exception as error:
+        watched.failed(error)
+
+
+class Epoll(Turns):
     """One epoll for all sockets, itself watched by Trio. Linux only."""
 
     def __init__(self) -> None:
@@ -96,7 +121,7 @@ class Epoll(Flusher):
     async def run(self, task_status: trio.TaskStatus[None]) -> None:
         with epoll() as self._epoll:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._flush)
+                nursery.start_soon(self._take_turns)
                 task_status.started()
                 while True:
                     await wait_readable(self._epoll.fileno())
@@ -136,7 +161,7 @@ def _events(watched: Watched) -> int:
     return EPOLLRDHUP | (EPOLLIN if watched.wants_read else 0) | (EPOLLOUT if watched.wants_write else 0)
 
 
-class PerSocket(Flusher):
+class PerSocket(Turns):
     """At most two tasks for each socket, with nothing but what Trio has everywhere.
 
     A peer that hangs up while reading is not wanted is found out only when reading goes on.
@@ -151,7 +176,7 @@ class PerSocket(Flusher):
     async def run(self, task_status: trio.TaskStatus[None]) -> None:
         async with trio.open_nursery() as self._nursery:
             task_status.started()
-            await self._flush()
+            await self._take_turns()
 
     def register(self, watched: Watched) -> None:
         self.change(watched)

@@ -43,37 +43,40 @@ class TokenBucket:
 
 
 class RateLimit:
-    """How fast one peer may send: `BURST` seconds' worth of messages and bytes at once, then what the settings allow."""
+    """How fast one peer may send: `BURST` seconds' worth at once, then what the settings allow.
+
+    `messages_per_second` bounds frames of any kind, since each is work, whether or not it completes a message.
+    """
 
     __slots__ = (
         "_byte_lot",
         "_bytes",
-        "_message_lot",
-        "_messages",
+        "_frame_lot",
+        "_frames",
         "_metrics",
         "_new_bytes",
-        "_new_messages",
+        "_new_frames",
         "_settings",
     )
 
     def __init__(self, settings: Settings, metrics: ServerMetrics) -> None:
         self._settings = settings
         self._metrics = metrics
-        self._messages = TokenBucket(BURST * settings.messages_per_second, BURST)
+        self._frames = TokenBucket(BURST * settings.messages_per_second, BURST)
         self._bytes = TokenBucket(BURST * settings.bytes_per_second, BURST)
-        self._message_lot = LOT * settings.messages_per_second
+        self._frame_lot = LOT * settings.messages_per_second
         self._byte_lot = LOT * settings.bytes_per_second
-        self._new_messages = self._new_bytes = 0  # that were not taken from the buckets yet
+        self._new_frames = self._new_bytes = 0  # that were not taken from the buckets yet
 
-    def exceeded(self, messages: int, size: int) -> Close | None:
+    def exceeded(self, frames: int, size: int) -> Close | None:
         """Count what came. If it is too much, count that too and return the end of the connection."""
-        self._new_messages += messages
+        self._new_frames += frames
         self._new_bytes += size
-        if self._new_messages < self._message_lot and self._new_bytes < self._byte_lot:
+        if self._new_frames < self._frame_lot and self._new_bytes < self._byte_lot:
             return None  # the usual case costs no look at the clock
-        messages, self._new_messages = self._new_messages, 0
+        frames, self._new_frames = self._new_frames, 0
         size, self._new_bytes = self._new_bytes, 0
-        if self._messages.take(messages):
+        if self._frames.take(frames):
             return self._too_fast("messages_per_second", self._settings.messages_per_second)
         if self._bytes.take(size):
             return self._too_fast("bytes_per_second", self._settings.bytes_per_second)

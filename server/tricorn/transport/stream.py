@@ -9,7 +9,7 @@ from trio import BrokenResourceError, ClosedResourceError
 from trio.lowlevel import ParkingLot
 
 from tricorn.transport.flow_control import READ_SIZE
-from tricorn.transport.poller import Flusher
+from tricorn.transport.poller import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -27,7 +27,7 @@ class Stream(Protocol):
     async def send_all(self, data: bytes) -> None: ...
 
 
-class StreamSocket(Flusher):
+class StreamSocket(Turns):
     """Reads and writes a stream in two tasks, for one transport.
 
     `send` starts writing and says that it would block; what was written it says when it is asked again, once that is
@@ -84,7 +84,7 @@ class StreamSocket(Flusher):
     async def run(self, task_status: trio.TaskStatus[None]) -> None:
         async with trio.open_nursery() as self._nursery:
             task_status.started()
-            await self._flush()
+            await self._take_turns()
 
     def register(self, watched: Watched) -> None:
         self._owner = watched

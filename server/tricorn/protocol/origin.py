@@ -1,0 +1,114 @@
+"""Which pages may connect: origins as browsers send them (RFC 6454 §6, RFC 6455 §10.2), and their patterns. Sans-I/O.
+
+A pattern is an origin, `https://app.example` or `capacitor://localhost`, in which the host may begin with `*.` for any
+subdomain and the port may be `*` for any port; or `null`, which sandboxed and local pages send; or `*` for every page.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from ipaddress import IPv6Address, ip_address
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+ANY = "*"
+NULL = "null"
+
+_DEFAULT_PORTS = {"http": "80", "https": "443"}
+_SUBDOMAINS = "*."
+_NEVER_SENT = {
+    "ws": "http://",
+    "wss": "https://",
+    "file": NULL,
+    "data": NULL,
+    "blob": "the origin of the page that made it",
+}
+
+_ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^\s/?#@,:\[\]]+)(?::([0-9]+|\*))?", re.ASCII)
+
+
+class _Parts(NamedTuple):
+    scheme: str
+    host: str
+    port: str  # as if it were written out
+
+
+def check_pattern(pattern: str) -> None:
+    """Check that a browser could send an origin that matches the pattern.
+
+    Raises:
+        ValueError: it could not. The text says why.
+    """
+    if pattern in (ANY, NULL):
+        return
+    parts = _split(pattern)
+    if parts is None:
+        raise ValueError("must be an origin like https://example.org, without a path, or null, or *")
+    scheme, host, port = parts
+    if scheme in _NEVER_SENT:
+        raise ValueError(f"no browser sends an origin that begins with {scheme}:, but {_NEVER_SENT[scheme]}")
+    name = host.removeprefix(_SUBDOMAINS)
+    if ANY in name:
+        raise ValueError("a * stands for whole subdomains, https://*.example.org, or for the port, http://localhost:*")
+    if port and port != ANY and (int(port) > 65535 or port != str(int(port))):
+        raise ValueError("the port must be a whole number from 0 to 65535, without zeros before it, or *")
+    if scheme in _DEFAULT_PORTS and name != (right := _as_browsers_write(name)):
+        raise ValueError(f"browsers write this host as {right}" if right else "there is no such host")
+
+
+def is_allowed(origin: str | None, host: str, patterns: Iterable[str]) -> bool:
+    """Whether a page may connect to a server at `host`, a Host header: if it came from there, or matches a pattern.
+
+    Browsers always send an Origin; a client that sends none is no browser, and no page can make it act. The scheme is
+    not compared with the server's own, which behind a proxy that ends TLS the server does not know.
+    """
+    if origin is None or ANY in patterns or origin in patterns:
+        return True
+    parts = _split(origin)
+    if parts is None or ANY in (parts.port, parts.host[:1]):
+        return False
+    own = _split(f"{parts.scheme}://{host.lower()}")
+    return (parts.scheme in _DEFAULT_PORTS and parts == own) or any(_matches(parts, pattern) for pattern in patterns)
+
+
+def _matches(origin: _Parts, pattern: str) -> bool:
+    wanted = _split(pattern)
+    return (
+        wanted is not None
+        and origin.scheme == wanted.scheme
+        and wanted.port in (origin.port, ANY)
+        and (
+            origin.host == wanted.host
+            or (wanted.host.startswith(_SUBDOMAINS) and origin.host.endswith(wanted.host.removeprefix(ANY)))
+        )
+    )
+
+
+@lru_cache(1000)
+def _split(origin: str) -> _Parts | None:
+    parts = _ORIGIN.fullmatch(origin)
+    if parts is None:
+        return None
+    scheme, host, port = parts.groups()
+    return _Parts(scheme, host, port or _DEFAULT_PORTS.get(scheme, ""))
+
+
+def _as_browsers_write(host: str) -> str:
+    """Return a host of http: as the URL Standard serialises it, if that can be told; "" if it cannot be one."""
+    if host.startswith("["):
+        try:
+            return f"[{IPv6Address(host[1:-1]).compressed}]"
+        except ValueError:
+            return ""
+    if host.rpartition(".")[2].isdecimal():
+        try:
+            return str(ip_address(host))
+        except ValueError:
+            return ""
+    try:
+        return host.encode("idna").decode().lower()
+    except UnicodeError:
+        return ""
