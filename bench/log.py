@@ -31,7 +31,7 @@ from tricorn.chat import Chat
 from tricorn.chat.logs.base import Log
 from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.protocol import UserMessage
-from tricorn.settings import Settings
+from tricorn.chat.settings import ChatSettings as Settings
 
 ENGINES = {"postgresql": "postgres", "postgres": "postgres", "rediss": "redis", "unix": "redis"}
 CONVERSATIONS = (1, 100, 10_000)

@@ -6,11 +6,13 @@ import asyncio
 import os
 import sys
 from argparse import ArgumentParser
+from dataclasses import replace
 
 import uvloop
-from msgspec.structs import replace
 
-from tricorn.settings import SettingError, Settings, parse_bind
+from tricorn.service.bind import parse_bind
+from tricorn.service.settings import ServiceSettings
+from tricorn.settings import SettingError
 
 from .chat import make_chat
 from .server import Server
@@ -28,7 +30,7 @@ def main() -> int:
     arguments = parser.parse_args()
     sys.path.insert(0, os.getcwd())  # where agents are looked for
     try:
-        settings = Settings.from_environ()
+        settings = ServiceSettings.from_environ()
         if arguments.bind is not None:
             host, port = parse_bind(arguments.bind, "--bind ")
             settings = replace(settings, host=host, port=port)
@@ -44,7 +46,7 @@ def main() -> int:
     return 0
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: ServiceSettings) -> None:
     """Serve the chat until a signal ends it."""
     async with make_chat(settings) as chat:
         await Server(chat).run()

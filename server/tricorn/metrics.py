@@ -187,12 +187,14 @@ LIMITS = (
     "event_bytes",
 )
 
+OF_THE_CHAT = {4002, 4004, 4500, 4501, 4503}  # close codes, until the chat names its own
+
 OPENED = Counter("connections_opened", "WebSockets that were opened.")
 CLOSED = Counter(
     "connections_closed",
     "WebSockets that were closed, by the code of what ended them first.",
     "code",
-    (*map(str, sorted(KNOWN)), OTHER),
+    (*map(str, sorted(KNOWN | OF_THE_CHAT)), OTHER),
 )
 TEARDOWN_SECONDS = Histogram(
     "teardown_seconds",
@@ -219,7 +221,6 @@ APPEND_SECONDS = Histogram(
 DELIVERED = Counter("events_delivered", "Events given to connections to send, each as often as it is followed.")
 LIMIT_HITS = Counter("limit_hits", "How often somebody ran into a limit, by its setting.", "limit", LIMITS)
 _LATE_IMPORTS = Counter("late_imports", "Modules that were imported after start-up.")
-WORKER_ENDS = Counter("worker_ends", "Workers that ended by themselves and were replaced.")
 
 # What `numbers` asks for, and nobody counts.
 CONNECTIONS = Connections()
@@ -250,7 +251,6 @@ METRICS: tuple[Counter | Histogram, ...] = (
     _ERRORS,
     _DROPPED,
     _LATE_IMPORTS,
-    WORKER_ENDS,
 )
 
 
@@ -262,6 +262,11 @@ class Numbers(NamedTuple):
 
 
 NOTHING = Numbers({}, {})
+
+
+def metrics() -> tuple[Counter | Histogram, ...]:
+    """All of them: with `numbers`, this module is one set of metrics, until each server and chat has its own."""
+    return METRICS
 
 
 def numbers() -> Numbers:

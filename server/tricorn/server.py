@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import signal
 from contextlib import nullcontext
 from functools import partial
@@ -30,10 +29,6 @@ if TYPE_CHECKING:
     from tricorn.listening.http import ASGIApp
 
 DEFAULTS = Settings()
-
-# For `gc.set_threshold`. What a connection is made of stays for long, so that looking at it every 700 objects, Python's
-# own threshold, is a third of what very many connections cost.
-COLLECT = 10_000, 20, 20
 
 BATCH = 100  # connections that are closed together
 BATCH_PAUSE = 0.005  # seconds between two batches, in which the one before is through
@@ -218,27 +213,15 @@ def run(handler: Handler, port: int, host: str = "127.0.0.1", **options: Unpack[
     """Serve WebSockets until SIGTERM or SIGINT: `trio.run` of `serve` with signals. The arguments are those of `serve`.
 
     Returns once everything is closed, within `settings.drain_timeout` seconds of the signal; a second signal closes
-    every socket at once. The process is its own: it does `settle` in there.
+    every socket at once.
 
-    Neither this nor `serve` minds what a program imports, and when: the drill and the import guard are those of
-    `tricorn serve`. A program that wants them awaits `tricorn.service.drill.drill` first and has this in a block of
-    `tricorn.errors.import_guard.guarded`.
+    Neither this nor `serve` watches what a program imports after start-up. If yours should be watched, await
+    `tricorn.errors.drill.drill` first, and call this in a block of `tricorn.errors.import_guard.guarded`.
 
     Raises:
         OSError: an address cannot be found or bound.
     """
-    settle()
     trio.run(partial(_run, handler, port, host, **options))
-
-
-def settle() -> None:
-    """Have Python's garbage collector leave alone what start-up made, and look less often at what comes.
-
-    For a process that does nothing but serve.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*COLLECT)
 
 
 async def _run(handler: Handler, port: int, host: str, **options: Unpack[Options]) -> None:

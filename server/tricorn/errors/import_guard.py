@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager, suppress
 from sys import _getframe, meta_path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tricorn.errors.report import counted, report
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from types import FrameType
 
-    from tricorn.settings import ImportGuard
+Mode = Literal["off", "count", "report", "deny"]
 
 KEPT = 1000  # modules; the names may come from outside: every unknown character set is looked for as a module
 FRAMES = 50  # of a stack, the innermost
 
 
 @contextmanager
-def guarded(mode: ImportGuard) -> Iterator[Mapping[str, str]]:
+def guarded(mode: Mode) -> Iterator[Mapping[str, str]]:
     """Guard imports in the whole process until the end of the block, whatever thread they happen in.
 
     Gives a mapping that grows: each module that something tried to load, with the stack that was first to do so, as in
@@ -53,7 +53,7 @@ class _Guard:
     All that it calls it holds itself, so that it works whatever became of this module's globals.
     """
 
-    def __init__(self, mode: ImportGuard, late: dict[str, str]) -> None:
+    def __init__(self, mode: Mode, late: dict[str, str]) -> None:
         self._mode = mode
         self._late = late
         self._report = report

@@ -19,9 +19,8 @@ from trio_websocket import (
     wrap_client_stream,
 )
 
+from tricorn.chat.close_codes import DO_NOT_COME_BACK
 from tricorn.chat.protocol import SUBPROTOCOL, AnyEvent, Closing, Opened, Reply, Request, Welcome
-from tricorn.protocol.close import DO_NOT_COME_BACK
-from tricorn.settings import Secret
 
 CONNECT_TIMEOUT = 10.0  # seconds; for the handshake, and for the first message after it
 DISCONNECT_TIMEOUT = 2.0  # seconds
@@ -44,10 +43,10 @@ class Link:
     says that nothing would change.
     """
 
-    def __init__(self, url: str, token: Secret | None, patience: float) -> None:
+    def __init__(self, url: str, token: str | None, patience: float) -> None:
         """`patience` is how many seconds in a row may pass without a connection."""
         self._url = urlsplit(url)
-        self._credentials = [(b"Authorization", b"Bearer " + token.reveal().encode())] if token else []
+        self._credentials = [(b"Authorization", b"Bearer " + token.encode())] if token else []
         self._patience = patience
         self._ws: WebSocketConnection | None = None
         self._scope = trio.CancelScope()

@@ -29,7 +29,7 @@ from tricorn.chat.protocol import (
     UserMessage,
     Welcome,
 )
-from tricorn.settings import Secret, SettingError
+from tricorn.settings import SettingError
 
 STDIN = 0
 SCHEMES = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
@@ -55,7 +55,7 @@ def websocket_url(text: str) -> str:
     return urlunsplit((SCHEMES[parts.scheme], parts.netloc, path, parts.query, ""))
 
 
-async def chat(url: str, *, conversation: str, message: str | None, raw: bool, token: Secret | None = None) -> int:
+async def chat(url: str, *, conversation: str, message: str | None, raw: bool, token: str | None = None) -> int:
     """Post `message`, or else each line of the input in turn, draw what happens, and return the exit status.
 
     A connection that is lost is made anew, and everything goes on where it was. 0 where a person left, or every run was
@@ -91,7 +91,7 @@ class Turn:
 class Client:
     """One conversation, over as many connections as it takes."""
 
-    def __init__(self, url: str, conversation: str, message: str | None, raw: bool, token: Secret | None) -> None:
+    def __init__(self, url: str, conversation: str, message: str | None, raw: bool, token: str | None) -> None:
         self.status = INTERRUPTED
         self._url = url
         self._conversation = conversation

@@ -5,7 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 
 from tricorn.chat.logs.base import Log
-from tricorn.settings import SettingError, Settings
+from tricorn.chat.settings import ChatSettings
+from tricorn.settings import SettingError
 
 ENGINES = {
     "memory": "memory",
@@ -18,7 +19,7 @@ ENGINES = {
 }
 
 
-def connect(url: str, settings: Settings) -> Log:
+def connect(url: str, settings: ChatSettings) -> Log:
     """The log of this URL, by its scheme; it is opened by entering it. For start-up: this imports what it needs.
 
     Raises SettingError where there is no such log, or where what it needs is not installed. The URL is in no message,

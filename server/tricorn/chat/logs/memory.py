@@ -18,7 +18,8 @@ from trio.lowlevel import checkpoint
 
 from tricorn.chat.logs.base import KEEP_EVERYTHING, Entry, Hear, Lease, LeaseLost, LogState, PastLost, Retention, stamp
 from tricorn.chat.protocol import AnyEvent, UserMessage
-from tricorn.settings import SettingError, Settings
+from tricorn.chat.settings import ChatSettings
+from tricorn.settings import SettingError
 
 
 class MemoryLog:
@@ -157,7 +158,7 @@ class MemoryLog:
                 other._watchers[conversation](past.head, past.cancelled)
 
 
-def connect(url: str, settings: Settings) -> MemoryLog:
+def connect(url: str, settings: ChatSettings) -> MemoryLog:
     """A log of its own. Raises SettingError where the URL says more than `memory:`."""
     if url != "memory:":
         raise SettingError("log: there is nothing behind memory:")

@@ -38,7 +38,8 @@ from tricorn.chat.logs.base import Entry, Hear, Lease, LeaseLost, LogState, Past
 from tricorn.chat.logs.calls import Call, Calls
 from tricorn.chat.logs.psycopg_trio import Row, TrioConnection, hosts
 from tricorn.chat.protocol import AnyEvent, UserMessage
-from tricorn.settings import SettingError, Settings
+from tricorn.chat.settings import ChatSettings
+from tricorn.settings import SettingError
 
 VERSION = 1
 _SCHEMA = files("tricorn.chat.logs").joinpath("postgres.sql").read_text()
@@ -87,7 +88,7 @@ class PostgresLog:
     shared = True
     immediate = False
 
-    def __init__(self, conninfo: str, where: str, settings: Settings) -> None:
+    def __init__(self, conninfo: str, where: str, settings: ChatSettings) -> None:
         self._conninfo = conninfo
         self._where = where
         self._timeout = settings.log_timeout
@@ -382,7 +383,7 @@ class PostgresLog:
             hear(head, cancelled)
 
 
-def connect(url: str, settings: Settings) -> PostgresLog:
+def connect(url: str, settings: ChatSettings) -> PostgresLog:
     """The log in the database at `postgresql://[USER:PASSWORD@]HOST[:PORT]/DATABASE`, or another URL that libpq takes.
 
     Raises SettingError where the URL is none.

@@ -54,7 +54,8 @@ from tricorn.chat.logs.base import (
     draft,
 )
 from tricorn.chat.protocol import AnyEvent, UserMessage
-from tricorn.settings import SettingError, Settings
+from tricorn.chat.settings import ChatSettings
+from tricorn.settings import SettingError
 
 _SCRIPT = files("tricorn.chat.logs").joinpath("redis.lua").read_bytes()
 _SHA = sha1(_SCRIPT, usedforsecurity=False).hexdigest()
@@ -79,7 +80,7 @@ class RedisLog:
     shared = True
     immediate = False
 
-    def __init__(self, make: Callable[[], BaseConnection], where: str, settings: Settings, channels: str) -> None:
+    def __init__(self, make: Callable[[], BaseConnection], where: str, settings: ChatSettings, channels: str) -> None:
         self._make = make
         self._where = where
         self._timeout = settings.log_timeout
@@ -347,7 +348,7 @@ class RedisLog:
             hear(head, cancelled)
 
 
-def connect(url: str, settings: Settings) -> RedisLog:
+def connect(url: str, settings: ChatSettings) -> RedisLog:
     """The log at `redis://[USER:PASSWORD@]HOST[:PORT][/DB]`, `rediss://…` (TLS) or `unix://[USER:PASSWORD@]/PATH[?db=DB]`.
 
     Raises SettingError where the URL is none of these.

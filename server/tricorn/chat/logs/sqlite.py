@@ -21,8 +21,9 @@ from tricorn.chat.logs.base import Entry, Hear, Lease, LeaseLost, LogState, Past
 from tricorn.chat.logs.calls import Calls
 from tricorn.chat.logs.sqlite_file import File
 from tricorn.chat.protocol import AnyEvent, UserMessage
+from tricorn.chat.settings import ChatSettings
 from tricorn.errors.report import report_error
-from tricorn.settings import SettingError, Settings
+from tricorn.settings import SettingError
 
 AT_ONCE = 500  # requests in one transaction
 LOOK_AGAIN = 0.1  # seconds between two looks whether a predecessor has left the file
@@ -37,7 +38,7 @@ class SQLiteLog:
     shared = False
     immediate = False
 
-    def __init__(self, path: str, settings: Settings) -> None:
+    def __init__(self, path: str, settings: ChatSettings) -> None:
         self._path = path
         self._patience = settings.log_timeout
         self._retention = Retention(settings.retention_events, settings.retention_seconds)
@@ -184,7 +185,7 @@ class SQLiteLog:
         return Unavailable(f"SQLite file {self._path}: {error}")
 
 
-def connect(url: str, settings: Settings) -> SQLiteLog:
+def connect(url: str, settings: ChatSettings) -> SQLiteLog:
     """The log in the file that `sqlite:///PATH` names; `PATH` stands as it is, relative to the working directory.
 
     Raises SettingError where it names none.
