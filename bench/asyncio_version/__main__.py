@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import uvloop
 
+from tricorn.errors.report import send_records
 from tricorn.service.bind import parse_bind
 from tricorn.service.settings import ServiceSettings
 from tricorn.settings import SettingError
@@ -28,6 +29,7 @@ def main() -> int:
     parser.add_argument("--agent", metavar="MODULE:FUNCTION", help="the agent that answers (the demo agent)")
     parser.add_argument("--auth", choices=["none"], help="none: let everybody in, without a token")
     arguments = parser.parse_args()
+    send_records("stderr", "INFO")
     sys.path.insert(0, os.getcwd())  # where agents are looked for
     try:
         settings = ServiceSettings.from_environ()

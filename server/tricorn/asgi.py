@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tricorn.application import asgi_app
 from tricorn.chat import SUBPROTOCOLS, Agent, Chat
-from tricorn.errors.report import report
+from tricorn.errors.report import report, send_records
 from tricorn.service.hypercorn_config import workers_of
 from tricorn.service.loader import load_agent
 from tricorn.service.pages import pages
@@ -89,6 +89,7 @@ def _check_workers(log: Log) -> None:
 
 
 def _load() -> _Service:
+    send_records("stderr", "INFO")  # before the agent is imported, which may choose otherwise
     try:
         settings = ServiceSettings.from_environ()
         log = make_log(settings)

@@ -136,7 +136,7 @@ class WebSocket:
         path: the request's path, decoded; `query`: what stood behind its `?`, as it came.
         headers: the request's headers, names in lower case.
         subprotocol: the one agreed on, or None.
-        context: what every record about the connection says of it; more may be put in, for example who the user is.
+        context: put in what every record about the connection should say, for example who the user is.
     """
 
     nursery: trio.Nursery
@@ -158,12 +158,8 @@ class WebSocket:
         self.query = query
         self.headers = headers
         self.subprotocol = subprotocol
-        self.context: dict[str, object] = {
-            "connection": self.id,
-            "peer": peer,
-            "path": path,
-            "trace": trace_id(headers),
-        }
+        self.context: dict[Any, object] = {}
+        self._known: dict[str, Any] = {"connection": self.id, "peer": peer, "path": path, "trace": trace_id(headers)}
         self.inbox: list[Message] = []  # what was delivered and not received yet, the last first
         self._transport = transport
         self._close_timeout = close_timeout
@@ -379,7 +375,7 @@ class WebSocket:
 
     def _report(self, error: BaseException) -> Close:
         code = None if self._cause is None else self._cause.code
-        error_id = report_error(error, **self.context, phase=self._phase.value, code=code)
+        error_id = report_error(error, context=self.context, **self._known, phase=self._phase.value, code=code)
         if self._error_id is None:
             self._error_id = error_id
         return Close(INTERNAL_ERROR, error_id)
@@ -422,7 +418,8 @@ class WebSocket:
         report(
             "WARNING" if cause.code in FAULTS else "INFO",
             "connection closed",
-            **self.context,
+            context=self.context,
+            **self._known,
             phase=reached.value,
             code=cause.code,
             reason=cause.reason,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 
-from tricorn.errors.report import SINK, STDERR, counted
+from tricorn.errors.report import SINK, STDERR, counted, send_records
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Awaitable, Callable, Iterator, Sequence
@@ -77,15 +77,15 @@ async def drill(start: Start, exchanges: Sequence[Exchange] = EXCHANGES) -> None
     """Start a server, go through some exchanges with it, and cancel it: `drill(partial(serve, fail_when_told, 0))`.
 
     `start` is for `Nursery.start`; the started value is a list of (host, port), of which the first is connected to.
-    While the drill lasts, stderr, and where else reports go, is /dev/null. Nothing is left behind, and nothing of it
-    counts. If cancelled, the server closes as any other does.
+    While the drill lasts, stderr is /dev/null, and records go there. Nothing is left behind, and nothing of it counts.
+    If cancelled, the server closes as any other does.
 
     Raises:
         RuntimeError: an answer was not what it must be. Like all that the server raises, it is in an ExceptionGroup.
         trio.TooSlowError: it did not end within `PATIENCE` seconds.
     """
     before = dict(counted)
-    with _silence(STDERR), _silence(SINK), trio.fail_after(PATIENCE):
+    with _silence(STDERR), _silence(SINK), _all_records(), trio.fail_after(PATIENCE):
         _call_what_loads()
         with suppress(UnicodeError):
             await trio.socket.getaddrinfo(NO_NAME, None, flags=AI_NUMERICHOST)
@@ -130,6 +130,16 @@ def failure() -> Exception:
             error.add_note("a note")
             errors.append(error)
     return ExceptionGroup("the drill", errors)
+
+
+@contextmanager
+def _all_records() -> Iterator[None]:
+    """Write every record to stderr, so that the drill goes that way whatever the program has chosen."""
+    before = send_records("stderr", "DEBUG")
+    try:
+        yield
+    finally:
+        send_records(*before)
 
 
 @contextmanager

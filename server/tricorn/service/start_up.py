@@ -184,5 +184,10 @@ def _announce(settings: ServiceSettings, config: Config | None, say: Say, addres
     scheme = "http" if config is None or not config.ssl_enabled else "https"
     say(f"Tricorn is listening on {scheme}://{show_bind(*addresses[0])}")
     if settings.service is not None:
-        of = {"service": settings.service, "revision": settings.revision, "configuration": settings.configuration}
-        report("INFO", "an instance has started", **of)
+        report(
+            "INFO",
+            "an instance has started",
+            service=settings.service,
+            revision=settings.revision,
+            configuration=settings.configuration,
+        )
