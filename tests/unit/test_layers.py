@@ -1,4 +1,4 @@
-"""The server stands alone: what `import tricorn` loads, what `pip install tricorn` brings, what works without the rest."""
+"""The server stands alone: what importing it loads, what installing it brings, what works without the chat."""
 
 from __future__ import annotations
 

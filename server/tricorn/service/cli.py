@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from argparse import SUPPRESS, ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from secrets import token_hex
 from signal import SIGINT
@@ -29,21 +29,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command == "audit" and not arguments.targets:
         arguments.command = "audit_served"
     try:
-        command = import_module(f"tricorn.service.commands.{arguments.command}").command
+        module = import_module(f"tricorn.service.commands.{arguments.command}")
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("tricorn."):
             raise
-        return _refuse(f"{error.name.partition('.')[0]} is not installed; pip install 'tricorn[chat]'")
-    try:
-        status: int = command(arguments)
-    except SettingError as error:
-        return _refuse(str(error))
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    return status
-
-
-def _refuse(problem: str) -> int:
+        problem = f"{error.name.partition('.')[0]} is not installed; pip install 'tricorn[chat]'"
+    else:
+        command: Callable[[Namespace], int] = module.command
+        try:
+            return command(arguments)
+        except SettingError as error:
+            problem = str(error)
+        except KeyboardInterrupt:
+            return INTERRUPTED
     print(f"tricorn: {problem}", file=sys.stderr)
     return 2
 

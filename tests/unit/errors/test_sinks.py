@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import trio
-from tricorn.service.drill import drill
+from tricorn.service.chat_drill import drill_chat
 
 import tricorn
 from tricorn.errors import report as report_module
@@ -341,7 +341,7 @@ def test_a_logger_that_fails_leaves_the_record_on_stderr(logger: tuple[logging.L
 
 async def test_the_drill_says_nothing_anywhere(logger: tuple[logging.Logger, Kept], records: Records) -> None:
     before = send_records(logger[0], "DEBUG")
-    await drill()
+    await drill_chat()
     assert logger[1].texts == []
     assert records() == []
     assert send_records(*before) == (logger[0], "DEBUG")
