@@ -29,6 +29,7 @@ async def handler(ws):
     await ws.send(bytes(2**24))
     await ws.send("never")
 
+tricorn.send_records("stderr", "INFO")
 app = tricorn.asgi_app(handler)
 """
 # With a log that says it can be shared, which is enough: each client talks to one worker.
