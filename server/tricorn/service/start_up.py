@@ -19,6 +19,7 @@ from tricorn.chat.logs import connect
 from tricorn.chat.metrics import ChatMetrics
 from tricorn.errors.import_guard import guarded
 from tricorn.errors.report import report
+from tricorn.errors.streams import recorded
 from tricorn.listening.binds import listen
 from tricorn.listening.site import Site
 from tricorn.metrics import ProcessMetrics, ServerMetrics, total
@@ -107,23 +108,36 @@ async def serve(
     for_metrics = [] if worker is not None else await _listen_for_metrics(settings)
     async with start_chat(agent, settings, log) as chat:
         settle()
-        server = Server(
-            Site({"/ws": chat.session}, settings, subprotocols=SUBPROTOCOLS),
-            listeners if worker is None else worker.listen(),
-            app=pages(chat.why_not_ready),
-            drain=chat.drain,
-            config=config,
-        )
-        counted = [server.metrics, chat.metrics, ProcessMetrics()]
-        async with trio.open_nursery() as support:
-            await _show_metrics(support, for_metrics, metrics_page(counted, of_this_process(counted)), settings, say)
-            async with trio.open_nursery() as serving:
-                await serving.start(serve_until_signal, server)
-                if worker is None:
-                    _announce(settings, config, say, server.addresses)
-                else:
-                    support.start_soon(worker.obey, lambda: total(each.numbers() for each in counted))
-            support.cancel_scope.cancel()
+        with recorded():
+            await _serve_chat(chat, settings, listeners, for_metrics, config, worker, say)
+
+
+async def _serve_chat(
+    chat: Chat,
+    settings: ServiceSettings,
+    listeners: list[Socket],
+    for_metrics: list[Socket],
+    config: Config | None,
+    worker: Worker | None,
+    say: Say,
+) -> None:
+    server = Server(
+        Site({"/ws": chat.session}, settings, subprotocols=SUBPROTOCOLS),
+        listeners if worker is None else worker.listen(),
+        app=pages(chat.why_not_ready),
+        drain=chat.drain,
+        config=config,
+    )
+    counted = [server.metrics, chat.metrics, ProcessMetrics()]
+    async with trio.open_nursery() as support:
+        await _show_metrics(support, for_metrics, metrics_page(counted, of_this_process(counted)), settings, say)
+        async with trio.open_nursery() as serving:
+            await serving.start(serve_until_signal, server)
+            if worker is None:
+                _announce(settings, config, say, server.addresses)
+            else:
+                support.start_soon(worker.obey, lambda: total(each.numbers() for each in counted))
+        support.cancel_scope.cancel()
 
 
 async def supervise(command: Sequence[str], settings: ServiceSettings, *, config: Config | None, say: Say) -> int:

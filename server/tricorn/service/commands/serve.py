@@ -31,7 +31,7 @@ def command(arguments: Namespace) -> int:
     check_exposure(settings)
     log = make_log(settings)
     config = None if arguments.config is None else load_config(arguments.config)
-    say = partial(print, flush=True)
+    say = partial(print, flush=True, file=sys.stdout)  # which serving makes a stream of records
     if arguments.worker is None and settings.workers > 1:
         check_shared(log, f"--workers {settings.workers}")
         _audit(settings.agent, arguments.audit)
