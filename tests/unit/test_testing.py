@@ -353,6 +353,7 @@ async def test_a_handler_that_sends_right_after_its_client_vanished() -> None:
     async with connect(handler) as client:
         await client.send("one")
         await client.send("two")
+        await wait_all_tasks_blocked()
     assert got == ["two"]
     assert client.websocket.closed is not None
     assert client.websocket.closed.code == 1006
