@@ -314,8 +314,8 @@ async def test_a_client_that_sends_into_the_closing_handshake_is_told_the_end(au
                 await client.send("x")
 
 
-async def test_a_message_that_is_too_big_ends_the_connection() -> None:
-    async with connect(echo, settings=Settings(max_message_bytes=1000)) as client:
+async def test_a_message_that_is_too_big_ends_the_connection_at_once(autojump_clock: MockClock) -> None:
+    async with seconds(0), connect(echo, settings=Settings(max_message_bytes=1000)) as client:
         await client.send("x" * 1001)
         assert (await ends(client))[0] == 1009
 
@@ -326,6 +326,7 @@ async def test_a_client_that_vanishes_is_1006_on_both_sides() -> None:
     async def handler(ws: WebSocket) -> None:
         got.append(await ws.receive())
         got.append(await ws.receive())
+        await ws.send("never received")
         with pytest.raises(Disconnected) as caught:
             await ws.receive()
         got.append(caught.value.code)
@@ -333,30 +334,37 @@ async def test_a_client_that_vanishes_is_1006_on_both_sides() -> None:
     async with connect(handler) as client:
         await client.send("one")
         await client.send("two")
+        await wait_all_tasks_blocked()
         client.vanish()
-        assert await ends(client) == (1006, "")
+        with pytest.raises(Disconnected, match="1006"):
+            await client.receive()
+        assert client.closed == Close(1006)
         with pytest.raises(Disconnected, match="1006"):
             await client.send("x")
         assert await client.close() == 1006
     assert got == ["one", "two", 1006]
 
 
-async def test_a_handler_that_sends_right_after_its_client_vanished() -> None:
+async def test_a_handler_that_sends_right_after_its_client_vanished_receives_what_came_before(
+    records: Records,
+) -> None:
     got: list[object] = []
+    sent = trio.Event()
 
     async def handler(ws: WebSocket) -> None:
-        await ws.receive()
+        await sent.wait()
         client.vanish()
         await ws.send("to nobody")
-        got.append(await ws.receive())
+        got.extend([message async for message in ws])
 
     async with connect(handler) as client:
         await client.send("one")
         await client.send("two")
+        sent.set()
         await wait_all_tasks_blocked()
-    assert got == ["two"]
-    assert client.websocket.closed is not None
-    assert client.websocket.closed.code == 1006
+    assert got == ["one", "two"]
+    [end] = records("INFO")
+    assert (end["code"], end["bytes_sent"]) == (1006, 0)
 
 
 async def test_a_client_that_vanishes_ends_what_waits_for_it() -> None:
