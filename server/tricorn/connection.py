@@ -224,11 +224,15 @@ class Connection:
 
     # For the host
 
-    async def run(self, handler: Callable[[Handed], Awaitable[None]], websocket: Handed) -> None:
-        """Run the connection from the handler's first step to the closed socket. Raises only what is not an Exception.
+    async def run(
+        self, handler: Callable[[Handed], Awaitable[None]], websocket: Handed
+    ) -> BaseExceptionGroup[BaseException] | None:
+        """Run the connection from the handler's first step to the closed socket.
 
+        Returns the exceptions of the handler's nursery, which have been reported; raises only what is not an Exception.
         If cancelled, the connection closes with 1012, within `close_timeout`.
         """
+        failure: BaseException | None = None
         self._metrics.opened.add()
         try:
             async with trio.open_nursery() as self.nursery:
@@ -242,11 +246,12 @@ class Connection:
                     self._flushes = True
                 self.stop()
         except BaseException as error:  # noqa: ASYNC103 - what has to go on is raised again
-            self._failed(error)
+            failure = self._failed(error)
             if (through := passing(error)) is not None:
                 raise through from None  # noqa: ASYNC104
         finally:
             await self._tear_down()
+        return failure
 
     def cancel(self) -> None:
         """Close the connection with 1012, within `close_timeout`, as cancelling what is around it does."""
@@ -427,10 +432,14 @@ class Connection:
         self._reaper.watch(self)
         return True
 
-    def _failed(self, error: BaseException) -> None:
+    def _failed(self, error: BaseException) -> BaseException | None:
+        """Report all that is not the consequence of the connection's end, and return it."""
         expected = PASSING if self.cause is None else (*PASSING, Disconnected)
-        if not all(isinstance(leaf, expected) for leaf in leaves(error)) and self._end(self._report(error)):
+        if all(isinstance(leaf, expected) for leaf in leaves(error)):
+            return None
+        if self._end(self._report(error)):
             self._flushes = True
+        return error
 
     def _report(self, error: BaseException) -> Close:
         code = None if self.cause is None else self.cause.code

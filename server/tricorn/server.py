@@ -251,8 +251,8 @@ def run(
     every socket at once. If a task or a thread does not end, the process exits with status 1 a second later, and a
     record and the stacks of all threads on stderr say which.
 
-    Neither this nor `serve` minds what a program imports, and when: the drill and the import guard are those of
-    `tricorn serve`.
+    Neither this nor `serve` watches what a program imports after start-up. If yours should be watched, await
+    `tricorn.errors.drill.drill` first, and call this in a block of `tricorn.errors.import_guard.guarded`.
 
     Raises:
         OSError, ValueError: as `serve` does.
