@@ -226,10 +226,10 @@ class Connection:
 
     async def run(
         self, handler: Callable[[Handed], Awaitable[None]], websocket: Handed
-    ) -> BaseExceptionGroup[BaseException] | None:
+    ) -> BaseException | None:
         """Run the connection from the handler's first step to the closed socket.
 
-        Returns the exceptions of the handler's nursery, which have been reported; raises only what is not an Exception.
+        Returns the exceptions of the handler's nursery, which have been reported; raises only cancellations and KeyboardInterrupt.
         If cancelled, the connection closes with 1012, within `close_timeout`.
         """
         failure: BaseException | None = None
