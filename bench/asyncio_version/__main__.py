@@ -10,6 +10,7 @@ from argparse import ArgumentParser
 import uvloop
 from msgspec.structs import replace
 
+from tricorn.errors.report import send_records
 from tricorn.settings import SettingError, Settings, parse_bind
 
 from .chat import make_chat
@@ -26,6 +27,7 @@ def main() -> int:
     parser.add_argument("--agent", metavar="MODULE:FUNCTION", help="the agent that answers (the demo agent)")
     parser.add_argument("--auth", choices=["none"], help="none: let everybody in, without a token")
     arguments = parser.parse_args()
+    send_records("stderr", "INFO")
     sys.path.insert(0, os.getcwd())  # where agents are looked for
     try:
         settings = Settings.from_environ()

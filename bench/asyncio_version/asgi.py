@@ -10,7 +10,7 @@ from secrets import token_hex
 from typing import Any
 
 from tricorn.chat.protocol import SUBPROTOCOLS
-from tricorn.errors.report import report, trace_id
+from tricorn.errors.report import report, send_records, trace_id
 from tricorn.protocol.close import Close
 from tricorn.protocol.handshake import Refused, as_request, check_entry, choose_subprotocol
 from tricorn.service.pages import pages
@@ -33,7 +33,8 @@ class AsgiConnection:
         self.subprotocol = subprotocol
         self.request_headers = headers
         self.gone: Close | None = None
-        self.context: dict[str, object] = {
+        self.context: dict[str, object] = {}
+        self.known: dict[str, Any] = {
             "connection": token_hex(6),
             "peer": tuple(scope["client"]),
             "path": scope["path"],
@@ -93,10 +94,11 @@ class App:
         close = await self._chat.session(ws)
         await ws.end(close)
         close = ws.gone or close
-        report("INFO", "connection closed", **ws.context, code=close.code, reason=close.reason)
+        report("INFO", "connection closed", context=ws.context, **ws.known, code=close.code, reason=close.reason)
 
 
 def _settings() -> Settings:
+    send_records("stderr", "INFO")
     try:
         return Settings.from_environ()
     except SettingError as error:

@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from time import monotonic, time
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from msgspec.json import Encoder
 from websockets.asyncio.server import ServerConnection, broadcast
@@ -62,7 +62,8 @@ _encode = Encoder().encode
 class Connection(Protocol):
     """What a session needs of its transport. One that `keeps_up` is a `ServerConnection`, fit for `broadcast`."""
 
-    context: dict[str, object]  # what every record about the connection says of it
+    context: dict[str, object]  # what the chat adds to every record about the connection
+    known: dict[str, Any]  # what the server knows of it
 
     @property
     def peer(self) -> str:
@@ -133,7 +134,7 @@ class Session:
         except* TimeoutError:
             close = self._due
         except* Exception as errors:
-            close = Close(INTERNAL_ERROR, report_error(errors, **self.ws.context))
+            close = Close(INTERNAL_ERROR, report_error(errors, context=self.ws.context, **self.ws.known))
         finally:
             for timer in (self._heart, self._notice):
                 if timer is not None:
@@ -262,7 +263,7 @@ class Session:
             posts_per_minute=settings.posts_per_minute,
         )
         return Welcome(
-            connection=str(self.ws.context["connection"]),
+            connection=str(self.ws.known["connection"]),
             user=who.user,
             heartbeat=settings.heartbeat,
             limits=limits,
@@ -304,7 +305,7 @@ class Session:
             except Ending:
                 raise
             except Exception as error:
-                error_id = report_error(error, **self.ws.context, request=type(request).__name__)
+                error_id = report_error(error, context=self.ws.context, **self.ws.known, request=type(request).__name__)
                 ref = getattr(request, "id", getattr(request, "conversation", None))
                 reply = Error(code="internal", message="this did not work", ref=ref, error_id=error_id)
             if reply is not None:

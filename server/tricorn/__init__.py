@@ -2,6 +2,7 @@
 
 from tricorn.application import Application, asgi_app
 from tricorn.connection import Disconnected, Message
+from tricorn.errors.report import send_records
 from tricorn.metrics import ServerMetrics
 from tricorn.protocol.close import Close
 from tricorn.request import Accept, Refuse, Request
@@ -25,5 +26,6 @@ __all__ = [
     "asgi_app",
     "broadcast",
     "run",
+    "send_records",
     "serve",
 ]

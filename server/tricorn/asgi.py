@@ -17,7 +17,7 @@ import trio
 from tricorn.application import asgi_app
 from tricorn.chat import SUBPROTOCOLS, Agent, Chat
 from tricorn.errors.import_guard import guarded
-from tricorn.errors.report import report
+from tricorn.errors.report import report, send_records
 from tricorn.server import settle
 from tricorn.service.cli import check_shared, load_agent, make_gate, open_log
 from tricorn.service.drill import drill
@@ -96,6 +96,7 @@ def _workers() -> int:
 
 
 def _load() -> _Service:
+    send_records("stderr", "INFO")  # before the agent is imported, which may choose otherwise
     try:
         settings = Settings.from_environ()
         log = open_log(settings)

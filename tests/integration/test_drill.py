@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import subprocess
@@ -45,6 +46,7 @@ print(*late, *(set(sys.modules) - known))
 
 
 def descriptors() -> set[tuple[str, str]]:
+    gc.collect()  # pipes that earlier tests left behind
     own = Path("/proc/self/fd")
     return {(name, os.readlink(own / name)) for name in os.listdir(own) if own.joinpath(name).exists()}
 

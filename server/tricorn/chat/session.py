@@ -38,7 +38,7 @@ from tricorn.chat.protocol import (
 )
 from tricorn.chat.quota import Quota
 from tricorn.connection import WOKEN
-from tricorn.errors.report import report_error
+from tricorn.errors.report import report_error, trace_id
 from tricorn.metrics import DELIVERED, LIMIT_HITS
 from tricorn.protocol.close import (
     FORBIDDEN,
@@ -250,7 +250,16 @@ class Session:
             await self._ws.close(*PAST_LOST)
             return None
         except Exception as error:
-            error_id = report_error(error, **self._ws.context, request=request.__class__.__name__)
+            ws = self._ws
+            error_id = report_error(
+                error,
+                context=ws.context,
+                connection=ws.id,
+                peer=ws.peer,
+                path=ws.path,
+                trace=trace_id(ws.headers),
+                request=request.__class__.__name__,
+            )
             return Error(code="internal", message="this did not work", ref=ref, error_id=error_id)
 
     def _welcome(self, who: Identity) -> Welcome:

@@ -34,7 +34,7 @@ from tricorn.chat.logs.base import Log, Unavailable
 from tricorn.chat.protocol import SUBPROTOCOLS, Id
 from tricorn.errors.audit import Finding, audit, defines, locate, python_files
 from tricorn.errors.import_guard import guarded
-from tricorn.errors.report import report
+from tricorn.errors.report import report, send_records
 from tricorn.listening.accept import Address, listen
 from tricorn.server import Server, serve_until_signal, settle
 from tricorn.service.auth import Tokens, check_exposure, make_token
@@ -180,6 +180,7 @@ SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def _serve_command(arguments: Namespace) -> int:
+    send_records("stderr", "INFO")  # before the agent is imported, which may choose otherwise
     settings = _settings(arguments)
     if arguments.bind is not None:
         host, port = parse_bind(arguments.bind, "--bind ")
@@ -338,8 +339,13 @@ def _say_where(settings: Settings, config: Config | None, addresses: Sequence[Ad
     scheme = "http" if config is None or not config.ssl_enabled else "https"
     print(f"Tricorn is listening on {scheme}://{_address(*addresses[0])}", flush=True)
     if settings.service is not None:
-        of = {"service": settings.service, "revision": settings.revision, "configuration": settings.configuration}
-        report("INFO", "an instance has started", **of)
+        report(
+            "INFO",
+            "an instance has started",
+            service=settings.service,
+            revision=settings.revision,
+            configuration=settings.configuration,
+        )
 
 
 async def _listen_for_metrics(settings: Settings) -> list[Socket]:

@@ -21,7 +21,7 @@ import trio
 
 from tricorn.chat import SUBPROTOCOLS, Chat
 from tricorn.chat.logs.memory import MemoryLog
-from tricorn.errors.report import SINK, STDERR
+from tricorn.errors.report import SINK, STDERR, send_records
 from tricorn.metrics import forget
 from tricorn.server import serve
 from tricorn.service.auth import rehearse
@@ -88,14 +88,14 @@ REHEARSED = (
 async def drill() -> None:
     """Serve on a free port of this machine, use it in every way, have it fail, and end it. Leaves nothing behind.
 
-    What it reports goes nowhere: as long as it lasts, stderr, and where else reports go, is /dev/null. If cancelled,
-    its server closes as any other does.
+    What it reports goes nowhere: while it runs, stderr is /dev/null, and records go there. If cancelled, its server
+    closes as any other does.
 
     Raises:
         RuntimeError: something was not answered as it must be. As all that the server raises, in an ExceptionGroup.
         trio.TooSlowError: it did not end within `PATIENCE` seconds.
     """
-    with _silence(STDERR), _silence(SINK), trio.fail_after(PATIENCE):
+    with _silence(STDERR), _silence(SINK), _all_records(), trio.fail_after(PATIENCE):
         _call_what_loads()
         async with Chat(_failing_agent, log=MemoryLog()) as chat, trio.open_nursery() as nursery:
 
@@ -153,6 +153,16 @@ def _failure() -> Exception:
             error.add_note("a note")
             errors.append(error)
     return ExceptionGroup("the drill", errors)
+
+
+@contextmanager
+def _all_records() -> Iterator[None]:
+    """Write every record to stderr, so that the drill goes that way whatever the program has chosen."""
+    before = send_records("stderr", "DEBUG")
+    try:
+        yield
+    finally:
+        send_records(*before)
 
 
 @contextmanager
