@@ -142,6 +142,7 @@ class Connection:
         "_later_causes",
         "_metrics",
         "_received",
+        "_reported",
         "_sent",
         "cause",
         "context",
@@ -176,6 +177,7 @@ class Connection:
         self._received = self._sent = 0
         self._later_causes: list[str] | None = None
         self._error_id: str | None = None
+        self._reported: Exception | None = None  # what a handler raises again
 
     # For the host
 
@@ -188,7 +190,7 @@ class Connection:
         try:
             async with trio.open_nursery() as self.nursery:
                 self._move(Phase.OPEN)
-                if self.cause is not None:  # `cancel` came before
+                if self.cause is not None:  # the end came before the handler
                     self.stop()
                 self.transport.start(self)
                 await handler(websocket)
@@ -203,8 +205,7 @@ class Connection:
     def cancel(self) -> None:
         """Close the connection with 1012, as cancelling what is around it does."""
         self._end(Close(SERVICE_RESTART))
-        if self.phase is not Phase.ACCEPTED:
-            self.stop()
+        self.stop()
 
     def totals(self) -> Totals:
         """Return the traffic so far."""
@@ -245,7 +246,8 @@ class Connection:
     def stop(self) -> None:
         """Cancel the nursery: there is nothing more to receive."""
         self.over = True
-        self.nursery.cancel_scope.cancel()
+        if self.phase is not Phase.ACCEPTED:
+            self.nursery.cancel_scope.cancel()
 
     async def close(self, cause: Close) -> None:
         """Close the connection unless it is ending already, and wait until it is closed."""
@@ -296,14 +298,19 @@ class Connection:
         self._sent += sent and last
         return sent
 
-    def end_fragments(self, *, complete: bool) -> None:
-        """Let others send again; a message that stays incomplete ends the connection."""
+    def end_fragments(self, error: BaseException | None) -> None:
+        """Let others send again; an error that left the message incomplete ends the connection."""
         assert self._fragmenting is not None  # noqa: S101
         self._fragmenting.set()
         self._fragmenting = None
-        if not complete:
+        if error is None or isinstance(error, Disconnected):
+            return
+        if isinstance(error, Exception):
+            self._reported = error
+            self._end(self._report(error))
+        else:
             self._end(Close(INTERNAL_ERROR, "a fragmented message was not finished"))
-            self.stop()
+        self.stop()
 
     def broadcast(self, message: Broadcast) -> bool:
         """Send a message if that needs no waiting; False if it was not sent."""
@@ -337,7 +344,10 @@ class Connection:
         return True
 
     def _failed(self, errors: BaseExceptionGroup[BaseException]) -> None:
-        rest = errors.split(Disconnected)[1] if self.cause is not None else errors
+        reported, self._reported = self._reported, None
+        rest = errors.split(lambda error: error is reported)[1]
+        if rest is not None and self.cause is not None:
+            rest = rest.split(Disconnected)[1]
         if rest is not None:
             self._end(self._report(rest))
 

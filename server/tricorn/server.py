@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 from contextlib import nullcontext
+from functools import partial
+from socket import SO_ACCEPTCONN, SOL_SOCKET
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -15,6 +17,7 @@ from tricorn.listening.asgi import AsgiWebSockets
 from tricorn.listening.binds import addresses, close_all, listen, listen_on
 from tricorn.listening.http import Hypercorn, upgrade_required
 from tricorn.listening.site import Site
+from tricorn.protocol.phase import Phase
 from tricorn.settings import Settings
 from tricorn.transport.keep_alive import keep_alive
 from tricorn.transport.poller import best_poller
@@ -83,7 +86,8 @@ class Server:
     @property
     def connections(self) -> frozenset[WebSocket[Any]]:
         """The connections that are open now, as their handlers hold them."""
-        return frozenset(self._site.connections.values())
+        connections = self._site.connections.items()
+        return frozenset(websocket for connection, websocket in connections if connection.phase is Phase.OPEN)
 
     @property
     def metrics(self) -> ServerMetrics:
@@ -93,9 +97,9 @@ class Server:
     async def close(self) -> None:
         """Close the server as cancelling it does, and wait until it is closed, for at most `drain_timeout` seconds.
 
-        If cancelled, the server closes all the same.
+        If cancelled, the server closes all the same. Closing it again only waits.
         """
-        self.begin_closing()
+        self._serving.cancel()
         await self._over.wait()
 
     def begin_closing(self) -> None:
@@ -226,8 +230,9 @@ async def serve(
         LifespanFailureError: of Hypercorn, in an ExceptionGroup: the app did not start up.
     """
     site = Site(handler, settings, before_upgrade=before_upgrade, subprotocols=subprotocols)
-    bound = await _bound(port, host, bind, listeners)
-    await Server(site, bound, app=app, ssl_context=ssl_context, config=config, drain=drain).serve(task_status)
+    make = partial(Server, site, app=app, ssl_context=ssl_context, config=config, drain=drain)
+    server = await _bind(make, port, host, bind, listeners)
+    await server.serve(task_status)
 
 
 def run(
@@ -257,11 +262,10 @@ def run(
         OSError, ValueError: as `serve` does.
     """
     site = Site(handler, settings, before_upgrade=before_upgrade, subprotocols=subprotocols)
+    make = partial(Server, site, app=app, ssl_context=ssl_context, config=config, drain=drain)
 
     async def main() -> None:
-        bound = await _bound(port, host, bind, listeners)
-        server = Server(site, bound, app=app, ssl_context=ssl_context, config=config, drain=drain)
-        await serve_until_signal(server)
+        await serve_until_signal(await _bind(make, port, host, bind, listeners))
 
     trio.run(main)
 
@@ -282,14 +286,24 @@ async def _obey(signals: AsyncIterator[int], server: Server) -> None:
         server.begin_closing()
 
 
-async def _bound(port: int | None, host: str, bind: Sequence[str], listeners: Sequence[Socket]) -> list[Socket]:
-    if port is None and not bind and not listeners:
-        raise ValueError("there is nothing to listen on: give a port, `bind` or `listeners`")
+async def _bind(
+    make: Callable[[list[Socket]], Server],
+    port: int | None,
+    host: str,
+    bind: Sequence[str],
+    listeners: Sequence[Socket],
+) -> Server:
+    """Make a server that has everything it is to listen on. If that fails, nothing stays open."""
     bound = list(listeners)
     try:
         if port is not None:
             bound += await listen(port, host)
-        return bound + await listen_on(bind)
+        bound += await listen_on(bind)
+        if not bound:
+            raise ValueError("there is nothing to listen on: give a port, `bind` or `listeners`")
+        if not all(listener.getsockopt(SOL_SOCKET, SO_ACCEPTCONN) for listener in bound):
+            raise ValueError("a socket in `listeners` does not listen")
+        return make(bound)
     except BaseException:
         close_all(bound)
         raise

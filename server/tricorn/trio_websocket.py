@@ -20,7 +20,7 @@ from trio_websocket import ConnectionClosed
 
 from tricorn.errors.report import report_error
 from tricorn.listening.site import Site
-from tricorn.protocol.handshake import accept, as_request, check_upgrade
+from tricorn.protocol.handshake import accept, as_request, check_upgrade, refusal
 from tricorn.request import Refuse
 from tricorn.settings import Settings
 from tricorn.transport.keep_alive import keep_alive
@@ -62,13 +62,14 @@ def adapt(
         connection = request._connection
         sock = _socket(connection._stream)
         try:
-            asked = _as_asked(request, sock.getpeername()[:2])
+            asked = _as_asked(request, _peer(sock))
             check_upgrade(asked)
             admitted, accepted = await site.admit(asked)
         except Refuse as refused:
-            headers = [(name.encode(), value.encode()) for name, value in refused.headers.items()]
+            response, body = refusal(refused)
+            headers = [(name.encode(), value.encode("latin-1")) for name, value in response.items()]
             with suppress(ConnectionClosed):
-                await request.reject(refused.status, extra_headers=headers, body=f"{refused.body}\n".encode())
+                await request.reject(refused.status, extra_headers=headers, body=body)
             return
         stream, connection._stream = connection._stream, cast(trio.abc.Stream, _Gone())
         notify_closing(sock)  # so that trio-websocket's reader ends; it stays open
@@ -153,7 +154,12 @@ def _socket(stream: trio.abc.Stream) -> trio.socket.SocketType:
     return stream.socket
 
 
-def _as_asked(request: WebSocketRequest, peer: tuple[str, int]) -> Request:
+def _peer(sock: trio.socket.SocketType) -> tuple[str, int] | None:
+    name = sock.getpeername()
+    return name[:2] if isinstance(name, tuple) else None  # a Unix socket
+
+
+def _as_asked(request: WebSocketRequest, peer: tuple[str, int] | None) -> Request:
     """The request's head as the client sent it, which trio-websocket has taken apart."""
     headers = [(b"host", request._event.host.encode("latin-1")), *request.headers]
     if request.proposed_subprotocols:

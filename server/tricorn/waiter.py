@@ -34,6 +34,8 @@ class Waiter:
     A wake-up is not remembered: look whether what you wait for is already there, and wait without a checkpoint between.
     """
 
+    __slots__ = ("_task",)
+
     def __init__(self) -> None:
         self._task: Task | None = None
 

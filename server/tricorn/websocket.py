@@ -120,8 +120,9 @@ class WebSocket(Generic[State]):
 
         Waits while the peer does not keep up. A checkpoint, but for the first send after a receive, which was one.
         If cancelled, nothing of a str or bytes was sent. A message once begun is sent whole, or the connection ends: a
-        fragmented message that is cancelled, or whose iterable raises, after its first fragment ends it with 1011. An
-        empty iterable sends nothing. Other messages wait until a fragmented one is complete.
+        fragmented message that is cancelled, or whose iterable raises, after its first fragment ends it with 1011. The
+        iterable is asked for a fragment before the one in front of it is sent, and an empty one sends nothing. Other
+        messages wait until a fragmented one is complete.
 
         Raises:
             Disconnected: the connection is over.
@@ -194,7 +195,7 @@ class WebSocket(Generic[State]):
         while not connection.begin_fragments():
             await connection.room()
         text: bool | None = isinstance(fragment, str)
-        whole = begun = False
+        begun = False
         try:
             payload = _payload(fragment, text=text)
             following: Message | None = fragment
@@ -207,9 +208,10 @@ class WebSocket(Generic[State]):
                 if following is not None:
                     payload = _payload(following, text=text)
                     await checkpoint()
-            whole = True
-        finally:
-            connection.end_fragments(complete=whole or not begun)
+        except BaseException as error:
+            connection.end_fragments(error if begun else None)
+            raise
+        connection.end_fragments(None)
 
     def _peer(self) -> str:
         peer = self._connection.request.peer
@@ -224,7 +226,7 @@ def _payload(fragment: Message, *, text: bool | None) -> bytes:
     if isinstance(fragment, str):
         if text:
             return fragment.encode()
-    elif not text:
+    elif not text and isinstance(fragment, bytes | bytearray | memoryview):
         return bytes(fragment)
     raise TypeError("the fragments of a message must all be str or all be bytes")
 

@@ -72,7 +72,7 @@ async def accept_forever(
                 continue  # this peer is gone already
             short = False
             sock.setblocking(False)
-            connections.start_soon(serve, sock, address[:2] or None)
+            connections.start_soon(serve, sock, address[:2] if isinstance(address, tuple) else None)
 
 
 class Acceptor:

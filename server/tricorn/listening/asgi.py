@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 from trio import Event
 from trio.lowlevel import checkpoint
 
-from tricorn.protocol.handshake import join_headers
+from tricorn.protocol.handshake import join_headers, refusal
 from tricorn.request import Refuse, Request
 from tricorn.transport.asgi import AsgiTransport, Unattended
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from tricorn.connection import Connection
     from tricorn.listening.site import Site
     from tricorn.transport.asgi import Reach, Receive, Send
@@ -47,13 +49,14 @@ class AsgiWebSockets:
         handler, accepted = await site.admit(request)
         transport = AsgiTransport(receive, send, reach, self._unattended, site.settings, site.metrics)
         connection, websocket = site.connect(transport, request, accepted)
+        transport.carry(connection)
         self._serving.add(connection)
         try:
             for _ in range(PASSES):
                 await checkpoint()
-            headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in accepted.headers.items()]
+            headers = _raw(accepted.headers)
             await send({"type": "websocket.accept", "subprotocol": accepted.subprotocol, "headers": headers})
-            await transport.run(connection, handler, websocket)
+            await transport.run(handler, websocket)
         finally:
             site.forget(connection)
             self._serving.discard(connection)
@@ -80,11 +83,14 @@ async def _deny(scope: Any, send: Send, refused: Refuse) -> None:
     if "websocket.http.response" not in scope.get("extensions", ()):
         await send({"type": "websocket.close"})  # a server makes it 403
         return
-    body = f"{refused.body}\n".encode()
-    headers = [(name.lower().encode(), value.encode()) for name, value in refused.headers.items()]
-    headers += [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"%d" % len(body))]
-    await send({"type": "websocket.http.response.start", "status": refused.status.value, "headers": headers})
+    headers, body = refusal(refused)
+    start = {"type": "websocket.http.response.start", "status": refused.status.value, "headers": _raw(headers)}
+    await send(start)
     await send({"type": "websocket.http.response.body", "body": body})
+
+
+def _raw(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
 
 
 def _request(scope: Any) -> Request:

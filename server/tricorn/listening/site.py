@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from trio import TooSlowError, fail_after
+from trio import move_on_after
 
 from tricorn.connection import Connection
 from tricorn.errors.report import report, report_error
@@ -95,20 +95,26 @@ class Site:
     async def _ask(self, hook: BeforeUpgrade, request: Request) -> Accept:
         """Have the hook decide. Its failure is ours and not the client's: 500 with an error id, 503 if it is late."""
         try:
-            with fail_after(self.settings.handshake_timeout):
-                answer = await hook(request)
-            if not isinstance(answer, Accept | Refuse):
-                raise TypeError(f"before_upgrade must return Accept or Refuse, not {type(answer).__name__}")
-            check_answer(answer, offered_subprotocols(request))
-        except Refuse as refused:
-            check_answer(refused, ())
+            with move_on_after(self.settings.handshake_timeout):
+                answer = await _answer_of(hook, request)
+                check_answer(answer, offered_subprotocols(request))
+                if isinstance(answer, Accept):
+                    return answer
+                raise answer
+        except Refuse:
             raise
-        except TooSlowError:
-            report("WARNING", "before_upgrade did not decide in time", path=request.path, peer=request.peer)
-            raise Refuse(HTTPStatus.SERVICE_UNAVAILABLE, "the server could not decide in time") from None
         except Exception as error:
             error_id = report_error(error, path=request.path, peer=request.peer)
             raise Refuse(HTTPStatus.INTERNAL_SERVER_ERROR, f"internal server error {error_id}") from None
-        if isinstance(answer, Refuse):
-            raise answer
-        return answer
+        report("WARNING", "before_upgrade did not decide in time", path=request.path, peer=request.peer)
+        raise Refuse(HTTPStatus.SERVICE_UNAVAILABLE, "the server could not decide in time")
+
+
+async def _answer_of(hook: BeforeUpgrade, request: Request) -> Accept | Refuse:
+    try:
+        answer = await hook(request)
+    except Refuse as refused:
+        return refused
+    if not isinstance(answer, Accept | Refuse):
+        raise TypeError(f"before_upgrade must return Accept or Refuse, not {type(answer).__name__}")
+    return answer

@@ -171,7 +171,8 @@ UPGRADE = {"Upgrade": "websocket", "Connection": "Upgrade, close"}  # RFC 9110 �
 
 def offered_subprotocols(request: Request) -> list[str]:
     """Return the subprotocols that the client offers, its favourite first (RFC 6455 §4.1)."""
-    return [name.strip() for name in request.headers.get("sec-websocket-protocol", "").split(",")]
+    names = request.headers.get("sec-websocket-protocol", "").split(",")
+    return [name.strip() for name in names if name.strip()]
 
 
 def choose_subprotocol(request: Request, known: Sequence[str]) -> str | None:
@@ -183,9 +184,12 @@ def check_answer(answer: Accept | Refuse, offered: Sequence[str]) -> None:
     """Check the answer that a hook gives.
 
     Raises:
-        ValueError: it accepts a subprotocol that the client does not offer, or has a header that cannot be sent.
+        ValueError: it accepts a subprotocol that the client does not offer, or has a header or a body that cannot be
+            sent.
     """
-    if isinstance(answer, Accept) and answer.subprotocol is not None and answer.subprotocol not in offered:
+    if isinstance(answer, Refuse):
+        answer.body.encode()
+    elif answer.subprotocol is not None and answer.subprotocol not in offered:
         raise ValueError(f"the client does not offer the subprotocol {answer.subprotocol!r}")
     for name, value in answer.headers.items():
         if not _TOKEN.fullmatch(name) or not _FIELD_VALUE.fullmatch(value) or name.lower().startswith(_OURS):
@@ -223,15 +227,19 @@ def accept(request: Request, accepted: Accept, extensions: str | None = None) ->
     return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
+def refusal(refused: Refuse) -> tuple[dict[str, str], bytes]:
+    """Return the headers and the body of the response to a request that is refused."""
+    body = f"{refused.body}\n".encode()
+    headers = {"Content-Type": "text/plain; charset=utf-8", "Content-Length": str(len(body))}
+    if any(name.lower() == "content-type" for name in refused.headers):
+        del headers["Content-Type"]
+    return headers | dict(refused.headers), body
+
+
 def refuse(refused: Refuse, head: Head) -> bytes:
     """Return the response to a request that is refused; the connection is closed after it."""
-    body = f"{refused.body}\n".encode()
-    headers = {
-        "Connection": "close",
-        "Content-Type": "text/plain; charset=utf-8",
-        "Content-Length": str(len(body)),
-        **refused.headers,
-    }
+    headers, body = refusal(refused)
+    headers = {"Connection": "close"} | headers
     lines = [f"HTTP/1.1 {refused.status.value} {refused.status.phrase}", *(f"{k}: {v}" for k, v in headers.items())]
     response = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
     return response if head.data.startswith(b"HEAD ") else response + body  # RFC 9110 §9.3.2

@@ -125,13 +125,15 @@ class AsgiTransport:
         self._taken = 0
         self._kept_alive = False
 
-    async def run(
-        self, connection: Connection, handler: Callable[[Handed], Awaitable[None]], websocket: Handed
-    ) -> None:
+    def carry(self, connection: Connection) -> None:
+        """Know the connection, which the server may abort before it runs."""
+        self._connection = connection
+
+    async def run(self, handler: Callable[[Handed], Awaitable[None]], websocket: Handed) -> None:
         """Run the connection. If cancelled, it closes in the proper way."""
         async with trio.open_nursery() as self._nursery:
             try:
-                await connection.run(handler, websocket)
+                await self._connection.run(handler, websocket)
                 if self._heard:
                     # Hypercorn's reader waits without end for somebody to take what it read, up to the disconnect.
                     with move_on_after(self._settings.close_timeout, shield=True):
@@ -143,7 +145,6 @@ class AsgiTransport:
     # For the connection
 
     def start(self, connection: Connection) -> None:
-        self._connection = connection
         self._nursery.start_soon(self._read)
         self._nursery.start_soon(self._write)
 

@@ -188,9 +188,10 @@ class NativeTransport:
 
     def broadcast(self, message: Broadcast) -> bool:
         self._require_open()
-        data = message.frame(self._deflater)
-        if len(self._unsent) + self._put_off_bytes + len(data) > max(BROADCAST_MAX, len(data)):
+        size = len(message.payload)
+        if len(self._unsent) + self._put_off_bytes + size > max(BROADCAST_MAX, size):
             return False
+        data = message.frame(self._deflater)  # not before: what a compressor remembers has to be sent
         self._put_off.append(data)
         self._put_off_bytes += len(data)
         self._poller.flush_soon(self)
