@@ -21,6 +21,7 @@ from websockets.frames import DATA_OPCODES, Close, Frame, Opcode
 from websockets.protocol import State
 from websockets.uri import parse_uri
 
+import tricorn
 from fixtures.hosts import HOSTS, Handler, Host, asgi, native
 from tricorn.transport.poller import Epoll, PerSocket
 
@@ -156,6 +157,8 @@ class Server:
     """Cancel it to close the server."""
     over: trio.Event = field(default_factory=trio.Event)
     """It is closed."""
+    own: tricorn.Server = field(init=False)
+    """The server itself, on the native host."""
 
     @asynccontextmanager
     async def open(self, receive_buffer: int | None = None) -> AsyncGenerator[trio.SocketStream]:
@@ -187,6 +190,9 @@ class Server:
 @asynccontextmanager
 async def run_server(host: Host, handler: Handler, **options: Any) -> AsyncGenerator[Server]:
     server = Server(0, trio.CancelScope())
+
+    if host is native:
+        options["notice"] = partial(setattr, server, "own")
 
     async def serving(task_status: trio.TaskStatus[int]) -> None:
         with server.scope:

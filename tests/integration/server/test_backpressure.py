@@ -46,7 +46,7 @@ async def test_of_a_cancelled_send_nothing_is_sent(hosted: Served) -> None:
         assert scope.cancelled_caught
         with trio.CancelScope() as scope:
             scope.cancel()
-            await ws.send_text([b"cancelled", b"before it begins"])
+            await ws.send_texts([b"cancelled", b"before it begins"])
         assert scope.cancelled_caught
         await ws.send("after")
 

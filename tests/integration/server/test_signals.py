@@ -25,10 +25,10 @@ import trio
 import tricorn
 
 async def handler(ws):
-    if ws.path == "/flood":
+    if ws.request.path == "/flood":
         await ws.send(bytes(2**24))
         await ws.send("never")
-    if ws.path == "/deaf":
+    if ws.request.path == "/deaf":
         with trio.CancelScope(shield=True):
             await ws.send("deaf")
             await trio.sleep(1)
