@@ -59,28 +59,28 @@ def adapt(
     site = Site(handler, settings, before_upgrade=before_upgrade, subprotocols=subprotocols)
 
     async def serve(request: WebSocketRequest) -> None:
-        connection = request._connection
-        sock = _socket(connection._stream)
+        sock = _socket(request._connection._stream)
+        refused = False
         try:
             asked = _as_asked(request, _peer(sock))
-            check_upgrade(asked)
-            admitted, accepted = await site.admit(asked)
-        except Refuse as refused:
-            response, body = refusal(refused)
-            headers = [(name.encode(), value.encode("latin-1")) for name, value in response.items()]
-            with suppress(ConnectionClosed):
-                await request.reject(refused.status, extra_headers=headers, body=body)
-            return
-        stream, connection._stream = connection._stream, cast(trio.abc.Stream, _Gone())
-        notify_closing(sock)  # so that trio-websocket's reader ends; it stays open
-        try:
-            await _serve(_TakenOver(stream, connection), sock, asked, admitted, accepted)
-        except* (OSError, trio.BrokenResourceError):
+            try:
+                check_upgrade(asked)
+                admitted, accepted = await site.admit(asked)
+            except Refuse as refusal:
+                refused = True  # and what is left is trio-websocket's to do
+                await _reject(request, refusal)
+            else:
+                connection = request._connection
+                stream, connection._stream = connection._stream, cast(trio.abc.Stream, _Gone())
+                notify_closing(sock)  # so that trio-websocket's reader ends; it stays open
+                await _serve(_TakenOver(stream, connection), sock, asked, admitted, accepted)
+        except* (OSError, trio.BrokenResourceError, ConnectionClosed):
             pass  # the peer is gone
         except* Exception as errors:  # a bug of ours: it ends this connection and nothing else
-            report_error(errors, path=asked.path)
+            report_error(errors, path=request.path)
         finally:
-            sock.close()
+            if not refused:
+                sock.close()
 
     async def _serve(
         stream: _TakenOver, sock: trio.socket.SocketType, request: Request, admitted: Handler, accepted: Accept
@@ -101,6 +101,12 @@ def adapt(
             site.forget(connection)
 
     return serve
+
+
+async def _reject(request: WebSocketRequest, refused: Refuse) -> None:
+    headers, body = refusal(refused)
+    raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+    await request.reject(refused.status, extra_headers=raw, body=body)
 
 
 async def _support(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Generic, Self
 
 import trio
@@ -12,8 +13,6 @@ from tricorn.protocol.close import NORMAL, Close, may_be_sent
 from tricorn.protocol.frames import Opcode, frame
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from typing_extensions import TypeVar
 
     from tricorn.connection import Connection, Message
@@ -132,9 +131,11 @@ class WebSocket(Generic[State]):
             payload, text = message.encode(), True
         elif isinstance(message, bytes | bytearray | memoryview):
             payload, text = bytes(message), False
-        else:
+        elif isinstance(message, Iterable):
             await self._send_fragments(message)
             return
+        else:
+            raise TypeError(f"a message is str or bytes, or an iterable of either, not {type(message).__name__}")
         if self._paid:
             self._paid = False
         else:

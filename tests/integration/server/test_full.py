@@ -142,9 +142,7 @@ async def test_only_so_many_may_say_nothing(served: Serving) -> None:
 # How fast one may be; the time stands still, so that it is no burst and a bit
 
 
-async def test_who_sends_too_many_messages_is_closed_behind_what_came(
-    served: Serving, mock_clock: MockClock
-) -> None:
+async def test_who_sends_too_many_messages_is_closed_behind_what_came(served: Serving, mock_clock: MockClock) -> None:
     settings = Settings(messages_per_second=10)
     async with served(echo, settings=settings) as server, server.connect() as first, server.connect() as client:
         await client.send(*map(str, range(100)))
@@ -156,9 +154,7 @@ async def test_who_sends_too_many_messages_is_closed_behind_what_came(
     assert hits(server) == {"messages_per_second": 1}
 
 
-async def test_who_sends_too_many_bytes_is_closed_whatever_they_are(
-    served: Serving, mock_clock: MockClock
-) -> None:
+async def test_who_sends_too_many_bytes_is_closed_whatever_they_are(served: Serving, mock_clock: MockClock) -> None:
     """Pings too, which no handler sees."""
     async with served(echo, settings=Settings(bytes_per_second=1000)) as server, server.connect() as client:
         for _ in range(100):
