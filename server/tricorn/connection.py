@@ -189,7 +189,7 @@ class Connection:
         self._metrics.opened.add()
         try:
             async with trio.open_nursery() as self.nursery:
-                self._move(Phase.OPEN)
+                self.phase = move(self.phase, Phase.OPEN)
                 if self.cause is not None:  # the end came before the handler
                     self.stop()
                 self.transport.start(self)

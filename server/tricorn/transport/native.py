@@ -200,7 +200,7 @@ class NativeTransport:
     async def ping(self) -> float:
         self._require_open()
         if self._pings is None:
-            self._pings = {}
+            self._codec.awaited = self._pings = {}
         payload = token_bytes(4)
         ping = self._pings[payload] = _Ping(current_time())
         self._put_off.append(frame(Opcode.PING, payload))
@@ -374,12 +374,11 @@ class NativeTransport:
         now = current_time()
         for payload in pongs:
             if self._pings and payload in self._pings:
-                for each, ping in list(self._pings.items()):
-                    del self._pings[each]
+                answered = list(self._pings)
+                for each in answered[: answered.index(payload) + 1]:
+                    ping = self._pings.pop(each)
                     ping.latency = now - ping.sent_at
                     ping.answered.set()
-                    if each == payload:
-                        break
         pongs.clear()
 
     def _require_open(self) -> None:

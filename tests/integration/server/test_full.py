@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from typing import Any
 
-import pytest
 import trio
 from h11 import CLIENT, Connection, Request, Response
 from trio.testing import MockClock, wait_all_tasks_blocked
