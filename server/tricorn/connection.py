@@ -219,8 +219,7 @@ class Connection:
         self._received += len(messages)
         messages.reverse()
         self.inbox = messages + self.inbox if self.inbox else messages
-        if self.receiver.waiting:
-            self.receiver.wake()
+        self.receiver.wake()
         return bool(messages)
 
     def end(self, cause: Close) -> None:
@@ -262,7 +261,8 @@ class Connection:
 
     def put(self, payloads: Sequence[bytes], text: bool) -> bool:
         """Send messages if there is room for them, and say whether there was. Raises Disconnected."""
-        self.require_open()
+        if self.over:
+            self.require_open()
         if self._fragmenting is not None:
             return False
         try:

@@ -104,7 +104,7 @@ class WebSocket(Generic[State]):
             if connection.cause is not None:
                 connection.stop()
                 raise StopAsyncIteration
-            if connection.receiver.waiting:
+            if connection.receiver.waiting is not None:
                 raise trio.BusyResourceError("another task is receiving from this connection")
             reading = connection.transport.idle()
             if reading is None:

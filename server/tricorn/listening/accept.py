@@ -99,6 +99,7 @@ class Acceptor:
                 upgraded = await self._answer(sock, peer, head)
                 if upgraded is not None:
                     transport, connection, websocket, handler = upgraded
+                    del upgraded  # it would be kept as long as the connection
                     try:
                         await connection.run(handler, websocket)
                     finally:

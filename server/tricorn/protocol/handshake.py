@@ -37,6 +37,8 @@ _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 §1.3
 class Head:
     """A request head on its way in."""
 
+    __slots__ = ("_h11", "_max_bytes", "data")
+
     def __init__(self, max_bytes: int) -> None:
         self.data = b""  # all that came, the head included
         self._max_bytes = max_bytes
@@ -95,7 +97,17 @@ def as_request(
         headers["host"] = absolute[1]  # whatever the header says (RFC 9112 §3.2.2)
         target = target[absolute.end() :]
     path, _, query = target.partition("?")
-    return Request(method.decode("ascii"), unquote(path) or "/", query, http_version.decode("ascii"), headers, peer)
+    return Request(
+        _USUAL.get(method) or method.decode("ascii"),
+        unquote(path) or "/",
+        query,
+        _USUAL.get(http_version) or http_version.decode("ascii"),
+        headers,
+        peer,
+    )
+
+
+_USUAL = {b"GET": "GET", b"1.1": "1.1"}  # which connections keep: they share them
 
 
 def join_headers(raw_headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:

@@ -159,7 +159,8 @@ class NativeTransport:
             self._poller.change(self)
 
     def send(self, payloads: Sequence[bytes], *, text: bool, more: bool) -> bool:
-        self._require_open()
+        if self._broken or self._closing:
+            self._require_open()
         if self._unsent:
             return False
         opcode = TEXT if text else BINARY
