@@ -91,7 +91,7 @@ class Transport(Protocol):
         """Send a message without waiting; False, and nothing is sent, if too much waits for the peer already."""
 
     async def room(self) -> None:
-        """Wait until there may be room. Cancelling it ends only the waiting."""
+        """Wait until there may be room, as one task at a time does. Cancelling it ends only the waiting."""
 
     async def ping(self) -> float:
         """Ping the peer and return how many seconds its answer took.
@@ -144,6 +144,7 @@ class Connection:
         "_received",
         "_reported",
         "_sent",
+        "_turn",
         "cause",
         "context",
         "id",
@@ -170,7 +171,8 @@ class Connection:
         self.phase = Phase.ACCEPTED
         self._close_timeout = close_timeout
         self._metrics = metrics
-        self._fragmenting: trio.Event | None = None  # set at the end of the fragmented message that is being sent
+        self._turn: trio.StrictFIFOLock | None = None  # of the tasks that send, as soon as one had to wait
+        self._fragmenting = False  # who has the turn sends a fragmented message
         self._ended: trio.Event | None = None  # if somebody waits for it
         # For the record of its end.
         self._began = self._ending_since = current_time()
@@ -259,11 +261,14 @@ class Connection:
                 self._ended.set()
         await self._ended.wait()
 
-    def put(self, payloads: Sequence[bytes], text: bool) -> bool:
-        """Send messages if there is room for them, and say whether there was. Raises Disconnected."""
+    def put(self, payloads: Sequence[bytes], text: bool, *, in_turn: bool = False) -> bool:
+        """Send messages if there is room for them, and say whether there was. Raises Disconnected.
+
+        Without `in_turn` there is no room while other tasks wait for some, or send a fragmented message.
+        """
         if self.over:
             self.require_open()
-        if self._fragmenting is not None:
+        if self._turn is not None and not in_turn and self._turn.locked():
             return False
         try:
             if not self.transport.send(payloads, text=text, more=bool(self.inbox)):
@@ -273,20 +278,22 @@ class Connection:
         self._sent += len(payloads)
         return True
 
-    async def room(self) -> None:
-        """Wait until there may be room. Cancelling it ends only the waiting."""
-        if self._fragmenting is not None:
-            await self._fragmenting.wait()
-        else:
-            await self.transport.room()
+    async def put_in_turn(self, payloads: Sequence[bytes], text: bool) -> None:
+        """Send messages when those that wait already are on their way and there is room. Raises Disconnected.
 
-    def begin_fragments(self) -> bool:
-        """Have no other message between the fragments that follow; False if another task sends fragments."""
+        If cancelled, nothing was sent.
+        """
+        if not self._fragmenting:
+            self._metrics.send_stalls.add()
+        async with self._turns():
+            while not self.put(payloads, text, in_turn=True):
+                await self.transport.room()
+
+    async def begin_fragments(self) -> None:
+        """Wait for the turn, and have no other message between the fragments that follow. Raises Disconnected."""
         self.require_open()
-        if self._fragmenting is not None:
-            return False
-        self._fragmenting = trio.Event()
-        return True
+        await self._turns().acquire()
+        self._fragmenting = True
 
     def put_fragment(self, payload: bytes, *, text: bool | None, last: bool) -> bool:
         """Send a fragment if there is room for it, and say whether there was. Raises Disconnected."""
@@ -300,9 +307,8 @@ class Connection:
 
     def end_fragments(self, error: BaseException | None) -> None:
         """Let others send again; an error that left the message incomplete ends the connection."""
-        assert self._fragmenting is not None  # noqa: S101
-        self._fragmenting.set()
-        self._fragmenting = None
+        self._fragmenting = False
+        self._turns().release()
         if error is None or isinstance(error, Disconnected):
             return
         if isinstance(error, Exception):
@@ -314,7 +320,7 @@ class Connection:
 
     def broadcast(self, message: Broadcast) -> bool:
         """Send a message if that needs no waiting; False if it was not sent."""
-        if self.over or self.cause is not None or self._fragmenting is not None:
+        if self.over or self.cause is not None or self._fragmenting:
             return False
         try:
             sent = self.transport.broadcast(message)
@@ -327,6 +333,11 @@ class Connection:
         """Raise Disconnected if the connection is over."""
         if self.over and self.cause is not None:
             raise Disconnected(*self.cause)
+
+    def _turns(self) -> trio.StrictFIFOLock:
+        if self._turn is None:
+            self._turn = trio.StrictFIFOLock()
+        return self._turn
 
     # How it ends
 

@@ -141,8 +141,8 @@ class WebSocket(Generic[State]):
         else:
             await checkpoint()
         connection = self._connection
-        while not connection.put((payload,), text):
-            await connection.room()
+        if not connection.put((payload,), text):
+            await connection.put_in_turn((payload,), text)
 
     async def send_texts(self, payloads: Iterable[bytes]) -> None:
         """Send texts that are UTF-8 already, each as one message, all in one write. Otherwise like `send`."""
@@ -152,8 +152,8 @@ class WebSocket(Generic[State]):
         else:
             await checkpoint()
         connection = self._connection
-        while not connection.put(whole, True):
-            await connection.room()
+        if not connection.put(whole, True):
+            await connection.put_in_turn(whole, True)
 
     async def ping(self) -> float:
         """Ping the peer and return the latency: the seconds until its pong (RFC 6455 §5.5.2).
@@ -189,28 +189,24 @@ class WebSocket(Generic[State]):
     async def _send_fragments(self, fragments: Iterable[Message]) -> None:
         iterator = iter(fragments)
         await checkpoint()
-        fragment = next(iterator, None)
-        if fragment is None:
+        following: object = next(iterator, _END)
+        if following is _END:
             return
         connection = self._connection
-        while not connection.begin_fragments():
-            await connection.room()
-        text: bool | None = isinstance(fragment, str)
-        begun = False
+        await connection.begin_fragments()
+        text = isinstance(following, str)
+        first: bool | None = text
         try:
-            payload = _payload(fragment, text=text)
-            following: Message | None = fragment
-            first: bool | None = text
-            while following is not None:
-                following = next(iterator, None)
-                while not connection.put_fragment(payload, text=first, last=following is None):
+            while following is not _END:
+                payload = _payload(following, text=text)
+                following = next(iterator, _END)
+                while not connection.put_fragment(payload, text=first, last=following is _END):
                     await connection.transport.room()
-                begun, first = True, None
-                if following is not None:
-                    payload = _payload(following, text=text)
+                first = None
+                if following is not _END:
                     await checkpoint()
         except BaseException as error:
-            connection.end_fragments(error if begun else None)
+            connection.end_fragments(error if first is None else None)
             raise
         connection.end_fragments(None)
 
@@ -223,7 +219,10 @@ REASON_MAX = 123  # bytes, RFC 6455 §5.5.1
 ABORTED = Close(1006)
 
 
-def _payload(fragment: Message, *, text: bool | None) -> bytes:
+_END = object()  # of an iterable
+
+
+def _payload(fragment: object, *, text: bool) -> bytes:
     if isinstance(fragment, str):
         if text:
             return fragment.encode()

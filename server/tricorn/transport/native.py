@@ -122,7 +122,7 @@ class NativeTransport:
         self._put_off: list[bytes] = []  # frames
         self._put_off_bytes = 0
         self._unsent: bytes | memoryview = b""  # what the socket has not taken of the last write
-        self._waiting: ParkingLot | None = None  # tasks that wait until nothing is unsent, or the closing is finished
+        self._waiting: ParkingLot | None = None  # who waits until nothing is unsent, or the closing is finished
         self._broken = False  # nothing can be sent any more
         self._closing = False  # the close frame was the last thing sent
         self._close_code: int | None = None  # the one in it
@@ -189,8 +189,7 @@ class NativeTransport:
 
     def broadcast(self, message: Broadcast) -> bool:
         self._require_open()
-        size = len(message.payload)
-        if len(self._unsent) + self._put_off_bytes + size > max(BROADCAST_MAX, size):
+        if len(self._unsent) + self._put_off_bytes > BROADCAST_MAX:
             return False
         data = message.frame(self._deflater)  # not before: what a compressor remembers has to be sent
         self._put_off.append(data)
@@ -215,10 +214,8 @@ class NativeTransport:
         return ping.latency
 
     async def room(self) -> None:
-        if self._unsent and not self._broken and not self._closing:
-            self._metrics.send_stalls.add()
-            while self._unsent and not self._broken and not self._closing:
-                await self._wait()
+        while self._unsent and not self._broken and not self._closing:
+            await self._wait()
 
     async def close(self, close: Close) -> None:
         self._closing = True
@@ -304,7 +301,7 @@ class NativeTransport:
             self._put_off_bytes = 0
             self._write(frames[0] if len(frames) == 1 else b"".join(frames))
         if self._waiting is not None and not self._unsent:
-            self._waiting.unpark()  # one: the next when this one's is on its way, so that they go out in order
+            self._waiting.unpark_all()
 
     def failed(self, error: Exception) -> None:
         self._connection.fail(error)

@@ -79,6 +79,7 @@ class Client:
     stream: trio.SocketStream
     protocol: ClientProtocol
     frames: deque[Frame] = field(default_factory=deque)
+    response: Any = None  # to the handshake, as websockets has it
 
     def request(self) -> bytes:
         """The request head."""
@@ -92,7 +93,8 @@ class Client:
             assert data
             self.protocol.receive_data(data)
             assert self.protocol.handshake_exc is None, self.protocol.handshake_exc
-        self.frames += (event for event in self.protocol.events_received() if isinstance(event, Frame))
+        self.response, *frames = self.protocol.events_received()
+        self.frames += (event for event in frames if isinstance(event, Frame))
 
     async def send(self, *messages: str | bytes) -> None:
         """Send messages, all of them in one write."""
