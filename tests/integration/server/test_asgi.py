@@ -429,3 +429,33 @@ async def converse(handler: Any, receive: Any, send: Any) -> None:
         scope = {"type": "websocket", "http_version": "1.1", "query_string": b"", "path": "/", "client": None}
         await app({**scope, "headers": [(b"host", b"h")]}, receive, send)
         nursery.cancel_scope.cancel()
+
+
+async def test_a_connection_may_end_before_it_is_accepted(records: Any) -> None:
+    """It is looked after, closed and aborted like the others from then on."""
+    site = Site(greet_and_sleep, SETTINGS)
+    said: list[str] = []
+    accepted = trio.Event()
+
+    async def receive() -> dict[str, Any]:
+        await trio.lowlevel.checkpoint()
+        return {"type": "websocket.disconnect", "code": 1006} if said else {"type": "websocket.connect"}
+
+    async def send(event: dict[str, Any]) -> None:
+        said.append(event["type"])
+        await accepted.wait()
+
+    scope = {"path": "/", "query_string": b"", "http_version": "2", "headers": [(b"host", b"h")]}
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(AsgiWebSockets(site).serve, scope, receive, send, lambda what: False)
+        await wait_all_tasks_blocked()
+        [connection] = site.connections
+        for now in (5, 10):
+            connection.transport.keep_alive(now)
+        connection.cancel()
+        connection.transport.abort()
+        accepted.set()
+    assert said == ["websocket.accept"]
+    assert site.connections == {}
+    [record] = records.read("INFO")
+    assert (record["code"], record["reason"]) == (1006, "no close frame")
