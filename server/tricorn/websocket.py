@@ -158,7 +158,8 @@ class WebSocket(Generic[State]):
     async def ping(self) -> float:
         """Ping the peer and return the latency: the seconds until its pong (RFC 6455 §5.5.2).
 
-        If cancelled, the answer is ignored. You need no ping to keep a connection alive: the server sends its own.
+        If cancelled, the answer is ignored. You need no ping to keep a connection alive: the server sends its own. Go
+        on receiving meanwhile, in another task: behind 64 KiB of messages that you have not received no pong is read.
 
         Raises:
             Disconnected: the connection is over, or ended before the pong came.
