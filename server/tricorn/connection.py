@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import inf
 from secrets import token_hex
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import trio
 from trio import current_effective_deadline, current_time, move_on_after
@@ -163,7 +163,7 @@ class Connection:
         self.id = token_hex(6)
         self.request = request
         self.transport = transport
-        self.context: dict[str, object] | None = None
+        self.context: dict[Any, object] | None = None
         self.inbox: list[Message] = []
         self.receiver = Waiter()
         self.cause: Close | None = None
@@ -183,11 +183,15 @@ class Connection:
 
     # For the host
 
-    async def run(self, handler: Callable[[Handed], Awaitable[None]], websocket: Handed) -> None:
-        """Run the connection from the handler's first step to the closed socket. Raises only what is not an Exception.
+    async def run(
+        self, handler: Callable[[Handed], Awaitable[None]], websocket: Handed
+    ) -> BaseExceptionGroup[BaseException] | None:
+        """Run the connection from the handler's first step to the closed socket.
 
+        Returns the exceptions of the handler's nursery, which have been reported; raises only what is not an Exception.
         If cancelled, the connection closes with 1012, within `close_timeout`.
         """
+        failure = None
         self._metrics.opened.add()
         try:
             async with trio.open_nursery() as self.nursery:
@@ -200,9 +204,10 @@ class Connection:
                     self._end(Close(NORMAL))
                 self.stop()
         except* Exception as errors:
-            self._failed(errors)
+            failure = self._failed(errors)
         finally:
             await self._tear_down()
+        return failure
 
     def cancel(self) -> None:
         """Close the connection with 1012, as cancelling what is around it does."""
@@ -320,13 +325,15 @@ class Connection:
         self.stop()
 
     def broadcast(self, message: Broadcast) -> bool:
-        """Send a message if that needs no waiting; False if it was not sent."""
-        if self.over or self.cause is not None or self._fragmenting:
+        """Send a message unless that needs waiting, and say whether it does not. One that ends gets nothing."""
+        if self.over or self.cause is not None:
+            return True
+        if self._fragmenting:
             return False
         try:
             sent = self.transport.broadcast(message)
         except trio.BrokenResourceError:
-            return False
+            return True
         self._sent += sent
         return sent
 
@@ -355,13 +362,14 @@ class Connection:
         self._ending_since = current_time()
         return True
 
-    def _failed(self, errors: BaseExceptionGroup[BaseException]) -> None:
+    def _failed(self, errors: BaseExceptionGroup[BaseException]) -> BaseExceptionGroup[BaseException] | None:
+        """Report all that is not the consequence of the connection's end, and return it."""
         reported, self._reported = self._reported, None
-        rest = errors.split(lambda error: error is reported)[1]
-        if rest is not None and self.cause is not None:
-            rest = rest.split(Disconnected)[1]
-        if rest is not None:
-            self._end(self._report(rest))
+        rest = errors if self.cause is None else errors.split(Disconnected)[1]
+        unreported = None if rest is None else rest.split(lambda error: error is reported)[1]
+        if unreported is not None:
+            self._end(self._report(unreported))
+        return rest
 
     def _report(self, error: BaseException) -> Close:
         code = None if self.cause is None else self.cause.code
@@ -370,7 +378,7 @@ class Connection:
             self._error_id = error_id
         return Close(INTERNAL_ERROR, error_id)
 
-    def _about(self) -> dict[str, object]:
+    def _about(self) -> dict[str, Any]:
         """What every record about the connection says of it."""
         request = self.request
         return {

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import trio
-from tricorn.chat.settings import ChatSettings
 from websockets.frames import DATA_OPCODES
 
 from fixtures.checkpoints import Case, Scenario, Service, play
@@ -24,6 +23,7 @@ from tricorn.chat import SUBPROTOCOLS, Chat, Run
 from tricorn.chat.chat import Chat as _Chat
 from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.protocol import SUBPROTOCOL
+from tricorn.chat.settings import ChatSettings
 from tricorn.listening.accept import Acceptor
 from tricorn.protocol.close import ABNORMAL, NORMAL, SERVICE_RESTART
 
@@ -91,7 +91,7 @@ class ChatScenario(Scenario):
         async def answer(run: Run) -> None:
             await run.say("late")
 
-        past = log._store["local/c"]
+        past = log.store.conversations["local/c"]
         if past.is_unanswered:
             async with Chat(answer, self.settings, log):
                 with trio.move_on_after(self.settings.lease):

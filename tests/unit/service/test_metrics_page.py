@@ -2,47 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from functools import partial
 from pathlib import Path
 from typing import get_args
 
-import msgspec
 import pytest
-from tricorn.chat.metrics import ChatMetrics
 
 from tricorn import metrics
-from tricorn.chat import metrics as chat_metrics
-from tricorn.chat import protocol
-from tricorn.service.metrics_page import application, this_process
-from tricorn.settings import Settings
+from tricorn.chat import close_codes, protocol
+from tricorn.chat.settings import ChatSettings
+from tricorn.protocol import close
+from tricorn.service.metrics_page import metrics_page, of_this_process
+from tricorn.service.workers import WorkerMetrics
 
 OPERATIONS = Path(__file__).parents[3].joinpath("docs/operations.md").read_text()
 
 
-async def test_the_limits_of_server_and_chat_are_shown_as_one_metric() -> None:
-    chat = ChatMetrics()
-    chat.limit_hits.add("outbox", 7)
-    _, body = await shown(chat=chat)
-    assert 'tricorn_limit_hits_total{limit="outbox"} 7.0' in body
-    assert 'tricorn_limit_hits_total{limit="max_connections"}' in body
-    assert body.count("# TYPE tricorn_limit_hits_total") == 1
-
-
 def test_the_labels_are_those_of_the_protocol_and_of_the_settings() -> None:
-    counted = ChatMetrics()
-    assert set(counted.run_seconds.sums) == set(get_args(protocol.Outcome))
-    assert set(counted.appended.values) == {each.__struct_config__.tag for each in get_args(protocol.AnyEvent)}
-    assert {*metrics.LIMITS, *chat_metrics.LIMITS} <= {field.name for field in msgspec.structs.fields(Settings)}
+    assert get_args(protocol.Outcome) == metrics.OUTCOMES
+    assert set(metrics.EVENTS) == {each.__struct_config__.tag for each in get_args(protocol.AnyEvent)}
+    assert set(metrics.LIMITS) <= {field.name for field in dataclasses.fields(ChatSettings)}
+    assert {1000, 1006, 1013, 4003} <= close.KNOWN
+    assert set(map(str, close_codes.KNOWN)) <= metrics.CLOSED.values.keys()
 
 
-async def shown(method: str = "GET", path: str = "/metrics", chat: ChatMetrics | None = None) -> tuple[int, str]:
+async def shown(method: str = "GET", path: str = "/metrics") -> tuple[int, str]:
     sent: list[dict] = []
 
     async def send(event: dict) -> None:
         sent.append(event)
 
-    app = application(partial(this_process, chat or ChatMetrics()))
+    sets = [metrics, WorkerMetrics()]
+    app = metrics_page(sets, of_this_process(sets))
     await app({"type": "http", "method": method, "path": path}, None, send)  # type: ignore[arg-type]
     return sent[0]["status"], sent[1]["body"].decode()
 
@@ -56,10 +48,10 @@ async def test_it_answers_get_and_head_of_one_path(method: str, path: str, statu
 
 async def test_what_is_shown_of_a_histogram_is_cumulative(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a label and without."""
-    chat = ChatMetrics()
-    chat.run_seconds.buckets, chat.run_seconds.sums = {"success": [2, 1, 0, 0, 0, 0, 0, 0, 1]}, {"success": 400.5}
+    monkeypatch.setattr(metrics.RUN_SECONDS, "buckets", {"success": [2, 1, 0, 0, 0, 0, 0, 0, 1]})
+    monkeypatch.setattr(metrics.RUN_SECONDS, "sums", {"success": 400.5})
     monkeypatch.setattr(metrics.TEARDOWN_SECONDS, "buckets", {"": [1, 0, 0, 0, 0, 0, 0, 0, 1]})
-    _, body = await shown(chat=chat)
+    _, body = await shown()
     for line in (
         'run_seconds_bucket{le="0.1",outcome="success"} 2.0',
         'run_seconds_bucket{le="300.0",outcome="success"} 3.0',
@@ -82,5 +74,5 @@ def test_every_limit_is_described_with_its_default() -> None:
     limits = OPERATIONS.partition("## Limits\n")[2].partition("\n## ")[0]
     rows = dict(re.findall(r"^\| `(\w+)` \| ([\d,]+|inf) \|", limits, re.MULTILINE))
     assert {name: float(number.replace(",", "")) for name, number in rows.items()} == {
-        name: getattr(Settings(), name) for name in (*metrics.LIMITS, *chat_metrics.LIMITS)
+        name: getattr(ChatSettings(), name) for name in metrics.LIMITS
     }
