@@ -7,7 +7,7 @@ from secrets import token_hex
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import trio
-from trio import current_effective_deadline, current_time, move_on_after
+from trio import StrictFIFOLock, current_effective_deadline, current_time, move_on_after
 
 from tricorn.errors.report import report, report_error, trace_id
 from tricorn.metrics import Totals
@@ -171,7 +171,7 @@ class Connection:
         self.phase = Phase.ACCEPTED
         self._close_timeout = close_timeout
         self._metrics = metrics
-        self._turn: trio.StrictFIFOLock | None = None  # of the tasks that send, as soon as one had to wait
+        self._turn: StrictFIFOLock | None = None  # of the tasks that send, as soon as one had to wait
         self._fragmenting = False  # who has the turn sends a fragmented message
         self._ended: trio.Event | None = None  # if somebody waits for it
         # For the record of its end.
@@ -342,9 +342,9 @@ class Connection:
         if self.over and self.cause is not None:
             raise Disconnected(*self.cause)
 
-    def _turns(self) -> trio.StrictFIFOLock:
+    def _turns(self) -> StrictFIFOLock:
         if self._turn is None:
-            self._turn = trio.StrictFIFOLock()
+            self._turn = StrictFIFOLock()
         return self._turn
 
     # How it ends

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import suppress
-from errno import EADDRINUSE
-from stat import S_ISSOCK
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
@@ -103,18 +102,14 @@ class _UnixListener(socket.socket):
 
 
 def _listen_on_unix(path: str) -> socket.socket:
-    try:
-        return _UnixListener(path)
-    except OSError as error:
-        if error.errno != EADDRINUSE or not _is_left_over(path):
-            raise
-    os.unlink(path)
+    if _is_left_over(path):
+        os.unlink(path)
     return _UnixListener(path)
 
 
 def _is_left_over(path: str) -> bool:
     """Whether this is the socket of a server that is no more."""
-    if not S_ISSOCK(os.stat(path).st_mode):
+    if not Path(path).is_socket():
         return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
