@@ -24,6 +24,7 @@ class Request:
         http_version: `1.1`, for example.
         headers: the headers by lower-case name. Values that came several times are joined by `, ` (RFC 9110 §5.3).
         peer: the client's address, host and port; None if it connected to a Unix socket.
+        raw_path: the path as it came, not decoded.
     """
 
     method: str
@@ -32,6 +33,7 @@ class Request:
     http_version: str
     headers: Mapping[str, str]
     peer: tuple[str, int] | None = None
+    raw_path: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +55,15 @@ class Refuse(Exception):
     """Answer the request with an HTTP error instead of the upgrade. A hook may return it or raise it.
 
     Attributes:
-        status: the status of the response, 400 to 599.
-        body: its body, plain text.
+        status: the status of the response, 300 to 599.
+        body: its body: plain text, or bytes of the type that a header `Content-Type` names.
         headers: further headers.
     """
 
-    def __init__(self, status: int, body: str = "", headers: Mapping[str, str] | None = None) -> None:
+    def __init__(self, status: int, body: str | bytes = "", headers: Mapping[str, str] | None = None) -> None:
         self.status = HTTPStatus(status)
-        if self.status < 400:
-            raise ValueError(f"a request is refused with a status from 400 to 599, not with {status}")
-        self.body = body or self.status.phrase
+        if self.status < 300:
+            raise ValueError(f"a request is refused with a status from 300 to 599, not with {status}")
+        self.body = self.status.phrase if body == "" else body
         self.headers = headers or {}
         super().__init__(self.body)

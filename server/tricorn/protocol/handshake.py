@@ -95,7 +95,8 @@ def as_request(
         headers["host"] = absolute[1]  # whatever the header says (RFC 9112 §3.2.2)
         target = target[absolute.end() :]
     path, _, query = target.partition("?")
-    return Request(method.decode("ascii"), unquote(path) or "/", query, http_version.decode("ascii"), headers, peer)
+    path = path or "/"
+    return Request(method.decode("ascii"), unquote(path), query, http_version.decode("ascii"), headers, peer, path)
 
 
 def join_headers(raw_headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
@@ -223,16 +224,21 @@ def accept(request: Request, accepted: Accept, extensions: str | None = None) ->
     return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
+def refusal(refused: Refuse) -> tuple[list[tuple[str, str]], bytes]:
+    """Return the headers and the body of the response to a request that is refused."""
+    body = refused.body if isinstance(refused.body, bytes) else f"{refused.body}\n".encode()
+    headers = [("Content-Length", str(len(body))), *refused.headers.items()]
+    if isinstance(refused.body, str) and all(name.lower() != "content-type" for name, _ in headers):
+        headers.insert(0, ("Content-Type", "text/plain; charset=utf-8"))
+    return headers, body
+
+
 def refuse(refused: Refuse, head: Head) -> bytes:
     """Return the response to a request that is refused; the connection is closed after it."""
-    body = f"{refused.body}\n".encode()
-    headers = {
-        "Connection": "close",
-        "Content-Type": "text/plain; charset=utf-8",
-        "Content-Length": str(len(body)),
-        **refused.headers,
-    }
-    lines = [f"HTTP/1.1 {refused.status.value} {refused.status.phrase}", *(f"{k}: {v}" for k, v in headers.items())]
+    headers, body = refusal(refused)
+    if "Connection" not in refused.headers:
+        headers.insert(0, ("Connection", "close"))
+    lines = [f"HTTP/1.1 {refused.status.value} {refused.status.phrase}", *(f"{k}: {v}" for k, v in headers)]
     response = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
     return response if head.data.startswith(b"HEAD ") else response + body  # RFC 9110 §9.3.2
 
