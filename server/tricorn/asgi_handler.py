@@ -48,9 +48,10 @@ def asgi_handler(app: ASGIApp) -> AsgiHandler:
     too, and its state is `scope["extensions"]["tricorn"]["state"]`. It is the application that chooses a subprotocol.
 
     A connection is what it is with any handler. The application gets every message of the peer, then
-    `websocket.disconnect`, and has `settings.close_timeout` seconds to finish from there. If the connection ends while
-    the application neither receives nor was told, it is cancelled. If it returns, the connection closes with 1000; if
-    it raises, with 1011 and an error id; before it has decided, either is answered with 500.
+    `websocket.disconnect`, and has `settings.close_timeout` seconds to finish from there, also if the server closes
+    (1012). If the connection ends while the application neither receives nor was told, it is cancelled. If it returns,
+    the connection closes with 1000; if it raises, with 1011 and an error id; before it has decided, either is answered
+    with 500.
 
     `send` waits while the peer does not keep up. Once the connection is over it raises an `OSError`, but for
     `websocket.close`, which does nothing then. `receive` may be cancelled and loses no message; one task at a time may
@@ -120,7 +121,8 @@ class AsgiHandler:
                     await upgrade(Accept(answer.subprotocol, headers, accepted.state), session.bridge)
                 except Exception as error:
                     failure = error
-                session.end()
+                finally:
+                    session.end()
             session.report_rest()
             if failure is not None:
                 raise failure
@@ -152,7 +154,7 @@ def _complete(scope: Mapping[str, Any], accepted: Accept, state: Mapping[str, An
     return {**scope, "type": "websocket", "asgi": asgi, "extensions": extensions, "state": dict(state)}
 
 
-class _ClientDisconnected(OSError):
+class ClientDisconnected(OSError):
     """What `send` raises when the connection is over (ASGI 3.0)."""
 
 
@@ -163,7 +165,7 @@ class _Session:
         self._app = app
         self._scope = scope
         self._settings = settings
-        self._running = CancelScope()  # the application
+        self._running = CancelScope(shield=True)  # the application, until `end`
         self._errors: BaseExceptionGroup[BaseException] | None = None  # that it raised, until they are reported
         self._returned = Event()
         self._connecting = True  # it has not received `websocket.connect`
@@ -179,7 +181,7 @@ class _Session:
     # For the server
 
     async def run(self) -> None:
-        """Run the application, and keep what it raises. If cancelled, it is cancelled."""
+        """Run the application, and keep what it raises. Only `end` ends it: what cancels this has to call that."""
         try:
             with self._running:
                 await self._app(self._scope, self.receive, self.send)
@@ -226,6 +228,7 @@ class _Session:
         self._settled.set()
         if self._listening is not None:
             self._listening.cancel()
+            self._bound()
         elif not self._told:
             self._running.cancel()
 
@@ -332,7 +335,7 @@ class _Session:
                 await self._ws.send(message if isinstance(message, str) else bytes(message))
                 return
         except Disconnected:
-            self._tell()
+            pass
         self._gone()
 
     async def _close(self, event: ASGIEvent) -> None:
@@ -350,14 +353,19 @@ class _Session:
         self._decided.set()
 
     def _tell(self) -> None:
-        """The application gets to know that the connection is over: it has `close_timeout` from now on."""
-        if not self._told:
-            self._told = True
-            self._running.deadline = current_time() + self._settings.close_timeout
+        """The application gets to know that the connection is over."""
+        self._told = True
+        self._bound()
+
+    def _bound(self) -> None:
+        """Give the application `close_timeout` seconds to finish."""
+        deadline = current_time() + self._settings.close_timeout
+        self._running.deadline = min(self._running.deadline, deadline)
 
     def _gone(self) -> NoReturn:
+        self._tell()
         close = self._closed()
-        raise _ClientDisconnected(f"the connection is over: {close.code} {close.reason}".rstrip()) from None
+        raise ClientDisconnected(f"the connection is over: {close.code} {close.reason}".rstrip()) from None
 
     def _disconnect(self) -> ASGIEvent:
         close = self._closed()
@@ -383,7 +391,7 @@ class _Session:
 
 
 def _is_disconnect(error: BaseException) -> bool:
-    return isinstance(error, _ClientDisconnected) or type(error).__name__ in DISCONNECT_ERRORS
+    return isinstance(error, ClientDisconnected) or type(error).__name__ in DISCONNECT_ERRORS
 
 
 def _headers(pairs: list[tuple[str, str]]) -> Mapping[str, str]:
