@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from socket import socket as Socket
     from ssl import SSLContext
 
-    from tricorn.asgi_handler import ASGIApp
+    from tricorn.asgi_handler import ASGIApp as ASGIApp
     from tricorn.listening.asgi import AsgiWebSockets
     from tricorn.listening.site import Site
     from tricorn.settings import Settings

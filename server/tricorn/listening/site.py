@@ -20,7 +20,8 @@ from tricorn.websocket import WebSocket
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tricorn.asgi_handler import ASGIApp, Handler
+    from tricorn.asgi_handler import ASGIApp
+    from tricorn.asgi_handler import Handler as Handler
     from tricorn.connection import Transport
     from tricorn.request import BeforeUpgrade, Request
     from tricorn.settings import Settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import ssl
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -29,6 +30,8 @@ PATIENCE = 60  # seconds, for a whole test
 MOCK_PATIENCE = 1000  # seconds of a mock clock
 
 AUTHORITY = trustme.CA()
+
+PAGE = re.compile(rb"HTTP/1\.1 200 .*?\r\ncontent-length: (\d+)\r\n.*?\r\n\r\n(.*)", re.DOTALL)
 
 
 @pytest.fixture
@@ -63,8 +66,8 @@ class Client:
 
     stream: trio.abc.Stream
     protocol: ClientProtocol
-    response: Response
     frames: deque[Frame] = field(default_factory=deque)
+    response: Response = field(init=False)
 
     async def send(self, *messages: str | bytes) -> None:
         """Send messages, all of them in one write."""
@@ -90,8 +93,11 @@ class Client:
         return self.frames.popleft()
 
     def take(self) -> None:
-        events = self.protocol.events_received()
-        self.frames += (e for e in events if isinstance(e, Frame) and e.opcode not in (Opcode.PING, Opcode.PONG))
+        for event in self.protocol.events_received():
+            if isinstance(event, Response):
+                self.response = event
+            elif isinstance(event, Frame) and event.opcode not in (Opcode.PING, Opcode.PONG):
+                self.frames.append(event)
 
     async def receive(self) -> str | bytes:
         """Return the next message."""
@@ -148,12 +154,11 @@ class Running:
             request = protocol.connect()
             request.headers.update(headers or {})
             protocol.send_request(request)
-            client = Client(stream, protocol, None)  # type: ignore[arg-type]
+            client = Client(stream, protocol)
             await client.flush()
             while protocol.state is State.CONNECTING and protocol.handshake_exc is None:
                 data = await stream.receive_some(65536)
                 protocol.receive_data(data) if data else protocol.receive_eof()
-            client.response = next(e for e in protocol.events_received() if isinstance(e, Response))
             client.take()
             yield client, client.response
 
@@ -173,13 +178,13 @@ class Running:
     async def get(self, path: str = "/") -> str:
         """Return the body of a page, which must be there."""
         async with self.open() as stream:
-            await stream.send_all(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode())
+            await stream.send_all(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
             data = b""
-            while more := await stream.receive_some(65536):
+            while not (page := PAGE.fullmatch(data)) or len(page[2]) < int(page[1]):
+                more = await stream.receive_some(65536)
+                assert more, data
                 data += more
-        head, _, body = data.partition(b"\r\n\r\n")
-        assert head.startswith(b"HTTP/1.1 200"), data
-        return body.decode()
+            return page[2].decode()
 
 
 async def native(handler: Any, *, task_status: trio.TaskStatus[int], **options: Any) -> None:

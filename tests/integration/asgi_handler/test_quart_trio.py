@@ -74,7 +74,7 @@ def make_app(room: Room, happened: list[str]) -> QuartTrio:
     async def private() -> None:
         if websocket.args.get("token") != "secret":
             abort(403)
-        await websocket.send(websocket.headers["Origin"] if "Origin" in websocket.headers else "no origin")
+        await websocket.send(websocket.headers.get("Origin", "no origin"))
 
     @app.websocket("/bug")
     async def bug() -> None:

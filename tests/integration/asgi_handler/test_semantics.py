@@ -149,9 +149,7 @@ async def test_the_server_on_a_unix_socket(tmp_path: Any) -> None:
 # The decision
 
 
-async def test_an_app_that_does_not_decide_in_time_is_503(
-    served: Any, patient_clock: MockClock, records: Any
-) -> None:
+async def test_an_app_that_does_not_decide_in_time_is_503(served: Any, patient_clock: MockClock, records: Any) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await trio.sleep_forever()
 
@@ -334,7 +332,7 @@ async def test_kinds_of_messages(served: Any, event: Any, message: Any) -> None:
 async def test_a_message_that_is_none_raises_type_error(served: Any, event: Any) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await accept(receive, send)
-        with pytest.raises(TypeError, match="websocket.send"):
+        with pytest.raises(TypeError, match=r"websocket\.send"):
             await send({"type": "websocket.send", **event})
 
     async with served(handler_of(app), settings=SETTINGS) as server, server.connect() as client:
@@ -546,9 +544,7 @@ async def test_a_drain_tells_an_app_or_cancels_it_and_waits_for_its_end(
         assert happened == [0]
 
 
-async def test_an_app_that_decides_while_the_server_closes_is_cancelled(
-    served: Any, patient_clock: MockClock
-) -> None:
+async def test_an_app_that_decides_while_the_server_closes_is_cancelled(served: Any, patient_clock: MockClock) -> None:
     cancelled = trio.Event()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
