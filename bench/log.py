@@ -15,7 +15,6 @@ import os
 import tracemalloc
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, contextmanager
-from importlib import import_module
 from math import inf
 from platform import python_version
 from secrets import token_hex
@@ -28,22 +27,13 @@ import trio
 import trio.testing
 
 from tricorn.chat import Chat
-from tricorn.chat.logs.base import Log
-from tricorn.chat.logs.memory import MemoryLog
+from tricorn.chat.logs import connect
+from tricorn.chat.logs.base import Append, Log
 from tricorn.chat.protocol import UserMessage
-from tricorn.settings import Settings
+from tricorn.chat.settings import ChatSettings as Settings
 
-ENGINES = {"postgresql": "postgres", "postgres": "postgres", "rediss": "redis", "unix": "redis"}
 CONVERSATIONS = (1, 100, 10_000)
 RESTING = 1000  # conversations, for what one that rests costs
-
-
-def connect(url: str) -> Log:
-    scheme = url.partition(":")[0]
-    if scheme == "memory":
-        return MemoryLog()
-    engine: Log = import_module(f"tricorn.chat.logs.{ENGINES.get(scheme, scheme)}").connect(url, Settings())
-    return engine
 
 
 def post(text: str) -> UserMessage:
@@ -79,7 +69,7 @@ class Measured:
         async def write(key: str) -> None:
             for _ in range(each):
                 began = perf_counter()
-                await self._log.append(key, epochs[key], post("x" * 64))
+                await self._log.append(key, epochs[key], Append(post("x" * 64)))
                 times.append(perf_counter() - began)
 
         began = perf_counter()
@@ -107,7 +97,7 @@ class Measured:
         for _ in range(max(2, events // 10)):
             heard = trio.Event()
             began = perf_counter()
-            await self._log.append(key, epoch, post("x" * 64))
+            await self._log.append(key, epoch, Append(post("x" * 64)))
             await heard.wait()
             times.append(perf_counter() - began)
             expected += 1
@@ -124,7 +114,7 @@ class Measured:
         epoch, _, head, _ = await self._log.open(key)
         async with trio.open_nursery() as nursery:
             for _ in range(1000 - head):
-                nursery.start_soon(self._log.append, key, epoch, post("x" * 64))
+                nursery.start_soon(self._log.append, key, epoch, Append(post("x" * 64)))
 
         async def read() -> None:
             seq = 0
@@ -156,8 +146,8 @@ async def measure(urls: list[str], events: int, rounds: int, readers: int) -> li
     async with AsyncExitStack() as stack:
         logs = []
         for url in urls:
-            log = await stack.enter_async_context(connect(url))
-            other = await stack.enter_async_context(connect(url)) if log.shared else None
+            log = await stack.enter_async_context(connect(url, Settings()))
+            other = await stack.enter_async_context(connect(url, Settings())) if log.shared else None
             logs.append(Measured(url.partition(":")[0], log, other))
         steps: list[Callable[[Measured], Coroutine[Any, Any, None]]] = [
             *(lambda log, n=n: log.append(n, events) for n in CONVERSATIONS),  # type: ignore[misc]

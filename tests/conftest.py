@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tricorn import send_records
+
 # How long an example takes says only how busy the machine is.
 settings.register_profile("tricorn", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tricorn")
@@ -118,6 +120,14 @@ def noted(terminalreporter: pytest.TerminalReporter) -> Iterator[tuple[str, pyte
     notes = [(outcome, report) for outcome, report in reports if getattr(report, "user_properties", ())]
     for outcome, report in sorted(notes, key=lambda note: note[1].location[:2]):
         yield outcome, report, dict(report.user_properties)
+
+
+@pytest.fixture(autouse=True)
+def every_record() -> Iterator[None]:
+    """Have servers in the tests' own process write records of every level, as `tricorn serve` does from INFO on."""
+    before = send_records("stderr", "DEBUG")
+    yield
+    send_records(*before)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,11 +10,12 @@ from secrets import token_hex
 from typing import Any
 
 from tricorn.chat.protocol import SUBPROTOCOLS
-from tricorn.errors.report import report, trace_id
+from tricorn.errors.report import report, send_records, trace_id
 from tricorn.protocol.close import Close
 from tricorn.protocol.handshake import Refused, as_request, check_entry, choose_subprotocol
 from tricorn.service.pages import pages
-from tricorn.settings import SettingError, Settings
+from tricorn.service.settings import ServiceSettings
+from tricorn.settings import SettingError
 
 from .chat import Chat, make_chat
 
@@ -33,7 +34,8 @@ class AsgiConnection:
         self.subprotocol = subprotocol
         self.request_headers = headers
         self.gone: Close | None = None
-        self.context: dict[str, object] = {
+        self.context: dict[str, object] = {}
+        self.known: dict[str, Any] = {
             "connection": token_hex(6),
             "peer": tuple(scope["client"]),
             "path": scope["path"],
@@ -59,7 +61,7 @@ class AsgiConnection:
 class App:
     """The application, from the start of its lifespan to the end."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ServiceSettings) -> None:
         self._settings = settings
         self._chat: Chat
 
@@ -93,12 +95,13 @@ class App:
         close = await self._chat.session(ws)
         await ws.end(close)
         close = ws.gone or close
-        report("INFO", "connection closed", **ws.context, code=close.code, reason=close.reason)
+        report("INFO", "connection closed", context=ws.context, **ws.known, code=close.code, reason=close.reason)
 
 
-def _settings() -> Settings:
+def _settings() -> ServiceSettings:
+    send_records("stderr", "INFO")
     try:
-        return Settings.from_environ()
+        return ServiceSettings.from_environ()
     except SettingError as error:
         raise SystemExit(f"tricorn: {error}") from None
 

@@ -161,11 +161,11 @@ async def perform(run: Run, agent: Agent, seconds: float) -> None:
             outcome = run.cause or "interrupted"
             raise
         outcome = "failed"  # the agent was cancelled by something of its own
-        error_id = report_error(error, conversation=run.conversation, run=run.id, user=run.user)
+        error_id = report_error(error, context={"user": run.user}, conversation=run.conversation, run=run.id)
     except Exception as error:
         outcome = run._ending() or "failed"
         if not (isinstance(error, TimeoutError) and run._deadline is not None and run._deadline.expired()):
-            error_id = report_error(error, conversation=run.conversation, run=run.id, user=run.user)
+            error_id = report_error(error, context={"user": run.user}, conversation=run.conversation, run=run.id)
     except BaseException:
         outcome = "interrupted"
         raise

@@ -32,6 +32,7 @@ class WebSocket(ServerConnection):
     keeps_up = True
     request_headers: dict[str, str]
     context: dict[str, object]
+    known: dict[str, Any]
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -95,8 +96,13 @@ class Server:
         host, port = server.sockets[0].getsockname()[:2]
         print(f"Tricorn is listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         if settings.service is not None:
-            of = {"service": settings.service, "revision": settings.revision, "configuration": settings.configuration}
-            report("INFO", "an instance has started", **of)
+            report(
+                "INFO",
+                "an instance has started",
+                service=settings.service,
+                revision=settings.revision,
+                configuration=settings.configuration,
+            )
         await self._signalled.wait()
         server.close(close_connections=False)
         await self._drain()
@@ -141,7 +147,8 @@ class Server:
         report(
             "WARNING" if close.code in FAULTS else "INFO",
             "connection closed",
-            **ws.context,
+            context=ws.context,
+            **ws.known,
             code=close.code,
             reason=close.reason,
             seconds=round(loop.time() - began, 3),
@@ -167,7 +174,8 @@ class Server:
             response.headers["Retry-After"] = "1"
             return response
         connection.request_headers = headers
-        connection.context = {
+        connection.context = {}
+        connection.known = {
             "connection": connection.id.hex[:12],
             "peer": connection.remote_address[:2],
             "path": asked.path,

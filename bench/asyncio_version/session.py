@@ -6,12 +6,13 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from time import monotonic, time
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from msgspec.json import Encoder
 from websockets.asyncio.server import ServerConnection, broadcast
 from websockets.exceptions import ConnectionClosed
 
+from tricorn.chat.close_codes import FORBIDDEN, OUTBOX_OVERFLOW, TOKEN_EXPIRED, TOO_MANY_CONNECTIONS, UNAUTHENTICATED
 from tricorn.chat.conversation.conversation import Ended, Full
 from tricorn.chat.identity import Identity, NotAdmitted, handshake_token
 from tricorn.chat.protocol import (
@@ -37,18 +38,7 @@ from tricorn.chat.protocol import (
 from tricorn.chat.quota import Quota
 from tricorn.chat.session import EXPIRY_NOTICE, decode
 from tricorn.errors.report import report_error
-from tricorn.protocol.close import (
-    FORBIDDEN,
-    INTERNAL_ERROR,
-    NORMAL,
-    OUTBOX_OVERFLOW,
-    STALLED,
-    TOKEN_EXPIRED,
-    TOO_FAST,
-    TOO_MANY_CONNECTIONS,
-    UNAUTHENTICATED,
-    Close,
-)
+from tricorn.protocol.close import INTERNAL_ERROR, NORMAL, STALLED, TOO_FAST, Close
 from tricorn.transport.rate_limit import BURST, TokenBucket
 
 from .conversation import Cursor, batches
@@ -62,7 +52,8 @@ _encode = Encoder().encode
 class Connection(Protocol):
     """What a session needs of its transport. One that `keeps_up` is a `ServerConnection`, fit for `broadcast`."""
 
-    context: dict[str, object]  # what every record about the connection says of it
+    context: dict[str, object]  # what the chat adds to every record about the connection
+    known: dict[str, Any]  # what the server knows of it
 
     @property
     def peer(self) -> str:
@@ -133,7 +124,7 @@ class Session:
         except* TimeoutError:
             close = self._due
         except* Exception as errors:
-            close = Close(INTERNAL_ERROR, report_error(errors, **self.ws.context))
+            close = Close(INTERNAL_ERROR, report_error(errors, context=self.ws.context, **self.ws.known))
         finally:
             for timer in (self._heart, self._notice):
                 if timer is not None:
@@ -225,7 +216,7 @@ class Session:
             self._allowance = self._chat.allowances.enter(identity.user)
         if self._allowance is None:
             raise Ending(TOO_MANY_CONNECTIONS, f"at most {self._settings.user_connections} connections")
-        self._expire(identity.expires_at)
+        self._expire(identity.believed_until)
         if self._identity is None:
             self._beat()
         self._identity = identity
@@ -246,7 +237,7 @@ class Session:
         if at is None:
             self._deadline.reschedule(None)
             return
-        end = self._loop.time() + at + self._settings.jwt_leeway - time()
+        end = self._loop.time() + at - time()
         self._deadline.reschedule(end)
         notice = Closing(reason="the token expires", retry_after=0.0)
         self._notice = self._loop.call_at(end - EXPIRY_NOTICE, self._put, notice)
@@ -262,7 +253,7 @@ class Session:
             posts_per_minute=settings.posts_per_minute,
         )
         return Welcome(
-            connection=str(self.ws.context["connection"]),
+            connection=str(self.ws.known["connection"]),
             user=who.user,
             heartbeat=settings.heartbeat,
             limits=limits,
@@ -304,7 +295,7 @@ class Session:
             except Ending:
                 raise
             except Exception as error:
-                error_id = report_error(error, **self.ws.context, request=type(request).__name__)
+                error_id = report_error(error, context=self.ws.context, **self.ws.known, request=type(request).__name__)
                 ref = getattr(request, "id", getattr(request, "conversation", None))
                 reply = Error(code="internal", message="this did not work", ref=ref, error_id=error_id)
             if reply is not None:

@@ -3,6 +3,7 @@
 from tricorn.application import Application, asgi_app
 from tricorn.asgi_handler import AsgiHandler, asgi_handler
 from tricorn.connection import Disconnected, Message
+from tricorn.errors.report import send_records
 from tricorn.metrics import ServerMetrics
 from tricorn.protocol.close import Close
 from tricorn.request import Accept, Refuse, Request
@@ -28,5 +29,6 @@ __all__ = [
     "asgi_handler",
     "broadcast",
     "run",
+    "send_records",
     "serve",
 ]

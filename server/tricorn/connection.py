@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import inf
 from secrets import token_hex
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import trio
 from trio import current_effective_deadline, current_time, move_on_after
@@ -161,7 +161,7 @@ class Connection:
         self.id = token_hex(6)
         self.request = request
         self.transport = transport
-        self.context: dict[str, object] | None = None
+        self.context: dict[Any, object] | None = None
         self.inbox: list[Message] = []
         self.receiver = Waiter()
         self.cause: Close | None = None
@@ -350,7 +350,7 @@ class Connection:
             self._error_id = error_id
         return Close(INTERNAL_ERROR, error_id)
 
-    def _about(self) -> dict[str, object]:
+    def _about(self) -> dict[str, Any]:
         """What every record about the connection says of it."""
         request = self.request
         return {

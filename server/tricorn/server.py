@@ -253,8 +253,8 @@ def run(
     Returns once everything is closed, within `settings.drain_timeout` seconds of the signal; a second signal closes
     every socket at once.
 
-    Neither this nor `serve` minds what a program imports, and when: the drill and the import guard are those of
-    `tricorn serve`.
+    Neither this nor `serve` watches what a program imports after start-up. If yours should be watched, await
+    `tricorn.errors.drill.drill` first, and call this in a block of `tricorn.errors.import_guard.guarded`.
 
     Raises:
         OSError, ValueError: as `serve` does.

@@ -67,7 +67,7 @@ class WebSocket(Generic[State]):
         return self._connection.nursery
 
     @property
-    def context(self) -> dict[str, object]:
+    def context(self) -> dict[Any, object]:
         """What you want in every record about this connection, for example who the user is."""
         if self._connection.context is None:
             self._connection.context = {}
@@ -252,8 +252,9 @@ class _Broadcast:
 def broadcast(members: Iterable[WebSocket[Any]], message: Message) -> list[WebSocket[Any]]:
     """Send a message to many connections, and wait for none of them. Return the slow ones, which do not get it.
 
-    A connection is slow if more than 1 MiB waits for its peer to read, or while it is sending a fragmented message. What
-    to do about it is up to you: close it, or let it catch up from what you keep. A connection that is over is skipped.
+    A connection is slow if more than 1 MiB waits for its peer to read, or while it is sending a fragmented message.
+    What to do about it is up to you: close it, or let it catch up from what you keep. A connection that is over is
+    skipped.
 
     The message is framed once, and compressed once for all connections whose compression keeps no state. It goes out
     behind what was sent before. Not a checkpoint, so that the set of members cannot change meanwhile.

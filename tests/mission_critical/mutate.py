@@ -24,6 +24,7 @@ REPOSITORY = Path(__file__).parents[2]
 PACKAGE = Path("server/tricorn")
 
 FAILED_AGENT = "tests/unit/chat/test_run.py::test_an_agent_that_raises_has_failed"
+CONTEXT = "tests/unit/errors/test_context.py::test_what_is_ours_stays_ours"
 FAILED_HANDLER = "tests/mission_critical/test_first_error.py::test_a_handler_that_raises"
 
 EVERY_STEP = "tests/mission_critical/test_every_checkpoint.py::test_at_every_step"
@@ -229,6 +230,12 @@ FAULTS = [
             "errors/report.py",
             FAILED_AGENT,
             reporter("return real(error, **context)[1:]"),
+        ),
+        (
+            "a context that replaces our fields",
+            "errors/report.py",
+            CONTEXT,
+            first_in("_supplied", "return dict(context or {})"),
         ),
         ("a client that is shown the error", "chat/run.py", FAILED_AGENT, first_in("perform", SHOWN)),
         (

@@ -88,10 +88,12 @@ import trio
 import crashing, sabotage
 from tricorn.chat import Chat
 from tricorn.chat.protocol import SUBPROTOCOLS
+from tricorn.errors.report import send_records
 from tricorn.listening.accept import listen
 from tricorn.server import serve_until_signal
 
 async def main():
+    send_records("stderr", "INFO")
     listeners = await listen(0, "127.0.0.1")
     print(listeners[0].getsockname()[1], flush=True)
     async with Chat(crashing.agent) as chat:

@@ -145,7 +145,7 @@ class ChatScenario(Scenario):
         async def answer(run: Run) -> None:
             await run.say("late")
 
-        past = log._store["local/c"]
+        past = log.store.conversations["local/c"]
         if past.is_unanswered:
             async with Chat(answer, self.settings, log):
                 with trio.move_on_after(self.settings.lease):

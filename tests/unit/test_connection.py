@@ -86,7 +86,7 @@ async def test_the_record_of_an_end(records: Records, autojump_clock: MockClock)
             "peer": ["::1", 5],
             "path": "/x",
             "logging.googleapis.com/trace": TRACE,
-            "user": "ann",
+            "context": {"user": "ann"},
             "phase": "open",
             "code": 1000,
             "reason": "",

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from math import inf
 from pathlib import Path
 from typing import get_args
 
-import msgspec
 import pytest
 
 from tricorn import metrics
-from tricorn.chat import protocol
+from tricorn.chat import close_codes, protocol
+from tricorn.chat.settings import ChatSettings
 from tricorn.metrics import NOTHING, Connections, Counter, Histogram, Numbers, Totals, total
 from tricorn.protocol import close
 from tricorn.protocol.phase import Phase
-from tricorn.service.metrics_page import app
-from tricorn.settings import Settings
+from tricorn.service.metrics_page import metrics_page, of_this_process
+from tricorn.service.workers import WorkerMetrics
 
 OPERATIONS = Path(__file__).parents[2].joinpath("docs/operations.md").read_text()
 
@@ -82,8 +83,9 @@ def test_of_several_processes_everything_is_summed_and_of_those_that_ended_what_
 def test_the_labels_are_those_of_the_protocol_and_of_the_settings() -> None:
     assert get_args(protocol.Outcome) == metrics.OUTCOMES
     assert set(metrics.EVENTS) == {each.__struct_config__.tag for each in get_args(protocol.AnyEvent)}
-    assert set(metrics.LIMITS) <= {field.name for field in msgspec.structs.fields(Settings)}
-    assert {1000, 1006, 1013, 4003, 4503} <= close.KNOWN
+    assert set(metrics.LIMITS) <= {field.name for field in dataclasses.fields(ChatSettings)}
+    assert {1000, 1006, 1013, 4003} <= close.KNOWN
+    assert set(map(str, close_codes.KNOWN)) <= metrics.CLOSED.values.keys()
 
 
 async def shown(method: str = "GET", path: str = "/metrics") -> tuple[int, str]:
@@ -92,6 +94,8 @@ async def shown(method: str = "GET", path: str = "/metrics") -> tuple[int, str]:
     async def send(event: dict) -> None:
         sent.append(event)
 
+    sets = [metrics, WorkerMetrics()]
+    app = metrics_page(sets, of_this_process(sets))
     await app({"type": "http", "method": method, "path": path}, None, send)  # type: ignore[arg-type]
     return sent[0]["status"], sent[1]["body"].decode()
 
@@ -131,5 +135,5 @@ def test_every_limit_is_described_with_its_default() -> None:
     limits = OPERATIONS.partition("## Limits\n")[2].partition("\n## ")[0]
     rows = dict(re.findall(r"^\| `(\w+)` \| ([\d,]+|inf) \|", limits, re.MULTILINE))
     assert {name: float(number.replace(",", "")) for name, number in rows.items()} == {
-        name: getattr(Settings(), name) for name in metrics.LIMITS
+        name: getattr(ChatSettings(), name) for name in metrics.LIMITS
     }

@@ -331,7 +331,7 @@ async def perform(run: Run, agent: Agent) -> None:
         passing, failure = _split(error, (*_NOT_FAILURES, Cancelled) if ending else _NOT_FAILURES)
         outcome = ending or ("failed" if failure else "interrupted")
         if failure is not None:
-            error_id = report_error(failure, conversation=run.conversation, run=run.id, user=run.user)
+            error_id = report_error(failure, context={"user": run.user}, conversation=run.conversation, run=run.id)
         if passing is not None:
             raise passing from None  # noqa: ASYNC104
     finally:

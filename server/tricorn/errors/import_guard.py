@@ -1,16 +1,16 @@
-"""The import guard: once start-up is over, a module that is loaded for the first time is a fault, and is shown.
+"""The import guard: after start-up, loading a module for the first time is a fault, and the guard shows it.
 
-Loading a module takes a lock, reads files and can fail, and when it happens so late it is on a path that is rarely
-taken: often the one of an error. The guard costs nothing while nothing is loaded, since Python asks it only about what
-is not in `sys.modules`. It does not see what is executed from a file by hand (`spec.loader.exec_module`), and it sees a
-look-up (`importlib.util.find_spec`) as what it mostly precedes.
+Loading a module takes a lock, reads files and can fail. After start-up it happens on rarely taken paths, often that of
+an error. The guard costs nothing while nothing is loaded, since Python asks it only about modules that are not in
+`sys.modules`. It does not see files that are executed by hand (`spec.loader.exec_module`), and takes a look-up
+(`importlib.util.find_spec`) for the import that mostly follows it.
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager, suppress
 from sys import _getframe, meta_path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tricorn.errors.report import counted, report
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from types import FrameType
 
-    from tricorn.settings import ImportGuard
+Mode = Literal["off", "count", "report", "deny"]
 
-KEPT = 1000  # modules; the names may come from outside: every unknown character set is looked for as a module
-FRAMES = 50  # of a stack, the innermost
+KEPT = 1000  # modules; clients can name some, as Python looks for a module for every unknown character set
+FRAMES = 50  # the innermost ones of a stack
 
 
 @contextmanager
-def guarded(mode: ImportGuard) -> Iterator[Mapping[str, str]]:
-    """Guard imports in the whole process until the end of the block, whatever thread they happen in.
+def guarded(mode: Mode) -> Iterator[Mapping[str, str]]:
+    """Guard imports in all threads of the process until the end of the block.
 
-    Gives a mapping that grows: each module that something tried to load, with the stack that was first to do so, as in
-    a traceback. Past `KEPT` modules it grows no more.
+    Yields a mapping that grows: each module that something tried to load, with the stack that first did, as in a
+    traceback. It stops growing at `KEPT` modules.
 
-    mode: `count` does only this; `report` writes a record for each module too; `deny` also has every such import raise
-        ImportError; `off` does nothing.
+    mode: `count` does only this; `report` also writes a record for each module; `deny` also makes every such import
+        raise ImportError; `off` does nothing.
     """
     late: dict[str, str] = {}
     if mode == "off":
@@ -48,12 +48,12 @@ def guarded(mode: ImportGuard) -> Iterator[Mapping[str, str]]:
 
 
 class _Guard:
-    """A finder that finds nothing. Raises only where it denies, and then ImportError.
+    """A finder that finds nothing, and raises nothing but the ImportError that `deny` asks for.
 
-    All that it calls it holds itself, so that it works whatever became of this module's globals.
+    It holds everything it calls, so that it works even if this module's globals are gone.
     """
 
-    def __init__(self, mode: ImportGuard, late: dict[str, str]) -> None:
+    def __init__(self, mode: Mode, late: dict[str, str]) -> None:
         self._mode = mode
         self._late = late
         self._report = report
@@ -64,9 +64,9 @@ class _Guard:
         self._frames = FRAMES
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-        """Python's question where a module is (`importlib.abc.MetaPathFinder`); None sends it on to the next finder."""
-        if target is None:  # else it is loaded already, and to be so again
-            with self._best_effort:  # without memory, or at the end of the stack: no import must fail for that
+        """Answer where a module is (`importlib.abc.MetaPathFinder`): None, so that Python asks the next finder."""
+        if target is None:  # else the module is being reloaded
+            with self._best_effort:  # no import fails because there is too little memory or stack to note it
                 self._note(name)
             if self._mode == "deny":
                 raise ImportError(

@@ -1,43 +1,54 @@
-"""The error path: what went wrong, as one record on stderr.
+"""The error path: reports what went wrong as one record, on stderr unless the program chooses another sink.
 
-Records are JSON lines that Cloud Logging understands, or text where stderr is a terminal when the process starts.
+On stderr, records are JSON lines that Cloud Logging understands, or text if stderr is a terminal when the process
+starts.
 
-Nothing here raises, blocks, imports or takes a lock, and an error while reporting never replaces the one reported: full
-record, else a short one, else fixed bytes, else it is counted. docs/error-path.md says why each of these is as it is.
+Nothing here raises, blocks, imports or takes a lock, and an error while reporting never replaces the error reported. If
+the full record fails, a short one is written, then fixed bytes; if these fail too, the loss is counted.
+docs/error-path.md gives the reasons.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from functools import update_wrapper
+from inspect import iscoroutinefunction
+from json.encoder import encode_basestring
+from logging import Logger
+from math import isfinite
 from os import O_NOCTTY, O_NONBLOCK, O_WRONLY, fstat, isatty, ttyname, urandom, write
 from os import open as open_descriptor
 from re import compile as pattern
 from select import PIPE_BUF, POLLOUT, poll
 from stat import S_ISSOCK
+from threading import get_ident
 from traceback import TracebackException
 from types import FunctionType
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from msgspec.json import Encoder
 from trio import Cancelled
 from trio.lowlevel import enable_ki_protection
+
+from tricorn.errors.sinks import LEVELS, LoggerSink, fields_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    Record = dict[str, object]
+    from tricorn.errors.sinks import Destination, Level, Record, Sink
 
 STDERR = 2
 LINE_MAX = 60_000  # bytes of a record; it fits into an empty pipe, and Cloud Logging takes 256 KiB
 TEXT_MAX = 4_000  # characters of a message, and of each text that comes with it
 TRACE_MAX = 24_000  # characters of a stack trace
-GROUP_WIDTH = 100  # exceptions of a group, and how deep groups are shown in groups
-GROUP_DEPTH = 20
-OUTLINE_LINES = 100  # of a short record's stack trace
-OUTLINE_PLACES = 20  # of each exception in it
+CONTEXT_MAX = 12_000  # bytes of what an application supplies; with all of the above a record still fits
+KEY_MAX = 100  # characters of each key in it
+VALUE_MAX = 1_000  # characters of each value in it
+GROUP_WIDTH = 100  # exceptions that are shown of a group
+GROUP_DEPTH = 20  # levels of groups within groups that are shown
+OUTLINE_LINES = 100  # lines of a short record's stack trace
+OUTLINE_PLACES = 20  # lines of each exception in it
 
-UNKNOWN = "00000000"  # the id where there is none to be had
+UNKNOWN = "00000000"  # the error id if the system has no random bytes
 UNREPORTED = b'{"severity":"ERROR","message":"an error could not be reported"}\n'
 UNWRITTEN = b'{"severity":"ERROR","message":"a record could not be written"}\n'
 NOT_SHOWN = "<cannot be shown>"
@@ -47,14 +58,14 @@ _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if
 _TRACEPARENT = pattern("[0-9a-f]{2}-((?!0{32})[0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}").match
 _CLOUD_TRACE = pattern("((?!0{32})[0-9a-f]{32})(?:[/;]|$)").match
 
-_encode = Encoder().encode
+_quoted = encode_basestring  # in CPython a function in C, which needs no globals
 _name_of = cast("Callable[[type], str]", type.__dict__["__name__"].__get__)  # whatever a metaclass says
 
 
 def _open_sink() -> int:
-    """Stderr; or, where that is a terminal, the same anew, since others who share it do not want O_NONBLOCK.
+    """Return the descriptor to write to: stderr, or a terminal opened anew, as others share it and want it blocking.
 
-    A terminal counts as writable when it has room for one byte, so that asking first does not help.
+    A terminal polls as writable when it has room for one byte, so it must not block when it is written to.
     """
     try:
         return open_descriptor(ttyname(STDERR), O_WRONLY | O_NOCTTY | O_NONBLOCK)
@@ -63,7 +74,7 @@ def _open_sink() -> int:
 
 
 def _socket_number(descriptor: int) -> int:
-    """What tells the socket behind a descriptor from others; 0 where there is none."""
+    """Return a number that identifies the socket behind a descriptor, 0 if it is no socket."""
     try:
         status = fstat(descriptor)
     except OSError:
@@ -75,22 +86,29 @@ _TO_TERMINAL = isatty(STDERR)
 SINK = _open_sink()
 _SINK_SOCKET = _socket_number(STDERR)
 
-_dropped = 0  # records that stderr did not take, and that no record has told of
-_torn = False  # the last line that stderr took has no end
+_to: Destination = "stderr"  # as `send_records` was told
+_level: Level = "WARNING"
+_least = LEVELS[_level]
+_sink: Sink | None = None  # the program's own, if it has one
+_at_sink: set[int] = set()  # threads that are in the program's sink
 
-counted = {"errors": 0, "records_dropped": 0, "late_imports": 0}  # since start-up, for metrics
+_dropped = 0  # records that stderr did not take, and that no later record has mentioned
+_torn = False  # the last line on stderr lacks its end
 
-# The functions below have a copy of this module's names for globals, so that nothing that happens to the module, to
-# sys.modules or at interpreter shutdown reaches them.
+counted = {"errors": 0, "records_dropped": 0, "late_imports": 0}  # of the process since start-up, for metrics
+
+# The functions below use a copy of this module's names as globals, so nothing that happens to the module, to
+# sys.modules or at interpreter shutdown affects them. What they assign with `global` lives in that copy.
 _names = dict(globals())
 
 Function = TypeVar("Function", bound="Callable[..., object]")
 
 
 def _bound(function: Function) -> Function:
-    """The function, bound to `_names`, for those that come after it too."""
+    """Return the function bound to `_names`, where functions defined after it find it too."""
     assert isinstance(function, FunctionType)
     bound = FunctionType(function.__code__, _names, function.__name__, function.__defaults__, function.__closure__)
+    bound.__kwdefaults__ = function.__kwdefaults__
     _names[function.__name__] = update_wrapper(bound, function)
     return cast("Function", bound)
 
@@ -107,7 +125,7 @@ def _without_cancellations(error: BaseException) -> BaseException:
 
 @_bound
 def _clean(text: str, limit: int) -> str:
-    """At most `limit` characters, none of which a terminal obeys or UTF-8 lacks."""
+    """Cut a text to `limit` characters, and escape those that a terminal obeys or UTF-8 lacks."""
     if len(text) > limit:
         left_out = f"\n[{len(text) - limit} characters left out]\n"
         text = text[: limit // 2] + left_out + text[len(text) - limit // 2 :]
@@ -115,9 +133,9 @@ def _clean(text: str, limit: int) -> str:
 
 
 @_bound
-def _shown(value: object, show: Callable[[object], str]) -> str:
+def _shown(value: object, show: Callable[[object], str], limit: int = TEXT_MAX) -> str:
     try:
-        return _clean(show(value), TEXT_MAX)
+        return _clean("".join((show(value),)), limit)  # joined, it is a str and of no subclass
     except KeyboardInterrupt:
         raise
     except BaseException:  # noqa: ASYNC103 - nothing here waits, so no Cancelled of Trio's passes
@@ -125,18 +143,64 @@ def _shown(value: object, show: Callable[[object], str]) -> str:
 
 
 @_bound
-def _plain(value: object) -> object:
-    """The value as JSON has it: a scalar, or a list where it is a tuple."""
+def _plain(value: object, limit: int = TEXT_MAX) -> object:
+    """Return a value as JSON has it if it is a scalar or a tuple, else its repr, with at most `limit` characters."""
     if type(value) is tuple:
-        return [_plain(each) for each in value]
-    if type(value) is bool or type(value) is float or (type(value) is int and -(1 << 63) <= value < 1 << 63):
+        return [_plain(each, limit) for each in value]
+    if type(value) is float:
+        return value if isfinite(value) else None
+    if value is None or type(value) is bool or (type(value) is int and -(1 << 63) <= value < 1 << 63):
         return value
-    return _shown(value, str if type(value) is str else repr)
+    return _shown(value, str if type(value) is str else repr, limit)
+
+
+@_bound
+def _known(fields: Mapping[str, object]) -> Record:
+    """Return our own fields. None means unknown and is left out."""
+    return {_FIELD_NAMES.get(key, key): _plain(value) for key, value in fields.items() if value is not None}
+
+
+@_bound
+def _json(value: Any) -> str:
+    """Encode what `_plain` returns, and lists and dicts of it."""
+    kind = type(value)
+    if kind is str:
+        return _quoted(value)
+    if kind is dict:
+        return "{" + ",".join([f"{_quoted(key)}:{_json(each)}" for key, each in value.items()]) + "}"
+    if kind is list:
+        return "[" + ",".join([_json(each) for each in value]) + "]"
+    if kind is bool:
+        return "true" if value else "false"
+    return "null" if value is None else repr(value)
+
+
+@_bound
+def _supplied(context: Mapping[Any, object] | None) -> Record:
+    """Return what an application says as one field, as far as there is room and it can be shown."""
+    if context is None:
+        return {}
+    shown: Record = {}
+    room = CONTEXT_MAX
+    try:
+        for key, value in context.items():
+            name = _shown(key, str if type(key) is str else repr, KEY_MAX)
+            text = _shown(value, repr, VALUE_MAX) if type(value) is tuple else _plain(value, VALUE_MAX)
+            room -= len(_json({name: text}).encode())
+            if room < 0:
+                shown["..."] = "<left out>"
+                break
+            shown[name] = text
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # noqa: ASYNC103 - as in `_shown`
+        shown["..."] = NOT_SHOWN  # noqa: ASYNC104
+    return {"context": shown} if shown else {}
 
 
 @_bound
 def _title(error: BaseException) -> str:
-    """What the error is. A nursery makes a group of every error: where there is one, that is what people look for."""
+    """Return the headline of an error; of a group with a single error, as nurseries make them, that of the error."""
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     text = _shown(error, str)
@@ -146,7 +210,7 @@ def _title(error: BaseException) -> str:
 
 @_bound
 def _outline(error: BaseException) -> str:
-    """A stack trace of types and places only, which takes little memory and asks nothing of the exceptions."""
+    """Return a stack trace of types and places only, which takes little memory and does not call the exceptions."""
     lines: list[str] = []
     pending: list[BaseException] = [error]
     while pending and len(lines) < OUTLINE_LINES:
@@ -171,13 +235,11 @@ def _outline(error: BaseException) -> str:
 
 @_bound
 def _as_text(record: Record) -> bytes:
-    """For people: a headline with what is known, then the stack trace. Only a record begins at the line's start."""
-    rest = dict(record)
-    headline = f"{rest.pop('severity')}: {rest.pop('message')}"
-    trace = rest.pop("stack_trace", "")
-    known = " ".join([f"{key}={value}" for key, value in rest.items()])
-    text = f"{headline} [{known}]" if known else headline
-    text = f"{text}\n{trace}".rstrip("\n")
+    """Format a record for people: a headline with the fields, then the stack trace, all but the headline indented."""
+    fields = fields_of(record)
+    headline = f"{record['severity']}: {record['message']}"
+    text = f"{headline} [{fields}]" if fields else headline
+    text = f"{text}\n{record.get('stack_trace', '')}".rstrip("\n")
     return text.replace("\n", "\n    ").encode() + b"\n"
 
 
@@ -188,10 +250,10 @@ def _takes_more(ready: poll) -> bool:
 
 @_bound
 def _send(line: bytes) -> bool:
-    """Write a line as far as stderr takes it now, and say whether that was all of it; else it is counted as dropped.
+    """Write as much of a line as stderr takes now. Return whether that was all; if not, count it as dropped.
 
-    A pipe or socket that polls writable takes PIPE_BUF bytes without blocking. Once stderr is closed its number may
-    go to somebody's socket, which is not where records belong.
+    A pipe or socket that polls writable takes PIPE_BUF bytes without blocking. Once stderr is closed, its number may
+    belong to a client's socket, which must not get records.
     """
     global _dropped, _torn
     sent = 0
@@ -214,26 +276,48 @@ def _send(line: bytes) -> bool:
 
 
 @_bound
-def _write(record: Record) -> None:
-    """Raises ValueError where the record is too long."""
+def _taken(record: Record, sink: Sink) -> bool:
+    """Give a record to the program's own sink, and return whether the sink took it.
+
+    What a sink itself reports, and what finalizers report while it runs, is not for the sink: it may hold a lock that
+    it would wait for here.
+    """
+    me = get_ident()
+    if me in _at_sink:
+        return False
+    _at_sink.add(me)
+    try:
+        sink({**record})
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: ASYNC103 - as in `_shown`
+        record["sink_error"] = _title(error)
+        return False  # noqa: ASYNC104
+    finally:
+        _at_sink.discard(me)
+    return True
+
+
+@_bound
+def _deliver(record: Record) -> None:
+    """Give a record to the program's own sink, or else to stderr. Raises ValueError if it is too long for that."""
     global _dropped
     told = _dropped
     if told:
         record["records_dropped"] = told
-    line = _as_text(record) if _TO_TERMINAL else _encode(record) + b"\n"
-    if len(line) > LINE_MAX:
-        raise ValueError("the record is too long")
-    if _send(line):
-        _dropped -= told
+    if _sink is None or not _taken(record, _sink):
+        line = _as_text(record) if _TO_TERMINAL else _json(record).encode() + b"\n"
+        if len(line) > LINE_MAX:
+            raise ValueError("the record is too long")
+        if not _send(line):
+            return
+    _dropped -= told
 
 
 @_bound
-def _known(context: Mapping[str, object]) -> Record:
-    return {_FIELD_NAMES.get(key, key): _plain(value) for key, value in context.items() if value is not None}
-
-
-@_bound
-def _report_in_full(error: BaseException, error_id: str, context: Mapping[str, object]) -> None:
+def _report_in_full(
+    error: BaseException, error_id: str, context: Mapping[Any, object] | None, fields: Mapping[str, object]
+) -> None:
     rest = _without_cancellations(error)
     trace = TracebackException(
         type(rest),
@@ -243,27 +327,37 @@ def _report_in_full(error: BaseException, error_id: str, context: Mapping[str, o
         max_group_width=GROUP_WIDTH,
         max_group_depth=GROUP_DEPTH,
     )
-    head = {"severity": "ERROR", "message": _title(rest), "error_id": error_id}
-    _write({**head, **_known(context), "stack_trace": _clean("".join(trace.format()), TRACE_MAX)})
+    record = {
+        "severity": "ERROR",
+        "message": _title(rest),
+        "error_id": error_id,
+        **_known(fields),
+        **_supplied(context),
+    }
+    _deliver({**record, "stack_trace": _clean("".join(trace.format()), TRACE_MAX)})
 
 
 @_bound
-def _report_in_short(error: BaseException, error_id: str, context: Mapping[str, object]) -> None:
-    _write({"severity": "ERROR", "message": _title(error), "error_id": error_id, "stack_trace": _outline(error)})
+def _report_in_short(error: BaseException, error_id: str, *_: object) -> None:
+    _deliver({"severity": "ERROR", "message": _title(error), "error_id": error_id, "stack_trace": _outline(error)})
 
 
 @_bound
-def _report_in_fixed_bytes(error: BaseException, error_id: str, context: Mapping[str, object]) -> None:
+def _report_in_fixed_bytes(*_: object) -> None:
     _send(UNREPORTED)
 
 
 @enable_ki_protection
 @_bound
-def report_error(error: BaseException, **context: object) -> str:
-    """Report an error with what is known about where it happened, and return its id. Never blocks.
+def report_error(error: BaseException, *, context: Mapping[Any, object] | None = None, **fields: object) -> str:
+    """Report an error with what is known about where it happened, and return its id.
 
-    The id is all that a peer may see of it. An exception group is one error: whole, but for its cancellations. What is
-    None is not known. Nothing is raised but a KeyboardInterrupt, and that after the error was reported.
+    The id is all that a peer may see of the error. An exception group is one error, without its cancellations. Never
+    blocks on stderr; a program's own sink may (see `send_records`). Raises nothing but a KeyboardInterrupt, and only
+    once the error is reported.
+
+    context: what an application says about it: one field of the record, whatever keys and values it has.
+    fields: our own, at the top level of the record. None means unknown and is left out.
     """
     global _dropped
     counted["errors"] += 1
@@ -272,9 +366,11 @@ def report_error(error: BaseException, **context: object) -> str:
         error_id = urandom(4).hex()
     except Exception:
         error_id = UNKNOWN
+    if _least > LEVELS["ERROR"]:
+        return error_id
     for attempt in (_report_in_full, _report_in_short, _report_in_fixed_bytes):
         try:
-            attempt(error, error_id, context)
+            attempt(error, error_id, context, fields)
             break
         except KeyboardInterrupt as raised:
             interrupt = raised
@@ -290,11 +386,13 @@ def report_error(error: BaseException, **context: object) -> str:
 
 @enable_ki_protection
 @_bound
-def report(severity: str, message: str, **fields: object) -> None:
-    """Write one record that is not about an exception; what is None is left out. Never raises, never blocks."""
+def report(severity: Level, message: str, *, context: Mapping[Any, object] | None = None, **fields: object) -> None:
+    """Report something that is not an exception. Arguments as for `report_error`; raises and blocks as little."""
     global _dropped
+    if LEVELS.get(severity, _least) < _least:
+        return
     try:
-        _write({"severity": severity, "message": _shown(message, str), **_known(fields)})
+        _deliver({"severity": severity, "message": _shown(message, str), **_known(fields), **_supplied(context)})
     except Exception:
         try:
             _send(UNWRITTEN)
@@ -304,7 +402,37 @@ def report(severity: str, message: str, **fields: object) -> None:
 
 
 @_bound
+def send_records(to: Destination = "stderr", level: Level = "WARNING") -> tuple[Destination, Level]:
+    """Choose where this process's records go, and how severe a record must be to go there.
+
+    Returns the choice that this one replaces: `send_records(*before)` restores it.
+
+    to: "stderr"; a `logging.Logger`; or a function that takes a record, which is a dict of what JSON can hold. The
+        function or the logger's handlers run at once in the thread that reports, so while they block, so does the
+        server. If they raise, the record goes to stderr, with what they raised as `sink_error`.
+    level: the least severity that is written: "DEBUG", "INFO", "WARNING", "ERROR" or "CRITICAL".
+
+    Raises:
+        TypeError: `to` is nothing of the kind, for example an async function.
+        ValueError: there is no such level.
+    """
+    global _to, _level, _least, _sink
+    if level not in LEVELS:
+        raise ValueError(f"level is one of {', '.join(LEVELS)}, not {level!r}")
+    sink: Sink | None = None
+    if isinstance(to, Logger):
+        sink = LoggerSink(to)
+    elif callable(to) and not iscoroutinefunction(to):
+        sink = to
+    elif to != "stderr":
+        raise TypeError(f'records go to "stderr", a logging.Logger or a function that is not async, not to {to!r}')
+    before = _to, _level
+    _to, _level, _least, _sink = to, level, LEVELS[level], sink
+    return before
+
+
+@_bound
 def trace_id(headers: Mapping[str, str]) -> str | None:
-    """The id of the trace that a request belongs to, by `traceparent` (W3C) or `X-Cloud-Trace-Context`."""
+    """Return the id of the trace that a request belongs to, by `traceparent` (W3C) or `X-Cloud-Trace-Context`."""
     found = _TRACEPARENT(headers.get("traceparent", "")) or _CLOUD_TRACE(headers.get("x-cloud-trace-context", ""))
     return None if found is None else found[1]

@@ -17,7 +17,7 @@ from trio_websocket import WebSocketRequest, serve_websocket
 from fixtures.cutting_proxy import CuttingProxy, cutting_proxy
 from tricorn.chat import Run
 from tricorn.chat.client import connect, terminal
-from tricorn.chat.protocol import Closing, Opened, Welcome
+from tricorn.chat.protocol import Closing, Open, Opened, Welcome
 
 PATIENCE = 30  # seconds, for a whole test
 
@@ -96,6 +96,29 @@ async def test_it_comes_back_after_a_restart_of_the_server_with_its_post(
     assert "the server has lost what was said here before" in err
 
 
+async def test_pauses_start_over_after_a_connection_that_opened_the_conversation(
+    chatting: Chatting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connect, "FIRST_BACKOFF", 0.01)
+    monkeypatch.setattr(connect, "random", lambda: 1.0)
+    pauses: list[float] = []
+
+    async def on_message(message: connect.ServerMessage, text: str) -> None:
+        match message:
+            case Welcome():
+                await client.send(Open(conversation="c"))
+            case Opened() if len(pauses) < 3:
+                proxy.cut()
+            case Opened():
+                client.leave()
+
+    async with chatting() as server, through_proxy(server) as proxy:
+        client = connect.ReconnectingClient(f"ws://127.0.0.1:{proxy.address}/ws", None, PATIENCE)
+        with trio.fail_after(PATIENCE):
+            assert await client.run(on_message, lambda problem, pause: pauses.append(pause)) is None
+    assert pauses == [0.01, 0.01, 0.01]
+
+
 async def test_a_server_that_is_gone_is_waited_for_only_so_long(
     chatting: Chatting, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,7 +176,7 @@ async def test_it_does_not_come_back_where_that_would_change_nothing(
 async def test_what_was_being_cancelled_is_cancelled_on_the_next_connection(chatting: Chatting) -> None:
     """The person had pressed Ctrl-C, and the connection was lost with it."""
     async with chatting(stuck) as server, through_proxy(server) as proxy:
-        client = terminal.Client(f"ws://127.0.0.1:{proxy.address}/ws", "c", "hello", True, None)
+        client = terminal.TerminalChat(f"ws://127.0.0.1:{proxy.address}/ws", "c", "hello", True, None)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(client.run)
             with trio.fail_after(PATIENCE):

@@ -16,10 +16,11 @@ from fixtures.cutting_proxy import CuttingProxy, cutting_proxy
 from fixtures.logs import PATIENCE, Told, texts
 from fixtures.real_services import PostgresServer
 from tricorn.chat.logs import conformance
-from tricorn.chat.logs.base import KEEP_EVERYTHING, Log, PastLost, Retention, Unavailable
+from tricorn.chat.logs.base import KEEP_EVERYTHING, Append, Log, PastLost, Retention, Unavailable
 from tricorn.chat.logs.conformance import LEASE, completed, post, thought
 from tricorn.chat.logs.postgres import PostgresLog, connect
-from tricorn.settings import SettingError, Settings
+from tricorn.chat.settings import ChatSettings as Settings
+from tricorn.settings import SettingError
 
 
 def log_at(url: str, **settings: Any) -> PostgresLog:
@@ -87,12 +88,12 @@ async def test_a_restart_is_waited_for_and_loses_nothing(server: PostgresServer,
     async with log_at(server.url) as one, log_at(server.url) as other:
         epoch = (await one.open("c")).epoch
         await other.watch("c", told.hear)
-        await one.append("c", epoch, post("1"), "1")
+        await one.append("c", epoch, Append(post("1"), "1"))
         await told.until(1)
         server.stop(mode)
         async with trio.open_nursery() as nursery:
             for n in range(2, 30):
-                nursery.start_soon(one.append, "c", epoch, post(str(n)), str(n))
+                nursery.start_soon(one.append, "c", epoch, Append(post(str(n)), str(n)))
             await trio.testing.wait_all_tasks_blocked()
             server.start()
         await told.until(29)
@@ -111,7 +112,7 @@ async def test_killed_connections_are_made_anew(server: PostgresServer) -> None:
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'tricorn'",
             )
             with trio.fail_after(PATIENCE):
-                assert (await log.append("c", epoch, post(str(n))))[0].seq == n
+                assert (await log.append("c", epoch, Append(post(str(n)))))[0].seq == n
             await told.until(n)
         assert await texts(log) == ["1", "2", "3"]
 
@@ -125,7 +126,7 @@ async def test_what_is_said_again_is_known_again(server: PostgresServer, proxy: 
         for n in range(6):
             proxy.answers_left = 0 if n % 2 else None
             with trio.fail_after(PATIENCE):
-                entry, _ = await log.append("c", epoch, thought(str(n)), lease=lease)
+                entry, _ = await log.append("c", epoch, Append(thought(str(n)), lease=lease))
             assert entry.seq == n + 1
             assert loads(entry.json)["text"] == str(n)
         assert await texts(log) == [str(n) for n in range(6)]
@@ -134,10 +135,10 @@ async def test_what_is_said_again_is_known_again(server: PostgresServer, proxy: 
 async def test_a_connection_that_says_nothing_any_more_is_given_up(server: PostgresServer, proxy: CuttingProxy) -> None:
     async with log_at(through(proxy, server), log_timeout=0.5) as log:
         epoch = (await log.open("c")).epoch
-        await log.append("c", epoch, post("1"))
+        await log.append("c", epoch, Append(post("1")))
         proxy.stalled = True
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(log.append, "c", epoch, post("2"))
+            nursery.start_soon(log.append, "c", epoch, Append(post("2")))
             await trio.testing.wait_all_tasks_blocked()
             proxy.stalled = False  # for the next connection
         assert await texts(log) == ["1", "2"]
@@ -150,10 +151,10 @@ async def test_who_watches_hears_after_a_cut_what_was_missed(server: PostgresSer
         await other.watch("c", told.hear)
         target, proxy.target = proxy.target, "/nowhere"
         proxy.cut()
-        await one.append("c", epoch, post("1"))
+        await one.append("c", epoch, Append(post("1")))
         proxy.target = target
         await told.until(1)
-        await one.append("c", epoch, post("2"))
+        await one.append("c", epoch, Append(post("2")))
         await told.until(2)
 
 
@@ -162,8 +163,8 @@ async def test_a_server_that_lost_its_last_writes_is_found_out(server: PostgresS
     async with log_at(server.url) as log:
         epoch = (await log.open("c")).epoch
         await log.watch("c", told.hear)
-        await log.append("c", epoch, post("1"))
-        await log.append("c", epoch, post("2"))
+        await log.append("c", epoch, Append(post("1")))
+        await log.append("c", epoch, Append(post("2")))
         await told.until(2)
         told.heads.clear()
         sql(
@@ -174,17 +175,17 @@ async def test_a_server_that_lost_its_last_writes_is_found_out(server: PostgresS
         )
         await told.until(1)
         with pytest.raises(PastLost):
-            await log.append("c", epoch, post("3"))
+            await log.append("c", epoch, Append(post("3")))
 
 
 async def test_an_empty_database_is_another_past(server: PostgresServer) -> None:
     async with log_at(server.url) as log:
         epoch = (await log.open("c")).epoch
         lease = await log.claim("c")
-        await log.append("c", epoch, post("1"))
+        await log.append("c", epoch, Append(post("1")))
         sql(server, "TRUNCATE tricorn.conversation, tricorn.entry", "UPDATE tricorn.store SET id = 'another'")
         with pytest.raises(PastLost):
-            await log.append("c", epoch, completed(), lease=lease, answered=1)
+            await log.append("c", epoch, Append(completed(), lease=lease, answered=1))
         assert (await log.open("c")).head == 0
         assert (await log.open("c")).epoch != epoch
 
@@ -192,18 +193,18 @@ async def test_an_empty_database_is_another_past(server: PostgresServer) -> None
 async def test_a_standby_is_waited_for_until_it_is_promoted(server: PostgresServer) -> None:
     async with log_at(server.url) as log:
         epoch = (await log.open("c")).epoch
-        await log.append("c", epoch, post("1"), "1")
+        await log.append("c", epoch, Append(post("1"), "1"))
         server.stop("fast")
         server.start(default_transaction_read_only="on")  # as a standby answers
         try:
             with trio.move_on_after(0.5) as scope:
-                await log.append("c", epoch, post("2"), "2")
+                await log.append("c", epoch, Append(post("2"), "2"))
             assert scope.cancelled_caught
         finally:
             server.stop("fast")
             server.start()
         with trio.fail_after(PATIENCE):
-            assert (await log.append("c", epoch, post("2"), "2"))[0].seq == 2
+            assert (await log.append("c", epoch, Append(post("2"), "2")))[0].seq == 2
 
 
 async def test_one_that_cannot_be_served_does_not_hold_up_the_others(server: PostgresServer) -> None:
@@ -214,7 +215,7 @@ async def test_one_that_cannot_be_served_does_not_hold_up_the_others(server: Pos
 
         async def append(key: str, text: str) -> None:
             try:
-                results[key] = (await log.append(key, epoch[key], post(text)))[0].seq
+                results[key] = (await log.append(key, epoch[key], Append(post(text))))[0].seq
             except Unavailable as error:
                 results[key] = str(error)
 
@@ -229,14 +230,14 @@ async def test_one_that_cannot_be_served_does_not_hold_up_the_others(server: Pos
 async def test_a_lock_that_somebody_holds_is_not_waited_for_for_ever(server: PostgresServer) -> None:
     async with log_at(server.url, log_timeout=0.5) as log:
         epoch = (await log.open("c")).epoch
-        await log.append("c", epoch, post("1"))
+        await log.append("c", epoch, Append(post("1")))
         with psycopg.connect(server.conninfo) as other:
             other.execute("SELECT FROM tricorn.conversation FOR UPDATE")
             with pytest.raises(Unavailable, match="statement timeout"):
-                await log.append("c", epoch, post("2"))
+                await log.append("c", epoch, Append(post("2")))
             with pytest.raises(Unavailable, match="statement timeout"):
                 await log.claim("c")
-        assert (await log.append("c", epoch, post("2")))[0].seq == 2
+        assert (await log.append("c", epoch, Append(post("2"))))[0].seq == 2
 
 
 async def test_who_gives_up_waits_no_longer(server: PostgresServer) -> None:
@@ -245,7 +246,7 @@ async def test_who_gives_up_waits_no_longer(server: PostgresServer) -> None:
         server.stop()
         try:
             calls: list[Callable[[], Awaitable[object]]] = [
-                lambda: log.append("c", epoch, post()),
+                lambda: log.append("c", epoch, Append(post())),
                 lambda: log.read("c", 0, 1),
                 lambda: log.claim("c"),
                 log.check,
@@ -265,14 +266,14 @@ async def test_cancelled_calls_leave_nothing_behind(server: PostgresServer) -> N
         epoch = (await log.open("c")).epoch
         for turns in range(100):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(log.append, "c", epoch, post(f"{turns}"), f"{turns}")
+                nursery.start_soon(log.append, "c", epoch, Append(post(f"{turns}"), f"{turns}"))
                 nursery.start_soon(log.read, "c", 0, 10)
                 for _ in range(turns % 7):
                     await trio.lowlevel.checkpoint()
                 nursery.cancel_scope.cancel()
         with trio.fail_after(PATIENCE):
             for turns in range(100):
-                await log.append("c", epoch, post(f"{turns}"), f"{turns}")
+                await log.append("c", epoch, Append(post(f"{turns}"), f"{turns}"))
         assert sorted(await texts(log), key=int) == [f"{turns}" for turns in range(100)]
 
 
@@ -286,7 +287,7 @@ async def test_a_name_too_long_for_a_notice(server: PostgresServer) -> None:
             " AS $$ SELECT pg_notify('tricorn', '') $$",
         )
         await other.watch(key, told.hear)
-        await one.append(key, (await one.open(key)).epoch, post())
+        await one.append(key, (await one.open(key)).epoch, Append(post()))
         await told.until(1)
 
 
@@ -294,8 +295,8 @@ async def test_growing_old_where_nobody_comes_by(server: PostgresServer) -> None
     async with log_at(server.url) as log:
         epoch = (await log.open("c")).epoch
         lease = await log.claim("c")
-        await log.append("c", epoch, post())
-        await log.append("c", epoch, completed(), lease=lease, answered=1)
+        await log.append("c", epoch, Append(post()))
+        await log.append("c", epoch, Append(completed(), lease=lease, answered=1))
         sql(server, "SELECT tricorn.sweep(0)")
         assert (await log.open("c"))[1:] == (3, 2, 1)
 

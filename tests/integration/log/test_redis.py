@@ -18,10 +18,11 @@ from fixtures.cutting_proxy import CuttingProxy, cutting_proxy
 from fixtures.logs import PATIENCE, Told, texts
 from fixtures.real_services import RedisServer
 from tricorn.chat.logs import conformance
-from tricorn.chat.logs.base import KEEP_EVERYTHING, Lease, Log, PastLost, Retention, Unavailable
+from tricorn.chat.logs.base import KEEP_EVERYTHING, Append, Lease, Log, PastLost, Retention, Unavailable
 from tricorn.chat.logs.conformance import LEASE, completed, post, thought
 from tricorn.chat.logs.redis import RedisLog, connect
-from tricorn.settings import SettingError, Settings
+from tricorn.chat.settings import ChatSettings as Settings
+from tricorn.settings import SettingError
 
 
 def log_at(path: str, **settings: Any) -> RedisLog:
@@ -91,12 +92,12 @@ async def test_a_restart_is_waited_for_and_loses_nothing(server: RedisServer) ->
     async with log_at(server.path) as one, log_at(server.path) as other:
         epoch = (await one.open("c")).epoch
         await other.watch("c", told.hear)
-        await one.append("c", epoch, post("1"), "1")
+        await one.append("c", epoch, Append(post("1"), "1"))
         await told.until(1)
         server.kill()
         async with trio.open_nursery() as nursery:
             for n in range(2, 30):
-                nursery.start_soon(one.append, "c", epoch, post(str(n)), str(n))
+                nursery.start_soon(one.append, "c", epoch, Append(post(str(n)), str(n)))
             await trio.testing.wait_all_tasks_blocked()
             server.start()
         await told.until(29)
@@ -111,10 +112,10 @@ async def test_who_watches_hears_after_a_cut_what_was_missed(server: RedisServer
         await other.watch("c", told.hear)
         proxy.target = "/nowhere"
         proxy.cut()
-        await one.append("c", epoch, post("1"))
+        await one.append("c", epoch, Append(post("1")))
         proxy.target = server.path
         await told.until(1)
-        await one.append("c", epoch, post("2"))
+        await one.append("c", epoch, Append(post("2")))
         await told.until(2)
 
 
@@ -123,7 +124,7 @@ async def test_a_connection_that_says_nothing_any_more_is_given_up(server: Redis
         epoch = (await log.open("c")).epoch
         proxy.stalled = True
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(log.append, "c", epoch, post("1"))
+            nursery.start_soon(log.append, "c", epoch, Append(post("1")))
             await trio.testing.wait_all_tasks_blocked()
             proxy.stalled = False  # for the next connection
         assert await texts(log) == ["1"]
@@ -138,7 +139,7 @@ async def test_what_is_said_again_is_known_again(server: RedisServer, proxy: Cut
         for n in range(6):
             proxy.answers_left = 0 if n % 2 else None
             with trio.fail_after(PATIENCE):
-                entry, _ = await log.append("c", epoch, thought(str(n)), lease=lease)
+                entry, _ = await log.append("c", epoch, Append(thought(str(n)), lease=lease))
             assert entry.seq == n + 1
             assert loads(entry.json)["text"] == str(n)
         assert await texts(log) == [str(n) for n in range(6)]
@@ -148,12 +149,12 @@ async def test_an_empty_redis_is_another_past(server: RedisServer) -> None:
     async with log_at(server.path) as log:
         epoch = (await log.open("c")).epoch
         lease = await log.claim("c")
-        await log.append("c", epoch, post("1"))
+        await log.append("c", epoch, Append(post("1")))
         server.ask("FLUSHALL")
         with pytest.raises(PastLost):
-            await log.append("c", epoch, post("2"))
+            await log.append("c", epoch, Append(post("2")))
         with pytest.raises(PastLost):
-            await log.append("c", epoch, completed(), lease=lease, answered=1)
+            await log.append("c", epoch, Append(completed(), lease=lease, answered=1))
         assert (await log.open("c")).head == 0
         assert (await log.open("c")).epoch != epoch
 
@@ -164,15 +165,15 @@ async def test_a_redis_that_lost_its_last_writes_is_found_out(start: Callable[..
     async with log_at(server.path) as log:
         epoch = (await log.open("c")).epoch
         await log.watch("c", told.hear)
-        await log.append("c", epoch, post("1"))
+        await log.append("c", epoch, Append(post("1")))
         server.ask("SAVE")
-        await log.append("c", epoch, post("2"))
+        await log.append("c", epoch, Append(post("2")))
         told.heads.clear()
         server.kill()
         server.start()
         await told.until(1)
         with pytest.raises(PastLost):
-            await log.append("c", epoch, post("3"))
+            await log.append("c", epoch, Append(post("3")))
 
 
 async def test_a_replica_is_waited_for_until_it_is_promoted(
@@ -180,10 +181,10 @@ async def test_a_replica_is_waited_for_until_it_is_promoted(
 ) -> None:
     async with log_at(server.path) as log:
         epoch = (await log.open("c")).epoch
-        await log.append("c", epoch, post("1"), "1")
+        await log.append("c", epoch, Append(post("1"), "1"))
         server.ask("REPLICAOF", "127.0.0.1", "1")  # writes are refused, as in a failover
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(log.append, "c", epoch, post("2"), "2")
+            nursery.start_soon(log.append, "c", epoch, Append(post("2"), "2"))
             await trio.testing.wait_all_tasks_blocked()
             assert server.ask("ROLE").startswith("slave")
             server.ask("REPLICAOF", "NO", "ONE")
@@ -196,7 +197,7 @@ async def test_another_server_takes_over(
     """As behind an address that moves: the other one has the data, and not the scripts."""
     async with log_at(proxy.address) as log:
         epoch = (await log.open("c")).epoch
-        await log.append("c", epoch, post("1"), "1")
+        await log.append("c", epoch, Append(post("1"), "1"))
         lease = await log.claim("c")
         server.kill()
         other = start(durable=True)
@@ -209,11 +210,11 @@ async def test_another_server_takes_over(
         proxy.target = other.path
         proxy.cut()
         with trio.fail_after(PATIENCE):
-            assert (await log.append("c", epoch, post("1"), "1"))[1]
-            await log.append("c", epoch, thought("2"), lease=lease)
+            assert (await log.append("c", epoch, Append(post("1"), "1")))[1]
+            await log.append("c", epoch, Append(thought("2"), lease=lease))
         other.ask("SCRIPT", "FLUSH")
         with trio.fail_after(PATIENCE):
-            await log.append("c", epoch, completed(), lease=lease, answered=1)
+            await log.append("c", epoch, Append(completed(), lease=lease, answered=1))
         assert len(await texts(log)) == 3
 
 
@@ -222,12 +223,12 @@ async def test_no_memory_is_told_at_once_and_over_when_there_is_some(server: Red
         epoch = (await log.open("c")).epoch
         server.ask("CONFIG", "SET", "maxmemory", "1")
         with pytest.raises(Unavailable, match="memory"):
-            await log.append("c", epoch, post("1"))
+            await log.append("c", epoch, Append(post("1")))
         with pytest.raises(Unavailable):
             await log.check()
         server.ask("CONFIG", "SET", "maxmemory", "0")
         await log.check()
-        assert (await log.append("c", epoch, post("1")))[0].seq == 1
+        assert (await log.append("c", epoch, Append(post("1"))))[0].seq == 1
 
 
 async def test_who_gives_up_waits_no_longer(server: RedisServer) -> None:
@@ -235,7 +236,7 @@ async def test_who_gives_up_waits_no_longer(server: RedisServer) -> None:
         epoch = (await log.open("c")).epoch
         server.kill()
         calls: list[Callable[[], Awaitable[object]]] = [
-            lambda: log.append("c", epoch, post()),
+            lambda: log.append("c", epoch, Append(post())),
             lambda: log.read("c", 0, 1),
             lambda: log.claim("c"),
             log.check,
@@ -254,14 +255,14 @@ async def test_cancelled_calls_leave_nothing_behind(server: RedisServer) -> None
         epoch = (await log.open("c")).epoch
         for turns in range(300):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(log.append, "c", epoch, post(f"{turns}"), f"{turns}")
+                nursery.start_soon(log.append, "c", epoch, Append(post(f"{turns}"), f"{turns}"))
                 nursery.start_soon(log.read, "c", 0, 10)
                 for _ in range(turns % 7):
                     await trio.lowlevel.checkpoint()
                 nursery.cancel_scope.cancel()
         with trio.fail_after(PATIENCE):
             for turns in range(300):
-                await log.append("c", epoch, post(f"{turns}"), f"{turns}")
+                await log.append("c", epoch, Append(post(f"{turns}"), f"{turns}"))
         assert sorted(await texts(log), key=int) == [f"{turns}" for turns in range(300)]
         clients = [line for line in server.ask("CLIENT", "LIST").splitlines() if "cmd=client" not in line]
         assert len(clients) == 1
@@ -281,7 +282,7 @@ async def test_a_watcher_that_left_while_there_was_no_connection(server: RedisSe
             await log.watch("c", told.hear)
         epoch = (await log.open("c")).epoch
         async with log_at(server.path) as other:
-            await other.append("c", epoch, post())
+            await other.append("c", epoch, Append(post()))
             await told.until(1)
 
 
@@ -300,7 +301,7 @@ async def test_a_watcher_that_came_while_a_connection_was_made(server: RedisServ
         with trio.fail_after(PATIENCE):
             await watched.wait()
             epoch = (await log.open("new")).epoch
-            await log.append("new", epoch, post())
+            await log.append("new", epoch, Append(post()))
             await told.until(1)
 
 
@@ -308,14 +309,14 @@ async def test_an_answered_conversation_goes_by_itself_when_it_is_old(server: Re
     async with log_at(server.path, retention_seconds=1000) as log:
         epoch = (await log.open("c")).epoch
         lease = await log.claim("c")
-        await log.append("c", epoch, post("1"), "1")
+        await log.append("c", epoch, Append(post("1"), "1"))
         assert server.ask("TTL", "tricorn:entries:c") == "-1"  # nobody has answered it
-        await log.append("c", epoch, completed(), lease=lease, answered=1)
+        await log.append("c", epoch, Append(completed(), lease=lease, answered=1))
         assert 0 < int(server.ask("TTL", "tricorn:entries:c")) <= 1000
         assert 0 < int(server.ask("TTL", "tricorn:keys:c")) <= 1000
         server.ask("DEL", "tricorn:entries:c", "tricorn:keys:c")  # as if that time were over
         assert await log.open("c") == (epoch, 3, 2, 1)
-        assert (await log.append("c", epoch, post("1"), "1"))[0].seq == 3
+        assert (await log.append("c", epoch, Append(post("1"), "1")))[0].seq == 3
 
 
 # The address
@@ -364,7 +365,7 @@ async def test_a_wrong_password_is_told_and_not_shown(server: RedisServer) -> No
 async def test_databases_do_not_mix(server: RedisServer) -> None:
     address = f"unix://{server.path}"
     async with connect(address, Settings()) as one, connect(f"{address}?db=1", Settings()) as other:
-        await one.append("c", (await one.open("c")).epoch, post())
+        await one.append("c", (await one.open("c")).epoch, Append(post()))
         assert (await other.open("c")).head == 0
 
 

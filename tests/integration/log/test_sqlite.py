@@ -21,10 +21,11 @@ import pytest
 import trio
 
 from tricorn.chat.logs import conformance
-from tricorn.chat.logs.base import KEEP_EVERYTHING, LeaseLost, Log, PastLost, Retention, Unavailable
+from tricorn.chat.logs.base import KEEP_EVERYTHING, Append, LeaseLost, Log, PastLost, Retention, Unavailable
 from tricorn.chat.logs.conformance import completed, post
 from tricorn.chat.logs.sqlite import SQLiteLog, connect
-from tricorn.settings import SettingError, Settings
+from tricorn.chat.settings import ChatSettings as Settings
+from tricorn.settings import SettingError
 
 NOBODY = 65534
 KILLS = 50
@@ -60,7 +61,7 @@ async def test_conformance(case: conformance.Case, path: Path) -> None:
 
 async def append(log: Log, text: str, conversation: str = "c") -> int:
     epoch = (await log.open(conversation)).epoch
-    return (await log.append(conversation, epoch, post(text)))[0].seq
+    return (await log.append(conversation, epoch, Append(post(text))))[0].seq
 
 
 # The file
@@ -201,9 +202,9 @@ async def test_what_fails_fails_nobody_beside_it(path: Path) -> None:
         )
         async with trio.open_nursery() as nursery:
             for key in ("a", "bad", "b"):
-                nursery.start_soon(call, log.append("c", epoch, post(key), key))
+                nursery.start_soon(call, log.append("c", epoch, Append(post(key), key)))
             nursery.start_soon(call, log.read("c", 2**64, 1))
-            nursery.start_soon(call, log.append("c", epoch, post("c"), "c"))
+            nursery.start_soon(call, log.append("c", epoch, Append(post("c"), "c")))
         assert sorted(refused) == [
             "",
             "",
@@ -250,7 +251,7 @@ async def test_another_file_is_another_past(path: Path) -> None:
     shutil.move(path, f"{path}.old")
     async with log_at(path) as log:
         with pytest.raises(PastLost):
-            await log.append("c", epoch, post())
+            await log.append("c", epoch, Append(post()))
 
 
 async def test_no_lease_outlives_the_process(path: Path) -> None:
@@ -262,7 +263,7 @@ async def test_no_lease_outlives_the_process(path: Path) -> None:
     async with log_at(path) as log:
         assert await log.unanswered(10) == ["c"]
         with pytest.raises(LeaseLost):
-            await log.append("c", epoch, completed(), lease=old)
+            await log.append("c", epoch, Append(completed(), lease=old))
         new = await log.claim("c")
         assert new is not None
         assert new.token > old.token
@@ -273,7 +274,7 @@ async def test_what_is_old_goes_where_nobody_comes_by(path: Path) -> None:
         epoch = (await log.open("c")).epoch
         await append(log, "1")
         lease = await log.claim("c")
-        await log.append("c", epoch, completed(), lease=lease, answered=1)
+        await log.append("c", epoch, Append(completed(), lease=lease, answered=1))
     async with log_at(path, retention_seconds=1e-6) as log:
         while await log.read("c", 0, 10):
             await trio.testing.wait_all_tasks_blocked(0.001)
@@ -316,14 +317,15 @@ async def test_many_that_wait_are_one_transaction(path: Path) -> None:
 WRITER = """
 import sys
 import trio
+from tricorn.chat.logs.base import Append
 from tricorn.chat.logs.conformance import post
 from tricorn.chat.logs.sqlite import connect
-from tricorn.settings import Settings
+from tricorn.chat.settings import ChatSettings as Settings
 
 async def write(log, conversation, first):
     epoch = (await log.open(conversation)).epoch
     for n in range(first, 10**9):
-        entry, repeated = await log.append(conversation, epoch, post(str(n)), f"{conversation}:{n}")
+        entry, repeated = await log.append(conversation, epoch, Append(post(str(n)), f"{conversation}:{n}"))
         print(conversation, entry.seq, n, int(repeated), epoch, flush=True)
 
 async def read(log, conversation):

@@ -42,6 +42,50 @@ async def test_a_path_and_headers(served: Serving, capfd: pytest.CaptureFixture[
     assert [record["message"] for record in records(capfd)] == ["connection closed"]
 
 
+class Unshowable:
+    def __repr__(self) -> str:
+        raise SystemExit
+
+
+HOSTILE = {
+    "names of ours": {
+        "code": 1,
+        "phase": 2,
+        "error": 3,
+        "message": EVIL,
+        "error_id": EVIL,
+        "severity": "INFO",
+        "context": 4,
+    },
+    "no names": {5: EVIL, None: 1, (1, EVIL): 2},
+    "unshowable": {"value": Unshowable(), Unshowable(): "key"},
+    "huge": {EVIL * 1000: EVIL * 1000},
+    "no mapping": Unshowable(),
+}
+
+
+@pytest.mark.parametrize("hostile", HOSTILE.values(), ids=HOSTILE)
+async def test_a_context(hosted: Serving, hostile: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    """Rule E10: the error is the one that happened, its id reaches the peer, and the end is told of."""
+
+    async def handler(ws: WebSocket) -> None:
+        if isinstance(hostile, dict):
+            ws.context.update(hostile)
+        else:
+            ws.context = hostile
+        raise LookupError("the first error")
+
+    async with hosted(handler) as server, server.connect() as client:
+        code, reason = await client.closed()
+    error, end = records(capfd)
+    assert (code, reason) == (1011, error["error_id"])
+    assert (error["severity"], error["message"], error["phase"]) == ("ERROR", "LookupError: the first error", "open")
+    assert (end["severity"], end["message"], end["code"]) == ("WARNING", "connection closed", 1011)
+    assert end["error_id"] == reason
+    assert error["connection"] == end["connection"]
+    assert error["context"] == end["context"]
+
+
 async def test_a_head_that_is_none(served: Serving, capfd: pytest.CaptureFixture[str]) -> None:
     async with served(lambda ws: None) as server:
         for head in (b"\x1b[2J\r\n\r\n", b"GET /\x9b HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nA: \x1b[2J\r\n\r\n"):

@@ -48,6 +48,7 @@ async def listen_and_tell(port, host):
     return listeners
 
 tricorn.server.listen = listen_and_tell
+tricorn.send_records("stderr", "INFO")
 tricorn.run(handler, 0, settings=tricorn.Settings(**SETTINGS), drain=drain)
 print("returned", flush=True)
 """

@@ -20,7 +20,8 @@ class Client:
     def __init__(self, subprotocol: str | None, headers: dict[str, str] | None = None) -> None:
         self.subprotocol = subprotocol
         self.id = "connection-1"
-        self.context: dict[str, object] = {"connection": self.id}
+        self.context: dict[str, object] = {}
+        self.path = "/ws"
         self.peer = ("127.0.0.1", 50000)
         self.headers = headers or {"host": "localhost:8080"}
         self.closed: tuple[int, str] | None = None

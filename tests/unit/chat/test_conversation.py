@@ -13,12 +13,12 @@ import trio.testing
 
 from tricorn.chat.conversation.conversation import Conversation, Cursor, Ended, Full
 from tricorn.chat.conversation.log_view import TAIL
-from tricorn.chat.logs.base import Entry, LogState
+from tricorn.chat.logs.base import Append, Entry, LogState
 from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.protocol import AgentThinking
 from tricorn.chat.quota import Quota
 from tricorn.chat.run import Agent, Run
-from tricorn.settings import Settings
+from tricorn.chat.settings import ChatSettings as Settings
 
 
 class WatchedLog(MemoryLog):
@@ -394,7 +394,7 @@ async def test_an_append_notifies_who_is_attached_and_has_read_everything(begin:
 
 async def test_the_log_is_asked_where_it_stands_once(begin: Begin, log: WatchedLog) -> None:
     epoch, *_ = await log.open("c")
-    entry, _ = await log.append("c", epoch, event())
+    entry, _ = await log.append("c", epoch, Append(event()))
     conversation = begin(echo)
     async with trio.open_nursery() as nursery:
         for _ in range(3):
@@ -434,7 +434,7 @@ async def test_who_keeps_up_is_served_without_the_log(begin: Begin, log: Watched
 async def test_it_goes_on_where_the_log_stands(begin: Begin, log: WatchedLog) -> None:
     epoch, *_ = await log.open("c")
     for n in range(3):
-        await log.append("c", epoch, event(str(n)))
+        await log.append("c", epoch, Append(event(str(n))))
     conversation = begin(echo)
     await conversation.open()
     assert [entry.seq for entry in await conversation.read(1, 10)] == [2, 3]
@@ -447,7 +447,7 @@ async def test_what_others_write_into_the_log_is_not_skipped(begin: Begin, log: 
     conversation = begin(echo)
     await conversation.open()
     await conversation._transcript.append(event("1"))
-    await log.append("c", conversation.epoch, event("2"))
+    await log.append("c", conversation.epoch, Append(event("2")))
     await conversation._transcript.append(event("3"))
     assert conversation.head == 3
     assert [json.loads(entry.json)["text"] for entry in await conversation.read(0, 10)] == ["1", "2", "3"]

@@ -14,10 +14,10 @@ import trio.testing
 
 from tricorn.chat import Chat, Run
 from tricorn.chat.chat import LOOK_AT_ONCE
-from tricorn.chat.logs.base import Entry, LogState, Unavailable
+from tricorn.chat.logs.base import Append, Entry, LogState, Unavailable
 from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.protocol import AgentThinking
-from tricorn.settings import Settings
+from tricorn.chat.settings import ChatSettings as Settings
 
 LEASE = 15.0
 Connect = Callable[..., Awaitable[Any]]
@@ -349,7 +349,7 @@ async def test_who_follows_a_new_conversation_hears_while_the_lost_one_still_end
         client.say("open", conversation="c")
         client.say("post", id="p", conversation="c", text="lost")
         await client.hear_all()
-        del log._store["local/c"]
+        del log.store.conversations["local/c"]
         client.say("post", id="q", conversation="c", text="x")
         await client.ended.wait()
         client = await connect(one)
@@ -369,7 +369,7 @@ async def test_who_has_a_lease_of_before_the_loss_finds_out_when_others_answer(c
         here.say("open", conversation="c")
         here.say("post", id="p", conversation="c", text="x")
         await here.hear_all()
-        del log._store["local/c"]
+        del log.store.conversations["local/c"]
         for id in "qr":  # more than it had, so that it looks like the rest
             there.say("post", id=id, conversation="c", text="x")
         await there.hear_all()
@@ -571,7 +571,7 @@ async def test_a_reader_goes_on_when_the_log_is_back(connect: Connect, autojump_
     log = Failing()
     epoch = (await log.open("local/c")).epoch
     for n in range(1000):
-        await log.append("local/c", epoch, AgentThinking(conversation="c", seq=0, at=0.0, run="r", text=f"{n}"))
+        await log.append("local/c", epoch, Append(AgentThinking(conversation="c", seq=0, at=0.0, run="r", text=f"{n}")))
     async with Chat(echo, log=log) as chat:
         client = await connect(chat)
         client.stop_reading()
@@ -607,7 +607,7 @@ async def test_who_follows_a_lost_conversation_starts_over(connect: Connect) -> 
         client.say("open", conversation="c")
         client.say("post", id="p", conversation="c", text="x")
         await client.hear_until("agent_completed")
-        del log._store["local/c"]
+        del log.store.conversations["local/c"]
         client.say("post", id="q", conversation="c", text="x")
         await client.ended.wait()
         assert client.closed == (1012, "the log has lost its past")
@@ -625,7 +625,7 @@ async def test_a_conversation_that_is_lost_while_nobody_posts(connect: Connect) 
         client.say("open", conversation="c")
         client.say("post", id="p", conversation="c", text="x")
         await client.hear_until("agent_completed")
-        del log._store["local/c"]
+        del log.store.conversations["local/c"]
         log._watchers["local/c"](0, "")  # what an engine tells after a restart
         await client.ended.wait()
     assert client.closed == (1012, "the log has lost its past")
@@ -635,13 +635,13 @@ async def test_retention_that_overtakes_a_reader_is_told(connect: Connect) -> No
     log = MemoryLog()
     epoch = (await log.open("local/c")).epoch
     for n in range(600):
-        await log.append("local/c", epoch, AgentThinking(conversation="c", seq=0, at=0.0, run="r", text=f"{n}"))
+        await log.append("local/c", epoch, Append(AgentThinking(conversation="c", seq=0, at=0.0, run="r", text=f"{n}")))
     async with Chat(echo, log=log) as chat:
         client = await connect(chat)
         client.stop_reading()
         client.say("open", conversation="c")
         await trio.testing.wait_all_tasks_blocked()
-        past = log._store["local/c"]
+        past = log.store.conversations["local/c"]
         while past.entries[0].entry.seq < 500:
             past.entries.popleft()
         client.readable.set()

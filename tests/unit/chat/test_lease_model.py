@@ -1,9 +1,9 @@
 """The protocol of lease and resume, tried out: every order in which two instances can act, with crashes in between.
 
-What the store does is the store's own code (`Past`), and what an instance knows is its own fold (`ConversationState`)
-of what it has read, which it may do late; the steps of an instance are those of `Responder`, cut where another one may
-act in between. Every state that can be reached with two posts, two instances and two crashes, real ones or only
-seeming so, is visited; in each the log must be one that a client may see.
+What the store does is the store's own code (`StoredConversation`), and what an instance knows is its own fold
+(`ConversationState`) of what it has read, which it may do late; the steps of an instance are those of `Responder`, cut
+where another one may act in between. Every state that can be reached with two posts, two instances and two crashes,
+real ones or only seeming so, is visited; in each the log must be one that a client may see.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from tricorn.chat.conversation.state import ConversationState, completed_key, started_key
-from tricorn.chat.logs.base import Lease, LeaseLost, LogState
-from tricorn.chat.logs.memory import Past
-from tricorn.chat.protocol import AgentCompleted, AgentMessage, AgentStarted, AnyEvent, RunEvent, UserMessage
+from tricorn.chat.logs.base import Append, Lease, LeaseLost, LogState
+from tricorn.chat.logs.memory import StoredConversation
+from tricorn.chat.protocol import AgentCompleted, AgentMessage, AgentStarted, RunEvent, UserMessage
 
 INSTANCES = ("a", "b")
 POSTS = 2
@@ -49,7 +49,7 @@ class Instance:
 
 @dataclass
 class World:
-    past: Past = field(default_factory=lambda: Past(epoch=EPOCH))
+    past: StoredConversation = field(default_factory=lambda: StoredConversation(epoch=EPOCH))
     instances: list[Instance] = field(default_factory=lambda: [Instance(name) for name in INSTANCES])
     dead: set[str] = field(default_factory=set)  # whose leases have run out; who is slow may be among them
     posts: int = 0
@@ -92,12 +92,12 @@ class World:
     def post(self) -> None:
         self.posts += 1
         event = UserMessage(conversation="c", seq=0, at=0.0, id=f"{self.posts}", user="u", text="x")
-        self.past.append("client", EPOCH, event, f"post:{self.posts}", None, None)
+        self.past.append("client", EPOCH, Append(event, f"post:{self.posts}"))
         self.log += (f"post:{self.posts}",)
 
     def append(self, instance: Instance, event: RunEvent, key: str, answered: int | None = None) -> None:
         """Append, and read all up to that, as `LogView` does."""
-        entry, repeated = self.past.append(instance.name, EPOCH, event, key, instance.lease, answered)
+        entry, repeated = self.past.append(instance.name, EPOCH, Append(event, key, instance.lease, answered))
         if not repeated:
             self.log += (f"{key} {event.run}",)
         instance.read = max(instance.read, entry.seq)
@@ -266,12 +266,12 @@ def test_it_finds_who_goes_on_from_what_it_knew_before_its_lease(monkeypatch: py
 
 
 def test_it_finds_a_store_that_does_not_look_at_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    append = Past.append
+    append = StoredConversation.append
 
-    def careless(self: Past, instance: object, epoch: str, event: AnyEvent, key: str | None, *rest: object) -> object:
-        return append(self, instance, epoch, event, key, None, rest[1])  # type: ignore[arg-type]
+    def careless(self: StoredConversation, instance: object, epoch: str, what: Append) -> object:
+        return append(self, instance, epoch, what._replace(lease=None))
 
-    monkeypatch.setattr(Past, "append", careless)
+    monkeypatch.setattr(StoredConversation, "append", careless)
     with pytest.raises(AssertionError):
         explore()
 
@@ -290,12 +290,12 @@ def test_it_finds_a_start_that_can_come_twice(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_it_finds_a_store_that_forgets_how_far_it_was_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    append = Past.append
+    append = StoredConversation.append
 
-    def forgetful(self: Past, instance: object, epoch: str, event: AnyEvent, key: str | None, *rest: object) -> object:
-        return append(self, instance, epoch, event, key, rest[0], POSTS + 9 if rest[1] else None)  # type: ignore[arg-type]
+    def forgetful(self: StoredConversation, instance: object, epoch: str, what: Append) -> object:
+        return append(self, instance, epoch, what._replace(answered=POSTS + 9 if what.answered else None))
 
-    monkeypatch.setattr(Past, "append", forgetful)
+    monkeypatch.setattr(StoredConversation, "append", forgetful)
     monkeypatch.setitem(globals(), "INSTANCES", ("a",))  # which is enough
     with pytest.raises(AssertionError):
         explore()

@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 from tricorn.chat.logs import conformance
-from tricorn.chat.logs.base import KEEP_EVERYTHING, Log, Retention
+from tricorn.chat.logs.base import KEEP_EVERYTHING, Append, Log, Retention
 from tricorn.chat.logs.conformance import LEASE, post
 from tricorn.chat.logs.memory import MemoryLog
 
@@ -40,7 +40,7 @@ async def test_every_method_is_a_checkpoint() -> None:
         for method, *arguments in (
             (log.check,),
             (log.open, "c"),
-            (log.append, "c", epoch, post()),
+            (log.append, "c", epoch, Append(post())),
             (log.find, "c", "k"),
             (log.read, "c", 0, 1),
             (log.watch, "c", print),

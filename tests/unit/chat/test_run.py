@@ -237,7 +237,7 @@ async def test_an_agent_that_raises_has_failed(
     assert "secret" in record["stack_trace"]
     assert "secret" not in str(last)
     assert record["error_id"] == last["error_id"]
-    assert (record["conversation"], record["run"], record["user"]) == ("c", run.id, "local")
+    assert (record["conversation"], record["run"], record["context"]) == ("c", run.id, {"user": "local"})
 
 
 async def test_an_agent_that_is_no_coroutine_function_has_failed(play: Play, events: Events) -> None:

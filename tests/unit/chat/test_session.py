@@ -13,11 +13,11 @@ import trio
 import trio.testing
 
 from tricorn.chat import SUBPROTOCOLS, Chat, Run
-from tricorn.chat.logs.base import Entry, LogState
+from tricorn.chat.logs.base import Append, Entry, LogState
 from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.protocol import AgentThinking, Request
 from tricorn.chat.session import BATCH_BYTES, EVENTS_PER_TURN, decode
-from tricorn.settings import Settings
+from tricorn.chat.settings import ChatSettings as Settings
 
 Connect = Callable[..., Awaitable[Any]]
 
@@ -43,7 +43,7 @@ async def fill(log: MemoryLog, count: int, conversation: str = "c") -> None:
     epoch, *_ = await log.open(key)
     for n in range(count):
         thinking = AgentThinking(conversation=conversation, seq=0, at=0.0, run="r", text=f"{n}")
-        await log.append(key, epoch, thinking)
+        await log.append(key, epoch, Append(thinking))
 
 
 class LostLog(MemoryLog):

@@ -1,4 +1,4 @@
-"""How a conversation looks in a terminal."""
+"""Drawing a conversation in a terminal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Screen:
-    """Draws the events of a conversation on stdout. What others say is shown as text, whatever it contains."""
+    """Draws the events of a conversation on stdout. Other people's text stays text, whatever it contains."""
 
     def __init__(self) -> None:
         self._console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
@@ -36,7 +36,7 @@ class Screen:
         self._spinning = trio.Event()
 
     def write(self, text: str) -> None:
-        """Write a line as it is."""
+        """Write a line unchanged."""
         try:
             sys.stdout.buffer.write(text.encode() + b"\n")
             sys.stdout.buffer.flush()
@@ -91,7 +91,7 @@ class Screen:
             self._spinning.set()
 
     async def animate(self) -> None:
-        """Turn the spinner whenever there is one, until cancelled."""
+        """Turn the spinner while a tool executes, until cancelled."""
         for frame in cycle("⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"):
             while not self._spinning.is_set():  # it may have stopped again before this task's turn came
                 await self._spinning.wait()
@@ -114,7 +114,7 @@ _CONTROL = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\t"), ord("\
 
 
 def one_line(text: str) -> str:
-    """`text` without control characters and line breaks."""
+    """Return `text` without control characters and line breaks."""
     return " ".join(_clean(text).split())
 
 

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import trio
 
-from tricorn.chat.client.connect import Heard, Link
+from tricorn.chat.client.connect import ReconnectingClient, ServerMessage
 from tricorn.chat.client.screen import Screen, one_line
 from tricorn.chat.protocol import (
     AgentCompleted,
@@ -29,17 +29,17 @@ from tricorn.chat.protocol import (
     UserMessage,
     Welcome,
 )
-from tricorn.settings import Secret, SettingError
+from tricorn.settings import SettingError
 
 STDIN = 0
 SCHEMES = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
 INTERRUPTED = 130  # the exit status that shells use for Ctrl-C
 PATIENCE = 60.0  # seconds that a script waits for a connection to come back; a person can leave at any time
-POST_AGAIN = 1.0  # seconds after which a post is repeated that the log could not take
+POST_AGAIN = 1.0  # seconds after which a post that the log could not take is sent again
 
 
 def websocket_url(text: str) -> str:
-    """The URL of the chat where `text` names a server: http means ws, and the path is `/ws` where there is none.
+    """Return the chat's URL at the server that `text` names: http means ws, and the path is `/ws` if there is none.
 
     Raises `SettingError`.
     """
@@ -55,21 +55,21 @@ def websocket_url(text: str) -> str:
     return urlunsplit((SCHEMES[parts.scheme], parts.netloc, path, parts.query, ""))
 
 
-async def chat(url: str, *, conversation: str, message: str | None, raw: bool, token: Secret | None = None) -> int:
+async def chat(url: str, *, conversation: str, message: str | None, raw: bool, token: str | None = None) -> int:
     """Post `message`, or else each line of the input in turn, draw what happens, and return the exit status.
 
-    A connection that is lost is made anew, and everything goes on where it was. 0 where a person left, or every run was
-    a success; 1 where one was not, a post was refused, or there is no connection: none could be made, the server does
-    not want us back, or, where nobody sits at a terminal, it was away for `PATIENCE`; that is said in one line on
-    stderr. 130 for Ctrl-C. With `raw` events are written as the server sent them, one a line, each once. With `message`
-    it is only those of its own post. Cancelled, it just goes.
+    After a lost connection it reconnects and goes on where it was. The status is 0 if the user left or every run was a
+    success; 1 if a run was not, a post was refused, or there is no connection: none could be made, the server does not
+    want us back, or nobody sits at a terminal and the server was away for `PATIENCE` seconds. Then one line on stderr
+    says why. It is 130 for Ctrl-C. With `raw`, events are written as the server sent them, one a line, each once; with
+    `message`, only those of that post. If cancelled, it drops the connection without a closing handshake.
     """
-    client = Client(url, conversation, message, raw, token)
+    talk = TerminalChat(url, conversation, message, raw, token)
     try:
-        await client.run()
+        await talk.run()
     except* SystemExit:
-        client.status = 1  # this is how rich says that nobody reads stdout any more
-    return client.status
+        talk.status = 1  # rich raises it if nobody reads stdout any more
+    return talk.status
 
 
 class Turn:
@@ -88,10 +88,10 @@ class Turn:
         return event.id == self.post if isinstance(event, UserMessage) else event.run == self.run
 
 
-class Client:
-    """One conversation, over as many connections as it takes."""
+class TerminalChat:
+    """A conversation in a terminal or a script, over as many connections as it takes."""
 
-    def __init__(self, url: str, conversation: str, message: str | None, raw: bool, token: Secret | None) -> None:
+    def __init__(self, url: str, conversation: str, message: str | None, raw: bool, token: str | None) -> None:
         self.status = INTERRUPTED
         self._url = url
         self._conversation = conversation
@@ -100,24 +100,24 @@ class Client:
         self._interactive = message is None and not raw and isatty(STDIN)
         self._screen = Screen()
         self._lines = Lines(STDIN)
-        self._link = Link(url, token, inf if self._interactive else PATIENCE)
+        self._client = ReconnectingClient(url, token, inf if self._interactive else PATIENCE)
         self._turn: Turn | None = None
         self._at_prompt = False
         self._epoch: str | None = None
-        self._seq = 0  # of the last event that was heard
+        self._seq = 0  # of the last event received
         self._head: int | None = None
         self._caught_up = trio.Event()
         self._attached = False  # this connection follows the conversation
 
     async def run(self) -> None:
-        """Talk until there is nothing more to say, or no way to say it. `status` is then the exit status."""
+        """Talk until there is nothing left to post, or the connection is lost for good. Sets `status`."""
         async with trio.open_nursery() as self._nursery:
             await self._nursery.start(self._obey_interrupts)
             self._nursery.start_soon(self._screen.animate)
             self._nursery.start_soon(self._converse)
-            problem = await self._link.keep(self._take, self._lost)
-            await trio.lowlevel.checkpoint()  # for the end of a run that was heard just before
-            if problem is not None and not self._link.left:
+            problem = await self._client.run(self._on_message, self._on_loss)
+            await trio.lowlevel.checkpoint()  # a run may have ended just before
+            if problem is not None and not self._client.left:
                 self._leave(1, problem)
             self._nursery.cancel_scope.cancel()
         self._screen.end_line()
@@ -125,23 +125,23 @@ class Client:
     def _leave(self, status: int, problem: str | None = None) -> None:
         self.status = status
         if problem is not None:
-            self._tell(problem)
-        self._link.leave()
+            self._complain(problem)
+        self._client.leave()
 
-    def _tell(self, problem: str) -> None:
+    def _complain(self, problem: str) -> None:
         self._screen.end_line()
         print(f"tricorn: {self._url}: {one_line(problem)}", file=sys.stderr)
 
-    def _lost(self, problem: str, pause: float) -> None:
+    def _on_loss(self, problem: str, pause: float) -> None:
         self._attached = False
         text = f"{problem}; trying again in {pause:.0f} s"
         if self._interactive:
             self._screen.note(text)
         else:
-            self._tell(text)
+            self._complain(text)
 
     async def _obey_interrupts(self, task_status: trio.TaskStatus[None]) -> None:
-        """The first Ctrl-C in a run cancels the run, any other leaves."""
+        """Cancel the run at the first Ctrl-C in it; leave at any other."""
         with trio.open_signal_receiver(SIGINT) as signals:
             task_status.started()
             async for _ in signals:
@@ -153,7 +153,7 @@ class Client:
                     self._nursery.start_soon(self._cancel, turn.run)
 
     async def _cancel(self, run: str) -> None:
-        await self._link.send(Cancel(conversation=self._conversation, run=run))
+        await self._client.send(Cancel(conversation=self._conversation, run=run))
 
     async def _converse(self) -> None:
         await self._caught_up.wait()
@@ -180,23 +180,23 @@ class Client:
         return line
 
     async def _say(self, text: str) -> int:
-        """Post, and wait for the run that answers: 0 if that was a success, else 1."""
+        """Post, and wait for the run that answers. Return 0 if that was a success, else 1."""
         turn = self._turn = Turn(text)
-        if self._attached:  # else once it is
+        if self._attached:  # otherwise `_attach` posts it
             await self._post(turn)
         await turn.ended.wait()
         self._turn = None
         return 0 if turn.outcome == "success" else 1
 
     async def _post(self, turn: Turn) -> None:
-        await self._link.send(Post(id=turn.post, conversation=self._conversation, text=turn.text))
+        await self._client.send(Post(id=turn.post, conversation=self._conversation, text=turn.text))
 
     async def _post_again(self, turn: Turn) -> None:
         await trio.sleep(POST_AGAIN)
         if self._attached:
             await self._post(turn)
 
-    async def _take(self, message: Heard, text: str) -> None:
+    async def _on_message(self, message: ServerMessage, text: str) -> None:
         match message:
             case Welcome():
                 await self._open()
@@ -208,34 +208,34 @@ class Client:
             case Error():
                 self._take_refusal(message)
             case Event():
-                if message.seq > self._seq:  # else it was heard on another connection
+                if message.seq > self._seq:  # else another connection brought it already
                     self._hear(message, text)
 
     async def _open(self) -> None:
-        await self._link.send(Open(conversation=self._conversation, after=self._seq, epoch=self._epoch))
+        await self._client.send(Open(conversation=self._conversation, after=self._seq, epoch=self._epoch))
 
     async def _attach(self, opened: Opened) -> None:
-        """Go on where the last connection ended, with the turn that was on."""
+        """Go on where the last connection ended, with the current turn."""
         turn = self._turn
         if self._epoch not in {None, opened.epoch}:
-            self._say_so("the server has lost what was said here before")
+            self._inform("the server has lost what was said here before")
             self._seq = 0
             if turn is not None:
                 turn.logged, turn.run = False, None
         elif 0 < self._seq < opened.first - 1:
-            self._say_so("older messages are no longer kept")
+            self._inform("older messages are no longer kept")
         self._epoch, self._head, self._attached = opened.epoch, opened.head, True
-        self._catch_up(self._seq)
+        self._note_caught_up(self._seq)
         if turn is not None and not turn.logged:
             await self._post(turn)
         elif turn is not None and turn.cancelled and turn.run is not None:
             await self._cancel(turn.run)
 
-    def _say_so(self, text: str) -> None:
+    def _inform(self, text: str) -> None:
         if self._interactive:
             self._screen.note(text)
         else:
-            self._tell(text)
+            self._complain(text)
 
     def _hear(self, event: AnyEvent, text: str) -> None:
         turn = self._turn
@@ -249,7 +249,7 @@ class Client:
             if own or self._message is None:
                 self._screen.write(text)
         elif own and self._interactive and isinstance(event, UserMessage):
-            pass  # it stands there as it was typed
+            pass  # the user has typed it there
         elif own or self._message is None:
             self._screen.draw(event)
         if isinstance(event, AgentCompleted):
@@ -258,17 +258,17 @@ class Client:
                 turn.ended.set()
             elif self._at_prompt:
                 self._screen.prompt()
-        self._catch_up(event.seq)
+        self._note_caught_up(event.seq)
 
-    def _catch_up(self, seq: int) -> None:
-        """What was said before is heard first."""
+    def _note_caught_up(self, seq: int) -> None:
+        """Let the user post once everything that was said before has been received."""
         if self._head is not None and seq >= self._head:
             self._caught_up.set()
 
     def _take_refusal(self, error: Error) -> None:
         turn = self._turn
         if not self._attached:
-            if error.code == "not_found" and self._seq > 0:  # the log ends before what was heard: it has lost it
+            if error.code == "not_found" and self._seq > 0:  # the log has lost events that we have seen
                 self._epoch, self._seq = "", 0
                 self._nursery.start_soon(self._open)
             elif self._head is None:
@@ -286,7 +286,7 @@ class Client:
 
 
 class Lines:
-    """Lines of text from a file descriptor, read without a thread, so that whoever waits for one can be cancelled."""
+    """Lines of text from a file descriptor, read without a thread, so that waiting can be cancelled."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -294,10 +294,10 @@ class Lines:
         self._ended = False
 
     async def next(self) -> str | None:
-        """The next line without its end, or None after the last. A checkpoint; cancelled, it has lost nothing."""
+        """Return the next line without its end, or None after the last. A checkpoint; if cancelled, no text is lost."""
         await trio.lowlevel.checkpoint()
         while b"\n" not in self._buffer and not self._ended:
-            with suppress(PermissionError):  # epoll refuses a regular file, which never makes its reader wait
+            with suppress(PermissionError):  # epoll refuses a regular file, which can always be read
                 await trio.lowlevel.wait_readable(self._fd)
             chunk = read(self._fd, 65536)
             self._buffer += chunk

@@ -11,7 +11,7 @@ from trio import Lock, TooSlowError, WouldBlock, fail_after
 from trio.lowlevel import checkpoint_if_cancelled
 
 from tricorn.chat.conversation.state import ConversationState
-from tricorn.chat.logs.base import Entry, ImmediateLog, Lease, Log, LogState, PastLost, Unavailable
+from tricorn.chat.logs.base import Append, Entry, ImmediateLog, Lease, Log, LogState, PastLost, Unavailable
 from tricorn.chat.protocol import AnyEvent
 from tricorn.metrics import APPEND_SECONDS, APPENDED
 
@@ -117,9 +117,8 @@ class LogView:
             try:
                 began = perf_counter()
                 with patience(self._seconds):
-                    entry, repeated = await self._log.append(
-                        self.key, self.epoch, event, key, lease=lease, answered=answered
-                    )
+                    append = Append(event, key, lease, answered)
+                    entry, repeated = await self._log.append(self.key, self.epoch, append)
                 if self._immediate is None:
                     APPEND_SECONDS.observe(perf_counter() - began)
                 if not repeated:
@@ -144,9 +143,8 @@ class LogView:
         if self._immediate is None or self.is_behind or self._lock.locked():
             raise WouldBlock
         try:
-            appended = entry, repeated = self._immediate.append_nowait(
-                self.key, self.epoch, event, key, lease=lease, answered=answered
-            )
+            append = Append(event, key, lease, answered)
+            appended = entry, repeated = self._immediate.append_nowait(self.key, self.epoch, append)
         except BaseException:
             self.doubt()
             raise

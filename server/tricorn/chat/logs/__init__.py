@@ -5,7 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 
 from tricorn.chat.logs.base import Log
-from tricorn.settings import SettingError, Settings
+from tricorn.chat.settings import ChatSettings
+from tricorn.settings import SettingError
 
 ENGINES = {
     "memory": "memory",
@@ -18,11 +19,11 @@ ENGINES = {
 }
 
 
-def connect(url: str, settings: Settings) -> Log:
-    """The log of this URL, by its scheme; it is opened by entering it. For start-up: this imports what it needs.
+def connect(url: str, settings: ChatSettings) -> Log:
+    """Make the log that this URL names; enter it to open it. For start-up: this imports the engine.
 
-    Raises SettingError where there is no such log, or where what it needs is not installed. The URL is in no message,
-    since it may have a password in it.
+    Raises SettingError if there is no such log, or if a package that it needs is not installed. No message contains the
+    URL, since it may have a password in it.
     """
     engine = ENGINES.get(url.partition(":")[0])
     if engine is None:

@@ -1,4 +1,4 @@
-"""What tasks ask of those that have a connection: so a caller that is cancelled leaves no connection in disorder."""
+"""Calls that other tasks carry out: a caller that is cancelled leaves no connection half way through an answer."""
 
 from __future__ import annotations
 
@@ -11,62 +11,65 @@ from trio.lowlevel import ParkingLot, checkpoint_if_cancelled
 
 
 class Call:
-    """What a task asked, until it is answered or nobody waits for it any more."""
+    """What a task asks for, until it has the result or stops waiting."""
 
-    def __init__(self, *what: Any) -> None:
-        self.what = what
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
         self.abandoned = False
-        self._answered = Event()
-        self._answer: Any = None
+        self._done = Event()
+        self._result: Any = None
         self._error: Exception | None = None
 
-    def answer(self, answer: Any) -> None:
-        self._answer = answer
-        self._answered.set()
+    def succeed(self, result: Any) -> None:
+        self._result = result
+        self._done.set()
 
     def fail(self, error: Exception) -> None:
         self._error = error
-        self._answered.set()
+        self._done.set()
 
-    async def answered(self) -> Any:
-        """The answer, or the error raised. If cancelled, what was asked may be done all the same, or not."""
+    async def result(self) -> Any:
+        """Wait for the result and return it, or raise the error. If cancelled, the call may be carried out or not."""
         try:
-            await self._answered.wait()
+            await self._done.wait()
         finally:
             self.abandoned = True
         if self._error is not None:
             raise self._error
-        return self._answer
+        return self._result
 
 
-class Calls:
-    """Those that wait, in order."""
+class CallQueue:
+    """Calls that wait for a task to carry them out, first come, first served."""
 
     def __init__(self) -> None:
         self._waiting: deque[Call] = deque()
         self._takers = ParkingLot()
 
-    async def ask(self, *what: Any) -> Any:
-        """Ask, and return the answer or raise the error. If cancelled, what was asked may be done, or not."""
+    async def call(self, *arguments: Any) -> Any:
+        """Return the result, or raise the error. If cancelled, the call may be carried out or not."""
         await checkpoint_if_cancelled()
-        request = Call(*what)
-        self._waiting.append(request)
+        call = Call(*arguments)
+        self._waiting.append(call)
         self._takers.unpark()
-        return await request.answered()
+        return await call.result()
 
-    def put_back(self, requests: Sequence[Call]) -> None:
-        """Let others answer what was taken."""
-        self._waiting.extendleft(reversed(requests))
+    def put_back(self, calls: Sequence[Call]) -> None:
+        """Let another task carry out what was taken."""
+        self._waiting.extendleft(reversed(calls))
         self._takers.unpark()
 
     async def take(self, limit: int) -> list[Call]:
-        """At most `limit` that somebody waits for, at least one. No checkpoint where there are some."""
+        """Return the first calls that somebody still waits for: at least one, at most `limit`.
+
+        Not a checkpoint if there are some.
+        """
         while True:
             taken: list[Call] = []
             while self._waiting and len(taken) < limit:
-                request = self._waiting.popleft()
-                if not request.abandoned:
-                    taken.append(request)
+                call = self._waiting.popleft()
+                if not call.abandoned:
+                    taken.append(call)
             if taken:
                 return taken
             await self._takers.park()

@@ -1,13 +1,13 @@
-"""What every log promises, as tests: for the engines here, and for one of your own.
+"""What every log promises, as tests: for our engines, and for one of your own.
 
-Each of `CASES` is an async function of one argument, a `Stores`, that is to be run under Trio and raises AssertionError
-where the log breaks a promise. With pytest-trio:
+Each of `CASES` is an async function that takes a `Stores`. Run it under Trio: it raises AssertionError if the log
+breaks a promise. With pytest-trio:
 
     @pytest.mark.parametrize("case", conformance.CASES, ids=lambda case: case.__name__)
     async def test_conformance(case, my_stores):
         await case(my_stores)
 
-`SHARED_CASES` are for logs that several instances can share.
+Run `SHARED_CASES` too if several instances can share your log.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from typing import Any, Protocol
 
 import trio
 
-from tricorn.chat.logs.base import KEEP_EVERYTHING, Entry, Lease, LeaseLost, Log, PastLost, Retention
+from tricorn.chat.logs.base import KEEP_EVERYTHING, Append, Entry, Lease, LeaseLost, Log, PastLost, Retention
 from tricorn.chat.protocol import AgentCompleted, AgentThinking, ToolExecuting, UserMessage
 
-LEASE = 1.0  # seconds that the leases of the tested logs hold
+LEASE = 1.0  # seconds that leases hold in these tests
 
 
 class Stores(Protocol):
-    """What the tests need of an engine: one store, new for each test, and instances that have it."""
+    """What the tests need from an engine: a store, new for each test, and instances that share it."""
 
     def connect(self, retention: Retention = KEEP_EVERYTHING) -> AbstractAsyncContextManager[Log]:
-        """The log of another instance, whose leases hold for `LEASE` seconds; its block is left to close it."""
+        """Return the log of another instance, whose leases hold for `LEASE` seconds."""
 
     async def vanish(self, log: Log) -> None:
-        """End an instance as `kill -9` does: it lets go of nothing and renews nothing more. Its block will be left."""
+        """End an instance as `kill -9` does: it releases and renews nothing. The test leaves its block later."""
 
 
 def post(text: str = "hello", id: str = "p") -> UserMessage:
@@ -49,7 +49,7 @@ def completed(run: str = "r") -> AgentCompleted:
 
 
 class _Told:
-    """A watcher that remembers."""
+    """A watcher that remembers what it was told."""
 
     def __init__(self) -> None:
         self.head = 0
@@ -85,14 +85,14 @@ async def _claim_when_free(log: Log, conversation: str = "c") -> Lease:
 
 
 async def _fill(log: Log, number: int, conversation: str = "c") -> list[Entry]:
-    """Posts that are answered at once: nothing is due afterwards."""
+    """Append posts that are answered at once, so that nothing is due afterwards."""
     epoch = (await log.open(conversation)).epoch
     lease = await _claimed(log, conversation)
     entries = []
     for n in range(number // 2):
-        entry, _ = await log.append(conversation, epoch, post(str(n), f"p{n}"), f"post:{n}")
+        entry, _ = await log.append(conversation, epoch, Append(post(str(n), f"p{n}"), f"post:{n}"))
         entries.append(entry)
-        last, _ = await log.append(conversation, epoch, completed(f"r{n}"), lease=lease, answered=entry.seq)
+        last, _ = await log.append(conversation, epoch, Append(completed(f"r{n}"), lease=lease, answered=entry.seq))
         entries.append(last)
     assert await log.release(conversation, lease)
     return entries
@@ -112,11 +112,11 @@ async def a_new_conversation_is_empty_and_keeps_its_epoch(stores: Stores) -> Non
         assert await log.find("c", "k") is None
 
 
-async def it_sets_seq_and_time_and_encodes(stores: Stores) -> None:
+async def append_sets_seq_and_time_and_encodes(stores: Stores) -> None:
     async with stores.connect() as log:
         epoch = (await log.open("c")).epoch
-        first, repeated = await log.append("c", epoch, post("one"))
-        second, _ = await log.append("c", epoch, post('two ☃ "seq":0 \\ \0 \''))
+        first, repeated = await log.append("c", epoch, Append(post("one")))
+        second, _ = await log.append("c", epoch, Append(post('two ☃ "seq":0 \\ \0 \'')))
         assert (first.seq, repeated, second.seq) == (1, False, 2)
         event = loads(second.json)
         assert event.pop("at") > 1_700_000_000
@@ -132,33 +132,33 @@ async def it_sets_seq_and_time_and_encodes(stores: Stores) -> None:
         assert await log.read("c", 0, 10) == [first, second]
 
 
-async def conversations_do_not_mix(stores: Stores) -> None:
+async def conversations_are_kept_apart(stores: Stores) -> None:
     keys = ["ann/c", "/c", "bob/c", "ann/C", "ann%2Fc", "a_n/c", "ann/c/", "ann/c:d", "ünn/c", "ann/*", "ann/{c}"]
     async with stores.connect() as log:
         for key in keys:
             epoch = (await log.open(key)).epoch
-            entry, _ = await log.append(key, epoch, post(key), "k")
+            entry, _ = await log.append(key, epoch, Append(post(key), "k"))
             assert entry.seq == 1
         for key in keys:
             (entry,) = await log.read(key, 0, 10)
             assert loads(entry.json)["text"] == key
 
 
-async def a_repeated_key_gets_the_first_entry_again(stores: Stores) -> None:
+async def a_repeated_key_returns_the_first_entry(stores: Stores) -> None:
     async with stores.connect() as log:
         epoch = (await log.open("c")).epoch
-        first, _ = await log.append("c", epoch, post("one"), "k")
-        await log.append("c", epoch, post("two"), "l")
-        second, _ = await log.append("c", epoch, post("three"), "m")
-        assert await log.append("c", epoch, post("other"), "k") == (first, True)
-        assert await log.append("c", epoch, post("other"), "m") == (second, True)
+        first, _ = await log.append("c", epoch, Append(post("one"), "k"))
+        await log.append("c", epoch, Append(post("two"), "l"))
+        second, _ = await log.append("c", epoch, Append(post("three"), "m"))
+        assert await log.append("c", epoch, Append(post("other"), "k")) == (first, True)
+        assert await log.append("c", epoch, Append(post("other"), "m")) == (second, True)
         assert await log.find("c", "k") == first
         assert (await log.open("c")).head == 3
         other = (await log.open("d")).epoch
-        assert not (await log.append("d", other, post("one"), "k"))[1]
+        assert not (await log.append("d", other, Append(post("one"), "k")))[1]
 
 
-async def read_gives_what_follows_up_to_the_limit(stores: Stores) -> None:
+async def read_returns_following_entries_up_to_the_limit(stores: Stores) -> None:
     async with stores.connect() as log:
         entries = await _fill(log, 10)
         assert [entry.seq for entry in entries] == list(range(1, 11))
@@ -169,7 +169,7 @@ async def read_gives_what_follows_up_to_the_limit(stores: Stores) -> None:
         assert await log.read("c", 99, 10) == []
 
 
-async def what_is_handed_out_is_the_callers(stores: Stores) -> None:
+async def returned_lists_belong_to_the_caller(stores: Stores) -> None:
     async with stores.connect() as log:
         await _fill(log, 2)
         (await log.read("c", 0, 10)).clear()
@@ -180,7 +180,7 @@ async def appends_of_many_tasks_have_no_gaps(stores: Stores) -> None:
     entries: dict[str, list[Entry]] = {}
 
     async def write(key: str, epoch: str, n: int) -> None:
-        entry, _ = await log.append(key, epoch, post(f"{n}", f"p{n}"), f"{n}")
+        entry, _ = await log.append(key, epoch, Append(post(f"{n}", f"p{n}"), f"{n}"))
         entries[key].append(entry)
 
     async with stores.connect() as log:
@@ -198,19 +198,19 @@ async def appends_of_many_tasks_have_no_gaps(stores: Stores) -> None:
 async def a_long_event_fits(stores: Stores) -> None:
     async with stores.connect() as log:
         epoch = (await log.open("c")).epoch
-        entry, _ = await log.append("c", epoch, post("x" * 200_000))
+        entry, _ = await log.append("c", epoch, Append(post("x" * 200_000)))
         assert await log.read("c", 0, 1) == [entry]
         assert len(entry.json) > 200_000
 
 
-async def what_is_not_json_is_refused_and_leaves_no_gap(stores: Stores) -> None:
+async def an_event_that_is_not_json_is_refused_and_leaves_no_gap(stores: Stores) -> None:
     async with stores.connect() as log:
         epoch = (await log.open("c")).epoch
         lease = await _claimed(log)
         bad = ToolExecuting(conversation="c", seq=0, at=0.0, run="r", call="1", tool="t", arguments={"x": object()})
-        await _refused(TypeError, log.append("c", epoch, bad, "k", lease=lease))
-        await _refused(UnicodeEncodeError, log.append("c", epoch, thought("\ud800"), lease=lease))
-        assert (await log.append("c", epoch, post("one"), "k"))[0].seq == 1
+        await _refused(TypeError, log.append("c", epoch, Append(bad, "k", lease=lease)))
+        await _refused(UnicodeEncodeError, log.append("c", epoch, Append(thought("\ud800"), lease=lease)))
+        assert (await log.append("c", epoch, Append(post("one"), "k")))[0].seq == 1
 
 
 async def a_cancelled_append_is_made_certain_by_its_key(stores: Stores) -> None:
@@ -218,44 +218,46 @@ async def a_cancelled_append_is_made_certain_by_its_key(stores: Stores) -> None:
         epoch = (await log.open("c")).epoch
         with trio.CancelScope() as scope:
             scope.cancel()
-            await log.append("c", epoch, post("one"), "k")
+            await log.append("c", epoch, Append(post("one"), "k"))
         assert scope.cancelled_caught
-        for turns in range(8):  # cancelled ever later on its way
+        for turns in range(8):  # cancelled later each time
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(log.append, "c", epoch, post("one"), f"k{turns}")
+                nursery.start_soon(log.append, "c", epoch, Append(post("one"), f"k{turns}"))
                 for _ in range(turns):
                     await trio.lowlevel.checkpoint()
                 nursery.cancel_scope.cancel()
-        entries = [(await log.append("c", epoch, post("one"), key))[0] for key in ("k", *(f"k{n}" for n in range(8)))]
+        entries = [
+            (await log.append("c", epoch, Append(post("one"), key)))[0] for key in ("k", *(f"k{n}" for n in range(8)))
+        ]
         assert await log.read("c", 0, 100) == sorted(entries)
         assert {entry.seq for entry in entries} == set(range(1, 10))
 
 
-async def it_works_until_its_block_is_left(stores: Stores) -> None:
+async def it_works_until_its_block_is_left_even_if_cancelled(stores: Stores) -> None:
     entries = []
     with trio.CancelScope() as around:
         async with stores.connect() as log:
             epoch = (await log.open("c")).epoch
             around.cancel()
             with trio.fail_after(10, shield=True):
-                entries.append((await log.append("c", epoch, post("last words")))[0])
+                entries.append((await log.append("c", epoch, Append(post("last words"))))[0])
     async with stores.connect() as log:
         assert await log.read("c", 0, 10) == entries
         assert len(entries) == 1
 
 
-async def another_epoch_is_refused(stores: Stores) -> None:
+async def an_append_with_another_epoch_is_refused(stores: Stores) -> None:
     async with stores.connect() as log:
         await log.open("c")
-        await _refused(PastLost, log.append("c", "another", post()))
+        await _refused(PastLost, log.append("c", "another", Append(post())))
         assert (await log.open("c")).head == 0
 
 
-async def what_it_holds_outlives_the_instance(stores: Stores) -> None:
+async def entries_outlive_the_instance(stores: Stores) -> None:
     async with stores.connect() as keeper:
         shared = keeper.shared
         before = await keeper.open("c")
-        entry, _ = await keeper.append("c", before.epoch, post("one"), "k")
+        entry, _ = await keeper.append("c", before.epoch, Append(post("one"), "k"))
         if shared:
             await _outlived(stores, before.epoch, entry)
     if not shared:
@@ -266,54 +268,54 @@ async def _outlived(stores: Stores, epoch: str, entry: Entry) -> None:
     async with stores.connect() as log:
         assert await log.open("c") == (epoch, 1, 1, 0)
         assert await log.read("c", 0, 10) == [entry]
-        assert await log.append("c", epoch, post("one"), "k") == (entry, True)
+        assert await log.append("c", epoch, Append(post("one"), "k")) == (entry, True)
         assert await log.unanswered(10) == ["c"]
 
 
-async def answering(stores: Stores) -> None:
+async def a_post_is_unanswered_until_its_run_ends(stores: Stores) -> None:
     async with stores.connect() as log:
         epoch = (await log.open("c")).epoch
-        first, _ = await log.append("c", epoch, post("one", "p1"))
-        second, _ = await log.append("c", epoch, post("two", "p2"))
+        first, _ = await log.append("c", epoch, Append(post("one", "p1")))
+        second, _ = await log.append("c", epoch, Append(post("two", "p2")))
         assert await log.unanswered(10) == ["c"]
         lease = await _claimed(log)
         assert await log.unanswered(10) == []
-        await log.append("c", epoch, thought("…"), lease=lease)
-        await log.append("c", epoch, completed(), "k", lease=lease, answered=first.seq)
+        await log.append("c", epoch, Append(thought("…"), lease=lease))
+        await log.append("c", epoch, Append(completed(), "k", lease=lease, answered=first.seq))
         assert (await log.open("c")).answered == first.seq
         assert not await log.release("c", lease)  # the second post is due
-        await log.append("c", epoch, completed("r2"), lease=lease, answered=second.seq)
+        await log.append("c", epoch, Append(completed("r2"), lease=lease, answered=second.seq))
         assert await log.release("c", lease)
-        assert await log.release("c", lease)  # it is not this instance's any more
+        assert await log.release("c", lease)  # this instance no longer has it
         assert await log.unanswered(10) == []
         assert (await log.open("c")) == (epoch, 1, 5, second.seq)
 
 
-async def a_lease_that_is_given_back_is_no_good(stores: Stores) -> None:
+async def an_append_under_a_released_lease_is_refused(stores: Stores) -> None:
     async with stores.connect() as log:
         epoch = (await log.open("c")).epoch
-        await log.append("c", epoch, post())
+        await log.append("c", epoch, Append(post()))
         first = await _claimed(log)
         assert await log.release("c", first, unanswered=True)
         assert await log.unanswered(10) == ["c"]
-        await _refused(LeaseLost, log.append("c", epoch, thought("late"), lease=first))
+        await _refused(LeaseLost, log.append("c", epoch, Append(thought("late"), lease=first)))
         second = await _claimed(log)
-        third = await _claimed(log)  # one instance never waits for itself
+        third = await _claimed(log)  # an instance never waits for itself
         assert first.token < second.token < third.token
-        await _refused(LeaseLost, log.append("c", epoch, thought("late"), lease=second))
-        assert (await log.append("c", epoch, thought("now"), lease=third))[0].seq == 2
+        await _refused(LeaseLost, log.append("c", epoch, Append(thought("late"), lease=second)))
+        assert (await log.append("c", epoch, Append(thought("now"), lease=third)))[0].seq == 2
 
 
 async def unanswered_is_bounded(stores: Stores) -> None:
     async with stores.connect() as log:
         for n in range(5):
             epoch = (await log.open(f"c{n}")).epoch
-            await log.append(f"c{n}", epoch, post())
+            await log.append(f"c{n}", epoch, Append(post()))
         assert len(await log.unanswered(3)) == 3
         assert sorted(await log.unanswered(10)) == [f"c{n}" for n in range(5)]
 
 
-async def nobody_else_attends(stores: Stores) -> None:
+async def an_instance_does_not_see_its_own_attendance(stores: Stores) -> None:
     async with stores.connect() as log:
         await log.attend("c", True)
         assert not await log.attended("c")
@@ -321,7 +323,7 @@ async def nobody_else_attends(stores: Stores) -> None:
         await log.attend("c", False)
 
 
-async def a_watcher_can_leave(stores: Stores) -> None:
+async def a_watcher_is_not_called_after_unwatch(stores: Stores) -> None:
     told = _Told()
     async with stores.connect() as log:
         await log.watch("c", told.hear)
@@ -329,7 +331,7 @@ async def a_watcher_can_leave(stores: Stores) -> None:
         log.unwatch("c")
         heard = told.times
         epoch = (await log.open("c")).epoch
-        await log.append("c", epoch, post())
+        await log.append("c", epoch, Append(post()))
         assert told.times == heard
 
 
@@ -340,24 +342,24 @@ async def retention_by_count_keeps_the_last(stores: Stores) -> None:
         assert (head, first) == (40, 31)
         assert await log.read("c", 0, 100) == entries[30:]
         assert await log.read("c", 35, 100) == entries[35:]
-        assert (await log.append("c", epoch, post(), "post:0"))[1] is False  # forgotten with its entry
+        assert (await log.append("c", epoch, Append(post(), "post:0")))[1] is False  # forgotten with its entry
         assert await log.find("c", "post:19") == entries[38]
 
 
-async def retention_keeps_what_is_not_answered(stores: Stores) -> None:
+async def retention_keeps_what_an_unanswered_post_needs(stores: Stores) -> None:
     async with stores.connect(Retention(events=2)) as log:
         await _fill(log, 10)
         epoch = (await log.open("c")).epoch
         lease = await _claimed(log)
-        asked, _ = await log.append("c", epoch, post("again", "q"))
+        asked, _ = await log.append("c", epoch, Append(post("again", "q")))
         for n in range(10):
-            await log.append("c", epoch, thought(str(n)), lease=lease)
+            await log.append("c", epoch, Append(thought(str(n)), lease=lease))
         assert (await log.open("c")).first <= asked.seq
-        await log.append("c", epoch, completed("again"), lease=lease, answered=asked.seq)
+        await log.append("c", epoch, Append(completed("again"), lease=lease, answered=asked.seq))
         assert (await log.open("c"))[1:] == (asked.seq + 10, asked.seq + 11, asked.seq)
 
 
-async def retention_by_age_keeps_the_numbers(stores: Stores) -> None:
+async def retention_by_age_keeps_seqs(stores: Stores) -> None:
     async with stores.connect() as log:
         await _fill(log, 10)
         before = await log.open("c")
@@ -372,14 +374,14 @@ async def retention_by_age_keeps_the_numbers(stores: Stores) -> None:
 # Several instances
 
 
-async def others_read_what_one_appends(stores: Stores) -> None:
+async def instances_read_each_others_appends(stores: Stores) -> None:
     async with stores.connect() as one, stores.connect() as other:
         epoch = (await one.open("c")).epoch
         assert (await other.open("c")).epoch == epoch
-        entry, _ = await one.append("c", epoch, post("one"), "k")
+        entry, _ = await one.append("c", epoch, Append(post("one"), "k"))
         assert await other.read("c", 0, 10) == [entry]
-        assert await other.append("c", epoch, post("one"), "k") == (entry, True)
-        assert (await other.append("c", epoch, post("two")))[0].seq == 2
+        assert await other.append("c", epoch, Append(post("one"), "k")) == (entry, True)
+        assert (await other.append("c", epoch, Append(post("two"))))[0].seq == 2
         assert (await one.open("c")).head == 2
 
 
@@ -390,7 +392,7 @@ async def watchers_are_told_of_every_change(stores: Stores) -> None:
         await other.open("c")
         await other.watch("c", told.hear)
         for seq in range(1, 20):
-            await one.append("c", epoch, post(str(seq)))
+            await one.append("c", epoch, Append(post(str(seq))))
             if seq % 5 == 0:
                 await told.until(lambda seq=seq: told.head >= seq)  # type: ignore[misc]
         await told.until(lambda: told.head == 19)
@@ -407,55 +409,55 @@ async def watchers_are_told_of_every_change(stores: Stores) -> None:
         await told.until(lambda: told.times > heard)
 
 
-async def one_instance_answers(stores: Stores) -> None:
+async def only_one_instance_has_the_lease(stores: Stores) -> None:
     async with stores.connect() as one, stores.connect() as other:
         epoch = (await one.open("c")).epoch
-        await other.append("c", epoch, post())
+        await other.append("c", epoch, Append(post()))
         lease = await _claimed(one)
         assert await other.claim("c") is None
-        await trio.sleep(2 * LEASE)  # it renews itself
+        await trio.sleep(2 * LEASE)  # the instance renews it
         assert await other.claim("c") is None
         assert await other.unanswered(10) == []
-        await one.append("c", epoch, thought("still here"), lease=lease)
+        await one.append("c", epoch, Append(thought("still here"), lease=lease))
         assert await one.release("c", lease, unanswered=True)
         assert await other.unanswered(10) == ["c"]
         await _claimed(other)
         assert await one.claim("c") is None
 
 
-async def who_comes_too_late_is_refused(stores: Stores) -> None:
+async def an_append_under_a_lost_lease_is_refused(stores: Stores) -> None:
     async with stores.connect() as one, stores.connect() as other:
         epoch = (await one.open("c")).epoch
-        await one.append("c", epoch, post())
+        await one.append("c", epoch, Append(post()))
         old = await _claimed(one)
         assert await one.release("c", old, unanswered=True)
         new = await _claimed(other)
         assert new.token > old.token
-        await _refused(LeaseLost, one.append("c", epoch, completed(), "k", lease=old, answered=1))
+        await _refused(LeaseLost, one.append("c", epoch, Append(completed(), "k", lease=old, answered=1)))
         assert await one.release("c", old)
-        assert await one.claim("c") is None  # giving back an old lease has not given back the new one
-        await other.append("c", epoch, completed(), "k", lease=new, answered=1)
+        assert await one.claim("c") is None  # releasing the old lease has not released the new one
+        await other.append("c", epoch, Append(completed(), "k", lease=new, answered=1))
         assert (await one.open("c")).answered == 1
 
 
-async def an_instance_that_vanished_is_replaced(stores: Stores) -> None:
+async def a_vanished_instance_loses_its_lease_in_time(stores: Stores) -> None:
     async with stores.connect() as one, stores.connect() as other:
         epoch = (await one.open("c")).epoch
-        await one.append("c", epoch, post())
+        await one.append("c", epoch, Append(post()))
         await _claimed(one)
         await one.attend("c", True)
         assert await other.attended("c")
         await stores.vanish(one)
         lease = await _claim_when_free(other)
-        await other.append("c", epoch, completed(), lease=lease, answered=1)
+        await other.append("c", epoch, Append(completed(), lease=lease, answered=1))
         assert not await other.attended("c")
 
 
-async def an_instance_that_closed_is_replaced_at_once(stores: Stores) -> None:
+async def a_closed_instance_loses_its_lease_at_once(stores: Stores) -> None:
     async with stores.connect() as other:
         async with stores.connect() as one:
             epoch = (await one.open("c")).epoch
-            await one.append("c", epoch, post())
+            await one.append("c", epoch, Append(post()))
             await _claimed(one)
             await one.attend("c", True)
         assert await other.unanswered(10) == ["c"]
@@ -463,7 +465,7 @@ async def an_instance_that_closed_is_replaced_at_once(stores: Stores) -> None:
         await _claimed(other)
 
 
-async def attending_is_seen_by_others(stores: Stores) -> None:
+async def others_see_attendance(stores: Stores) -> None:
     async with stores.connect() as one, stores.connect() as other:
         await one.open("c")
         await one.attend("c", True)
@@ -479,7 +481,7 @@ async def many_instances_append_without_gaps(stores: Stores) -> None:
     async def write(log: Log, epoch: str) -> None:
         for _ in range(20):
             n = next(numbers)
-            await log.append("c", epoch, post(f"{n}", f"p{n}"), f"{n}")
+            await log.append("c", epoch, Append(post(f"{n}", f"p{n}"), f"{n}"))
 
     async with stores.connect() as one, stores.connect() as two, stores.connect() as three:
         epoch = (await one.open("c")).epoch
@@ -504,35 +506,35 @@ Case = Callable[[Stores], Awaitable[None]]
 
 CASES: tuple[Case, ...] = (
     a_new_conversation_is_empty_and_keeps_its_epoch,
-    it_sets_seq_and_time_and_encodes,
-    conversations_do_not_mix,
-    a_repeated_key_gets_the_first_entry_again,
-    read_gives_what_follows_up_to_the_limit,
-    what_is_handed_out_is_the_callers,
+    append_sets_seq_and_time_and_encodes,
+    conversations_are_kept_apart,
+    a_repeated_key_returns_the_first_entry,
+    read_returns_following_entries_up_to_the_limit,
+    returned_lists_belong_to_the_caller,
     appends_of_many_tasks_have_no_gaps,
     a_long_event_fits,
-    what_is_not_json_is_refused_and_leaves_no_gap,
+    an_event_that_is_not_json_is_refused_and_leaves_no_gap,
     a_cancelled_append_is_made_certain_by_its_key,
-    it_works_until_its_block_is_left,
-    another_epoch_is_refused,
-    what_it_holds_outlives_the_instance,
-    answering,
-    a_lease_that_is_given_back_is_no_good,
+    it_works_until_its_block_is_left_even_if_cancelled,
+    an_append_with_another_epoch_is_refused,
+    entries_outlive_the_instance,
+    a_post_is_unanswered_until_its_run_ends,
+    an_append_under_a_released_lease_is_refused,
     unanswered_is_bounded,
-    nobody_else_attends,
-    a_watcher_can_leave,
+    an_instance_does_not_see_its_own_attendance,
+    a_watcher_is_not_called_after_unwatch,
     retention_by_count_keeps_the_last,
-    retention_keeps_what_is_not_answered,
-    retention_by_age_keeps_the_numbers,
+    retention_keeps_what_an_unanswered_post_needs,
+    retention_by_age_keeps_seqs,
 )
 
 SHARED_CASES: tuple[Case, ...] = (
-    others_read_what_one_appends,
+    instances_read_each_others_appends,
     watchers_are_told_of_every_change,
-    one_instance_answers,
-    who_comes_too_late_is_refused,
-    an_instance_that_vanished_is_replaced,
-    an_instance_that_closed_is_replaced_at_once,
-    attending_is_seen_by_others,
+    only_one_instance_has_the_lease,
+    an_append_under_a_lost_lease_is_refused,
+    a_vanished_instance_loses_its_lease_in_time,
+    a_closed_instance_loses_its_lease_at_once,
+    others_see_attendance,
     many_instances_append_without_gaps,
 )

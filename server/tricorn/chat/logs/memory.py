@@ -16,15 +16,26 @@ from msgspec import Struct
 from trio import current_time
 from trio.lowlevel import checkpoint
 
-from tricorn.chat.logs.base import KEEP_EVERYTHING, Entry, Hear, Lease, LeaseLost, LogState, PastLost, Retention, stamp
-from tricorn.chat.protocol import AnyEvent, UserMessage
-from tricorn.settings import SettingError, Settings
+from tricorn.chat.logs.base import (
+    KEEP_EVERYTHING,
+    Append,
+    Entry,
+    Lease,
+    LeaseLost,
+    LogState,
+    OnChange,
+    PastLost,
+    Retention,
+    stamp,
+)
+from tricorn.chat.settings import ChatSettings
+from tricorn.settings import SettingError
 
 
 class MemoryLog:
-    """Keeps conversations for as long as it lives itself. If a call is cancelled, nothing was done.
+    """Keeps conversations for as long as the process lives. If a call is cancelled, it had no effect.
 
-    `beside` is the log of another instance that is to share its store with this one, in the same process.
+    `beside` is the log of another instance in this process that shares its store with this one.
     """
 
     shared = False  # with another process
@@ -33,14 +44,13 @@ class MemoryLog:
     def __init__(
         self, *, retention: Retention = KEEP_EVERYTHING, lease: float = 15.0, beside: MemoryLog | None = None
     ) -> None:
+        self.store: MemoryStore = MemoryStore() if beside is None else beside.store
         self._retention = retention
         self._forgets = retention != KEEP_EVERYTHING
         self._lease = lease
-        self._store: defaultdict[str, Past] = defaultdict(Past) if beside is None else beside._store
-        self._instances: set[MemoryLog] = set() if beside is None else beside._instances
-        self._watchers: dict[str, Hear] = {}
-        self._alive_until = inf
-        self._instances.add(self)
+        self._watchers: dict[str, OnChange] = {}
+        self.store.alive_until[self] = inf
+        self.store.watchers[self] = self._watchers
 
     async def __aenter__(self) -> Self:
         await checkpoint()
@@ -49,124 +59,117 @@ class MemoryLog:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._alive_until = -inf
-        self._instances.discard(self)
+        self._end(-inf)
         await checkpoint()
 
     def vanish(self) -> None:
-        """Stop renewing what it has, as an instance does that has died."""
-        self._alive_until = current_time() + self._lease
-        self._instances.discard(self)
+        """Stop renewing leases, as an instance does that has died."""
+        self._end(current_time() + self._lease)
 
     async def check(self) -> None:
         await checkpoint()
 
     async def open(self, conversation: str) -> LogState:
         await checkpoint()
-        past = self._store[conversation]
-        past.forget(self._retention)
-        return past.state()
+        stored = self.store.conversations[conversation]
+        stored.forget(self._retention)
+        return stored.state()
 
-    async def append(
-        self,
-        conversation: str,
-        epoch: str,
-        event: AnyEvent,
-        key: str | None = None,
-        *,
-        lease: Lease | None = None,
-        answered: int | None = None,
-    ) -> tuple[Entry, bool]:
+    async def append(self, conversation: str, epoch: str, append: Append) -> tuple[Entry, bool]:
         await checkpoint()
-        return self.append_nowait(conversation, epoch, event, key, lease=lease, answered=answered)
+        return self.append_nowait(conversation, epoch, append)
 
-    def append_nowait(
-        self,
-        conversation: str,
-        epoch: str,
-        event: AnyEvent,
-        key: str | None = None,
-        *,
-        lease: Lease | None = None,
-        answered: int | None = None,
-    ) -> tuple[Entry, bool]:
-        past = self._store[conversation]
-        entry, repeated = past.append(self, epoch, event, key, lease, answered)
+    def append_nowait(self, conversation: str, epoch: str, append: Append) -> tuple[Entry, bool]:
+        stored = self.store.conversations[conversation]
+        entry, repeated = stored.append(self, epoch, append)
         if not repeated:
             if self._forgets:
-                past.forget(self._retention)
-            self._tell(conversation, past)
+                stored.forget(self._retention)
+            self._tell_others(conversation, stored)
         return entry, repeated
 
     async def find(self, conversation: str, key: str) -> Entry | None:
         await checkpoint()
-        return self._store[conversation].keys.get(key)
+        return self.store.conversations[conversation].keys.get(key)
 
     async def read(self, conversation: str, after: int, limit: int) -> list[Entry]:
         await checkpoint()
-        past = self._store[conversation]
-        start = max(0, after + 1 - past.state().first)
-        return [kept.entry for kept in islice(past.entries, start, start + limit)]
+        stored = self.store.conversations[conversation]
+        start = max(0, after + 1 - stored.state().first)
+        return [kept.entry for kept in islice(stored.entries, start, start + limit)]
 
-    async def watch(self, conversation: str, hear: Hear) -> None:
+    async def watch(self, conversation: str, on_change: OnChange) -> None:
         await checkpoint()
-        self._watchers[conversation] = hear
+        self._watchers[conversation] = on_change
 
     def unwatch(self, conversation: str) -> None:
         self._watchers.pop(conversation, None)
 
     async def claim(self, conversation: str) -> Lease | None:
         await checkpoint()
-        return self._store[conversation].claim(self, _alive)
+        return self.store.conversations[conversation].claim(self, self.store.is_alive)
 
     async def release(self, conversation: str, lease: Lease, *, unanswered: bool = False) -> bool:
         await checkpoint()
-        past = self._store[conversation]
-        released = past.release(self, lease, unanswered)
+        stored = self.store.conversations[conversation]
+        released = stored.release(self, lease, unanswered)
         if released:
-            self._tell(conversation, past)
+            self._tell_others(conversation, stored)
         return released
 
     async def cancel(self, conversation: str, run: str) -> None:
         await checkpoint()
-        past = self._store[conversation]
-        past.cancelled = run
-        self._tell(conversation, past)
+        stored = self.store.conversations[conversation]
+        stored.cancelled = run
+        self._tell_others(conversation, stored)
 
     async def attend(self, conversation: str, attending: bool) -> None:
         await checkpoint()
-        past = self._store[conversation]
+        stored = self.store.conversations[conversation]
         if attending:
-            past.attended.add(self)
+            stored.attended.add(self)
         else:
-            past.attended.discard(self)
-        self._tell(conversation, past)
+            stored.attended.discard(self)
+        self._tell_others(conversation, stored)
 
     async def attended(self, conversation: str) -> bool:
         await checkpoint()
-        return any(_alive(other) for other in self._store[conversation].attended - {self})
+        return any(map(self.store.is_alive, self.store.conversations[conversation].attended - {self}))
 
     async def unanswered(self, limit: int) -> list[str]:
         await checkpoint()
-        found = (key for key, past in self._store.items() if past.is_unanswered and not past.is_held(_alive))
-        return list(islice(found, limit))
+        alive = self.store.is_alive
+        every = self.store.conversations.items()
+        return list(islice((key for key, stored in every if stored.is_unanswered and not stored.is_held(alive)), limit))
 
-    def _tell(self, conversation: str, past: Past) -> None:
-        for other in self._instances:
-            if other is not self and conversation in other._watchers:
-                other._watchers[conversation](past.head, past.cancelled)
+    def _tell_others(self, conversation: str, stored: StoredConversation) -> None:
+        for instance, watchers in self.store.watchers.items():
+            if instance is not self and conversation in watchers:
+                watchers[conversation](stored.head, stored.cancelled)
+
+    def _end(self, alive_until: float) -> None:
+        self.store.alive_until[self] = alive_until
+        self.store.watchers.pop(self, None)
 
 
-def connect(url: str, settings: Settings) -> MemoryLog:
-    """A log of its own. Raises SettingError where the URL says more than `memory:`."""
+def connect(url: str, settings: ChatSettings) -> MemoryLog:
+    """Make a log with a store of its own. Raises SettingError if the URL is not `memory:`."""
     if url != "memory:":
-        raise SettingError("log: there is nothing behind memory:")
+        raise SettingError("log: nothing may follow memory:")
     retention = Retention(settings.retention_events, settings.retention_seconds)
     return MemoryLog(retention=retention, lease=settings.lease)
 
 
-def _alive(instance: object) -> bool:
-    return isinstance(instance, MemoryLog) and current_time() < instance._alive_until
+class MemoryStore:
+    """What the instances in a process share."""
+
+    def __init__(self) -> None:
+        self.conversations: defaultdict[str, StoredConversation] = defaultdict(StoredConversation)
+        self.watchers: dict[object, dict[str, OnChange]] = {}  # of each instance that is open
+        self.alive_until: dict[object, float] = {}  # as `current_time`; for each instance
+
+    def is_alive(self, instance: object) -> bool:
+        return current_time() < self.alive_until[instance]
 
 
 class _Kept(Struct, frozen=True, gc=False):
@@ -176,8 +179,8 @@ class _Kept(Struct, frozen=True, gc=False):
 
 
 @dataclass
-class Past:
-    """A conversation in the store: what every engine does in one transaction, as plain as it can be said. Sans-I/O."""
+class StoredConversation:
+    """A conversation in the store. Its methods are what every engine does in one transaction. Sans-I/O."""
 
     epoch: str = field(default_factory=lambda: token_hex(8))
     entries: deque[_Kept] = field(default_factory=deque)
@@ -200,9 +203,8 @@ class Past:
     def is_held(self, alive: Callable[[object], bool]) -> bool:
         return self.holder is not None and alive(self.holder)
 
-    def append(
-        self, instance: object, epoch: str, event: AnyEvent, key: str | None, lease: Lease | None, answered: int | None
-    ) -> tuple[Entry, bool]:
+    def append(self, instance: object, epoch: str, append: Append) -> tuple[Entry, bool]:
+        event, key, lease, answered = append
         if epoch != self.epoch:
             raise PastLost
         if lease is not None and (self.holder is not instance or self.token != lease.token):
@@ -214,7 +216,7 @@ class Past:
         self.entries.append(_Kept(entry, key, event.at))
         if key is not None:
             self.keys[key] = entry
-        if isinstance(event, UserMessage):
+        if append.is_post:
             self.asked = entry.seq
         if answered is not None:
             self.answered = answered
@@ -236,7 +238,7 @@ class Past:
         return True
 
     def forget(self, retention: Retention) -> None:
-        """Drop what retention does not ask to keep and no post needs."""
+        """Drop entries that retention need not keep and no post needs."""
         needed = self.answered if self.is_unanswered else self.head
         while self.entries and self.entries[0].entry.seq <= needed:
             kept = self.entries[0]

@@ -1,21 +1,19 @@
 """A log in PostgreSQL, which several instances can share.
 
-What tasks ask is put before a few connections, each with a task of its own: one appends, and takes all that waits in
-one transaction; some do the rest; one listens. So a caller that is cancelled leaves no connection in disorder. Where
-one is lost it is made anew, and what was asked is asked again until the caller gives up: each step is one function
-(`postgres.sql`), and an append that is said again is known again.
+Tasks put their calls into a queue, and a few connections with a task each carry them out: one appends, taking all calls
+that wait into one transaction; some do the rest; one listens. So a caller that is cancelled leaves no connection half
+way through an answer. A lost connection is replaced, and calls without an answer are sent again until the caller gives
+up: each step is one function (`postgres.sql`), and the database recognizes an append that it gets twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from importlib.resources import files
 from logging import CRITICAL, getLogger
 from math import isinf
 from secrets import token_hex
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from urllib.parse import urlsplit
 
 from psycopg import Error, Notify
@@ -31,24 +29,24 @@ from psycopg.errors import (
 )
 from psycopg.generators import notifies
 from psycopg.pq import ConnStatus
-from trio import CancelScope, Event, TooSlowError, fail_after, move_on_after, open_nursery, sleep
+from trio import Event, Nursery, TooSlowError, fail_after, move_on_after, sleep
 from trio.lowlevel import checkpoint_if_cancelled, wait_readable
 
-from tricorn.chat.logs.base import Entry, Hear, Lease, LeaseLost, LogState, PastLost, Retention, Unavailable, draft
-from tricorn.chat.logs.calls import Call, Calls
+from tricorn.chat.logs.base import Append, Entry, Lease, LeaseLost, LogState, OnChange, PastLost, draft
+from tricorn.chat.logs.calls import Call, CallQueue
+from tricorn.chat.logs.engine import SWEEP_PERIOD, Engine
 from tricorn.chat.logs.psycopg_trio import Row, TrioConnection, hosts
-from tricorn.chat.protocol import AnyEvent, UserMessage
-from tricorn.settings import SettingError, Settings
+from tricorn.chat.logs.watching import Watchers
+from tricorn.chat.settings import ChatSettings
+from tricorn.errors.reason import reason
+from tricorn.settings import SettingError
 
 VERSION = 1
 _SCHEMA = files("tricorn.chat.logs").joinpath("postgres.sql").read_text()
-_MIGRATING = 7428, 1  # the advisory lock of who makes the schema
+_MIGRATING = 7428, 1  # the advisory lock under which the schema is made
 
-OTHERS = 2  # connections for what is no append
+OTHERS = 2  # connections for everything but appends
 AT_ONCE = 500  # appends in one transaction
-FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0  # seconds between two tries to connect
-FAREWELL = 1.0  # seconds to let go of everything at the end
-SWEEP_PERIOD = 600.0  # seconds between two looks for what has grown old
 
 WANTED = "log: must be postgresql://[USER:PASSWORD@]HOST[:PORT]/DATABASE"
 
@@ -74,53 +72,29 @@ _UNANSWERED = (
 )
 _STAND = "SELECT * FROM tricorn.stand(%s::text[], %s::bigint[])"
 
-# The server, or what is between, cannot serve us now: another connection may be to one that can.
+# This server cannot serve us now; another connection may lead to one that can.
 _PASSING = (AdminShutdown, CannotConnectNow, CrashShutdown, ReadOnlySqlTransaction)
 
-# What goes wrong with a connection is said here, once.
+# psycopg logs what goes wrong with a connection; we report it in `Unavailable`.
 getLogger("psycopg").setLevel(CRITICAL + 1)
 
 
-class PostgresLog:
-    """An instance's log in a PostgreSQL database. `connect` makes it."""
+class PostgresLog(Engine):
+    """One instance's log in a PostgreSQL database. `connect` makes it."""
 
     shared = True
     immediate = False
 
-    def __init__(self, conninfo: str, where: str, settings: Settings) -> None:
+    def __init__(self, conninfo: str, where: str, settings: ChatSettings) -> None:
+        super().__init__(f"PostgreSQL at {where}", settings)
         self._conninfo = conninfo
-        self._where = where
-        self._timeout = settings.log_timeout
         self._ttl = settings.lease * 2 / 3
-        self._retention = Retention(settings.retention_events, settings.retention_seconds)
         self._instance = token_hex(8)
-        self._appends = Calls()
-        self._others = Calls()
-        self._watchers: dict[str, Hear] = {}
-        self._known: dict[str, int] = {}  # of what is watched: the last entry that was ever seen
+        self._appends = CallQueue()
+        self._others = CallQueue()
+        self._watchers = Watchers()
         self._listening = Event()
         self._heard_all = True
-        self._problem = "it does not answer"
-        self._running = CancelScope(shield=True)  # until the block is left: last words come late
-
-    async def __aenter__(self) -> Self:
-        """Raises Unavailable where the database cannot be used within `log_timeout`."""
-        with move_on_after(self._timeout) as scope:
-            await self._migrate_when_there()
-        if scope.cancelled_caught:
-            raise self._unavailable(self._problem)
-        self._opening = open_nursery()
-        nursery = await self._opening.__aenter__()
-        nursery.start_soon(self._run)
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool | None:
-        with move_on_after(FAREWELL, shield=True):
-            await self._say_farewell()
-        self._running.cancel()
-        return await self._opening.__aexit__(kind, error, traceback)
 
     async def check(self) -> None:
         await self._ask("SELECT tricorn.renew(%s, %s)", self._instance, self._ttl)
@@ -129,32 +103,14 @@ class PostgresLog:
         (row,) = await self._ask("SELECT * FROM tricorn.open(%s, %s, %s)", conversation, *self._retention)
         return LogState(*row)
 
-    async def append(
-        self,
-        conversation: str,
-        epoch: str,
-        event: AnyEvent,
-        key: str | None = None,
-        *,
-        lease: Lease | None = None,
-        answered: int | None = None,
-    ) -> tuple[Entry, bool]:
-        before, behind = draft(event)
-        token = number = None
-        if lease is not None:
-            lease.appended += 1
-            token, number = lease.token, lease.appended
-        elif key is None:
-            key = f"once:{token_hex(8)}"  # to be known again if it has to be said again
-        is_post = isinstance(event, UserMessage)
-        outcome, seq, json = await self._appends.ask(
-            conversation, epoch, before, behind, key, token, number, is_post, answered
-        )
+    async def append(self, conversation: str, epoch: str, append: Append) -> tuple[Entry, bool]:
+        what = (*draft(append.event), *append.identify(), append.is_post, append.answered)
+        outcome, seq, json = await self._appends.call(conversation, epoch, *what)
         if outcome == "past":
             raise PastLost
         if outcome == "lease":
             raise LeaseLost
-        self._saw(conversation, seq)
+        self._watchers.saw(conversation, seq)
         return Entry(seq, json), outcome == "repeated"
 
     async def find(self, conversation: str, key: str) -> Entry | None:
@@ -164,18 +120,16 @@ class PostgresLog:
     async def read(self, conversation: str, after: int, limit: int) -> list[Entry]:
         entries = [Entry(*row) for row in await self._ask(_READ, conversation, after, limit)]
         if entries:
-            self._saw(conversation, entries[-1].seq)
+            self._watchers.saw(conversation, entries[-1].seq)
         return entries
 
-    async def watch(self, conversation: str, hear: Hear) -> None:
-        self._watchers[conversation] = hear
-        self._known[conversation] = 0
+    async def watch(self, conversation: str, on_change: OnChange) -> None:
+        self._watchers.watch(conversation, on_change)
         await checkpoint_if_cancelled()
         await self._listening.wait()
 
     def unwatch(self, conversation: str) -> None:
-        self._watchers.pop(conversation, None)
-        self._known.pop(conversation, None)
+        self._watchers.unwatch(conversation)
 
     async def claim(self, conversation: str) -> Lease | None:
         ((token,),) = await self._ask("SELECT tricorn.claim(%s, %s, %s)", conversation, self._instance, self._ttl)
@@ -203,38 +157,28 @@ class PostgresLog:
     # Asking
 
     async def _ask(self, statement: str, *parameters: Any) -> list[Row]:
-        rows: list[Row] = await self._others.ask(statement, *parameters)
+        rows: list[Row] = await self._others.call(statement, *parameters)
         return rows
-
-    def _unavailable(self, problem: str) -> Unavailable:
-        return Unavailable(f"PostgreSQL at {self._where}: {problem}")
-
-    def _saw(self, conversation: str, seq: int) -> None:
-        if seq > self._known.get(conversation, seq):
-            self._known[conversation] = seq
 
     # The connections
 
-    async def _migrate_when_there(self) -> None:
-        pause = FIRST_PAUSE
+    async def _open_store(self) -> None:
+        backoff = self._backoff()
         while True:
             try:
                 connection = await TrioConnection.open(self._conninfo)
                 try:
-                    await self._migrate(connection)
+                    return await self._migrate(connection)
                 finally:
                     connection.pgconn.finish()
             except (OperationalError, OSError) as error:
-                self._problem = _line(error)
+                self._problem = reason(error)
             except Error as error:
-                raise self._unavailable(_line(error)) from None
-            else:
-                return
-            await sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+                raise self._unavailable(reason(error)) from None
+            await sleep(backoff.next())
 
     async def _migrate(self, connection: TrioConnection) -> None:
-        """Make the schema where there is none; who comes at the same time waits."""
+        """Make the schema if there is none. An instance that starts at the same time waits."""
         await connection.execute("BEGIN")
         await connection.execute("SELECT pg_advisory_xact_lock(%s, %s)", _MIGRATING)
         ((there,),) = await _fetch(connection, "SELECT to_regclass('tricorn.version') IS NOT NULL", ())
@@ -246,106 +190,89 @@ class PostgresLog:
             await connection.execute(_SCHEMA)
         await connection.execute("COMMIT")
 
-    async def _run(self) -> None:
-        with self._running:
-            async with open_nursery() as nursery:
-                nursery.start_soon(self._stay_connected, self._serve_appends)
-                for _ in range(OTHERS):
-                    nursery.start_soon(self._stay_connected, self._serve_others)
-                nursery.start_soon(self._stay_connected, self._listen)
-                nursery.start_soon(self._stay_alive)
-                nursery.start_soon(self._sweep)
+    def _start(self, nursery: Nursery) -> None:
+        nursery.start_soon(self._stay_connected, self._serve_appends)
+        for _ in range(OTHERS):
+            nursery.start_soon(self._stay_connected, self._serve_others)
+        nursery.start_soon(self._stay_connected, self._listen)
+        nursery.start_soon(self._every, self._ttl / 3, self.check)
+        nursery.start_soon(self._every, SWEEP_PERIOD, self._sweep)
 
-    async def _say_farewell(self) -> None:
-        with suppress(Unavailable):
-            await self._ask("DELETE FROM tricorn.instance WHERE id = %s", self._instance)
+    async def _let_go(self) -> None:
+        await self._ask("DELETE FROM tricorn.instance WHERE id = %s", self._instance)
 
     async def _stay_connected(self, serve: Callable[[TrioConnection], Awaitable[None]]) -> None:
         """Have a connection and serve on it, again and again."""
-        pause = FIRST_PAUSE
+        backoff = self._backoff()
         while True:
             try:
                 with fail_after(self._timeout):
                     connection = await TrioConnection.open(self._conninfo)
-                pause = FIRST_PAUSE
+                backoff.reset()
                 try:
                     await serve(connection)
                 finally:
                     connection.pgconn.finish()
             except (Error, OSError, TooSlowError) as error:
-                self._problem = _line(error)
-            await sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+                self._problem = reason(error)
+            await sleep(backoff.next())
 
     async def _serve_others(self, connection: TrioConnection) -> None:
         while True:
-            requests = await self._others.take(1)
-            statement, *parameters = requests[0].what
-            rows = await self._answers(connection, self._others, requests, statement, parameters)
+            calls = await self._others.take(1)
+            statement, *parameters = calls[0].arguments
+            rows = await self._answers(connection, self._others, calls, statement, parameters)
             if rows is not None:
-                requests[0].answer(rows)
+                calls[0].succeed(rows)
 
     async def _serve_appends(self, connection: TrioConnection) -> None:
-        alone = 0  # how many to try one by one: of a group that failed, one may be to blame
+        alone = 0  # how many to try one by one, because one of a group that failed may be to blame
         while True:
-            requests = sorted(await self._appends.take(1 if alone else AT_ONCE), key=_conversation)
+            calls = sorted(await self._appends.take(1 if alone else AT_ONCE), key=_conversation)
             alone = max(0, alone - 1)
-            if not await self._append(connection, requests):
-                self._appends.put_back(requests)
-                alone = len(requests)
+            if not await self._append(connection, calls):
+                self._appends.put_back(calls)
+                alone = len(calls)
 
-    async def _append(self, connection: TrioConnection, requests: list[Call]) -> bool:
-        columns = map(list, zip(*(request.what for request in requests), strict=True))
+    async def _append(self, connection: TrioConnection, calls: list[Call]) -> bool:
+        """Carry out appends in one transaction. False if several failed together."""
+        columns = map(list, zip(*(call.arguments for call in calls), strict=True))
         parameters = (self._instance, *columns, *self._retention)
-        rows = await self._answers(connection, self._appends, requests, _APPEND, parameters)
-        for request, row in zip(requests, rows or (), strict=False):
-            request.answer(row)
-        return rows is not None or len(requests) == 1
+        rows = await self._answers(connection, self._appends, calls, _APPEND, parameters)
+        for call, row in zip(calls, rows or (), strict=False):
+            call.succeed(row)
+        return rows is not None or len(calls) == 1
 
     async def _answers(
-        self,
-        connection: TrioConnection,
-        queue: Calls,
-        requests: list[Call],
-        statement: str,
-        parameters: Sequence[Any],
+        self, connection: TrioConnection, queue: CallQueue, calls: list[Call], statement: str, parameters: Sequence[Any]
     ) -> list[Row] | None:
-        """What the server answers, or None. A request alone has failed then, of several none.
+        """Return the server's answer, or None if that is an error: then a single call has failed, and of several none.
 
-        Where the connection is to blame they go back into the queue, and the error goes on.
+        If the connection is to blame, the calls go back into the queue and the error is raised.
         """
         try:
             with fail_after(self._timeout):
                 return await _fetch(connection, statement, parameters)
         except (DeadlockDetected, SerializationFailure):
-            return await self._answers(connection, queue, requests, statement, parameters)
+            return await self._answers(connection, queue, calls, statement, parameters)
         except TooSlowError:
-            queue.put_back(requests)
+            queue.put_back(calls)
             raise
         except Error as error:
             if connection.pgconn.status != ConnStatus.OK or isinstance(error, _PASSING):
-                queue.put_back(requests)
+                queue.put_back(calls)
                 raise
-            if len(requests) == 1:
-                requests[0].fail(self._unavailable(_line(error)))
+            if len(calls) == 1:
+                calls[0].fail(self._unavailable(reason(error)))
             return None
 
-    # Being alive, and hearing of others
-
-    async def _stay_alive(self) -> None:
-        while True:
-            with suppress(Unavailable):  # who asks for something will be told
-                await self.check()
-            await sleep(self._ttl / 3)
-
     async def _sweep(self) -> None:
-        while True:
-            with suppress(Unavailable):
-                await self._ask("SELECT tricorn.sweep(%s)", self._retention.seconds)
-            await sleep(SWEEP_PERIOD)
+        await self._ask("SELECT tricorn.sweep(%s)", self._retention.seconds)
+
+    # Notifications
 
     async def _listen(self, connection: TrioConnection) -> None:
-        connection.add_notify_handler(self._heard)
+        connection.add_notify_handler(self._notified)
         try:
             await connection.execute("LISTEN tricorn")
             self._listening.set()
@@ -356,36 +283,32 @@ class PostgresLog:
                     with move_on_after(self._ttl) as silence:
                         await wait_readable(connection.pgconn.socket)
                     if silence.cancelled_caught:
-                        break  # is it still there?
+                        break  # is the server still there?
                     await connection.wait(notifies(connection.pgconn))
         finally:
             self._listening = Event()
 
-    def _heard(self, notice: Notify) -> None:
+    def _notified(self, notice: Notify) -> None:
         if not notice.payload:
             self._heard_all = False
             return
         head, cancelled, conversation = notice.payload.split("\n", 2)
-        self._saw(conversation, int(head))
-        self._tell(conversation, int(head), cancelled)
+        self._watchers.saw(conversation, int(head))
+        self._watchers.tell(conversation, int(head), cancelled)
 
     async def _tell_all(self, connection: TrioConnection) -> None:
         """Tell all watchers what they may have missed."""
+        known = self._watchers.known
         with fail_after(self._timeout):
-            rows = await _fetch(connection, _STAND, (list(self._known), list(self._known.values())))
+            rows = await _fetch(connection, _STAND, (list(known), list(known.values())))
         for conversation, head, cancelled in rows:
-            self._tell(conversation, head, cancelled)
-
-    def _tell(self, conversation: str, head: int, cancelled: str) -> None:
-        hear = self._watchers.get(conversation)
-        if hear is not None:
-            hear(head, cancelled)
+            self._watchers.tell(conversation, head, cancelled)
 
 
-def connect(url: str, settings: Settings) -> PostgresLog:
-    """The log in the database at `postgresql://[USER:PASSWORD@]HOST[:PORT]/DATABASE`, or another URL that libpq takes.
+def connect(url: str, settings: ChatSettings) -> PostgresLog:
+    """Make the log at `postgresql://[USER:PASSWORD@]HOST[:PORT]/DATABASE`, or another URL that libpq takes.
 
-    Raises SettingError where the URL is none.
+    Raises SettingError if it is no such URL.
     """
     try:
         given: dict[str, Any] = conninfo_to_dict(url)
@@ -415,11 +338,6 @@ async def _fetch(connection: TrioConnection, statement: str, parameters: Sequenc
         return await cursor.fetchall()
 
 
-def _conversation(request: Call) -> str:
-    key: str = request.what[0]
+def _conversation(call: Call) -> str:
+    key: str = call.arguments[0]
     return key
-
-
-def _line(error: BaseException) -> str:
-    """What is wrong, without the notes on where and how."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__

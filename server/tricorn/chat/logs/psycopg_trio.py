@@ -1,4 +1,4 @@
-"""psycopg's asynchronous connection on Trio: its I/O is generators that say what to wait for, and here Trio waits."""
+"""psycopg's asynchronous connection on Trio: psycopg's generators say what to wait for, and here Trio waits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from psycopg import AsyncConnection
 from psycopg.abc import RV, PQGen, PQGenConn
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.errors import OperationalError
+from psycopg.generators import connect
 from psycopg.rows import TupleRow
 from psycopg.waiting import READY_R, READY_RW, READY_W, WAIT_R, WAIT_W, Ready, Wait
 from trio.lowlevel import wait_readable, wait_writable
@@ -18,41 +19,40 @@ Row = TupleRow
 
 
 class TrioConnection(AsyncConnection[Row]):
-    """A connection for one task. Whatever waits for the server is a checkpoint; if that is cancelled it is closed."""
+    """A connection for one task. Waiting for the server is a checkpoint; if cancelled, the connection is closed."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.lock = cast(Any, trio.Lock())
+        # `connect` sets it like this; the public `set_autocommit` is a checkpoint, which could lose the connection.
+        self._autocommit = True
 
     @classmethod
     async def open(cls, conninfo: str) -> Self:
         """Connect, in autocommit mode, to the first of the hosts that takes it.
 
         Raises:
-            psycopg.OperationalError: none did; with the reason of the last.
+            psycopg.OperationalError: none did; the text is why the last one refused.
             OSError: a host name cannot be found.
         """
         problem = OperationalError("there is no host to connect to")
         for attempt in await _attempts(conninfo):
             try:
-                connection = await _drive_connecting(cls._connect_gen(attempt))
+                return cls(await _drive_connecting(connect(attempt)))
             except OperationalError as error:
                 problem = error
-            else:
-                connection._autocommit = True
-                return connection
         raise problem
 
     async def wait(self, gen: PQGen[RV], interval: float = 0, timeout: float | None = None) -> RV:  # noqa: ASYNC109 (psycopg's)
         try:
             return await _drive(gen, self.pgconn.socket)
         except (trio.Cancelled, KeyboardInterrupt):
-            self.pgconn.finish()  # what comes next on it would be the answer to something else
+            self.pgconn.finish()  # the next answer on it would belong to this statement
             raise
 
 
 def hosts(parameters: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The hosts, or directories of sockets, that a connection string names, with their ports."""
+    """Return the hosts, or directories of sockets, that a connection string names, with their ports."""
     names = str(parameters.get("host") or "").split(",")
     ports = str(parameters.get("port") or "").split(",")
     if len(ports) == 1:
@@ -61,7 +61,7 @@ def hosts(parameters: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 async def _attempts(conninfo: str) -> list[str]:
-    """One connection string for each address. libpq would look names up by itself, and block meanwhile."""
+    """Return a connection string for each address. libpq would block while it looks names up."""
     parameters: dict[str, Any] = conninfo_to_dict(conninfo)
     attempts = []
     for host, port in hosts(parameters):

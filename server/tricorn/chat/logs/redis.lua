@@ -79,7 +79,7 @@ function steps.open(events, seconds)
     return { row.epoch, text(row.first), text(row.head), text(row.answered) }
 end
 
-function steps.append(epoch, before, behind, key, token, number, is_post, answered, events, seconds)
+function steps.append(epoch, before, after, key, token, number, is_post, answered, events, seconds)
     local row = load()
     if epoch ~= row.epoch then return 'past' end
     local last = token .. ':' .. number .. ':'
@@ -95,7 +95,7 @@ function steps.append(epoch, before, behind, key, token, number, is_post, answer
     end
     row.head = row.head + 1
     local seq = text(row.head)
-    local json = before .. seq .. behind
+    local json = before .. seq .. after
     local changes = { 'head', seq }
     redis.call('XADD', ENTRIES, seq .. '-0', 'json', json, 'at', text(now()), unpack(key ~= '' and { 'key', key } or {}))
     if key ~= '' then redis.call('HSET', KEYS_, key, seq) end

@@ -1,12 +1,12 @@
 """A log in Redis, which several instances can share.
 
-All that an instance asks goes over one connection, which answers in order and also carries the news: so what many tasks
-ask at the same time goes out in one write, nothing has to wait for a free connection, and no cancelled command can
-leave one in disorder. Where the connection is lost it is made anew, and what was asked is asked again until the caller
-gives up: each step is atomic (`redis.lua`), and an append that is said again is known again.
+An instance has one connection, which answers in order and also carries notifications. Commands of many tasks go out in
+one write, no task waits for a free connection, and a cancelled command does not confuse the next one. A lost connection
+is replaced, and commands without an answer are sent again until the caller gives up: each step is atomic (`redis.lua`),
+and Redis recognizes an append that it gets twice.
 
-coredis 6.9 is used from its connections up: its pool loses a slot for good with each connection that ends while it is
-lent out.
+We use coredis 6.9 from its connections up, because its pool loses a slot for good with each connection that ends while
+it is lent out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from logging import CRITICAL, getLogger
 from math import isinf
 from secrets import token_hex
 from ssl import create_default_context
-from types import TracebackType
 from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -31,37 +30,21 @@ from coredis.connection import (
     UnixDomainSocketConnection,
     UnixDomainSocketLocation,
 )
-from coredis.exceptions import (
-    BusyLoadingError,
-    ConnectionError,
-    NoScriptError,
-    ReadOnlyError,
-    RedisError,
-)
-from trio import CancelScope, Event, TooSlowError, move_on_after, open_nursery, sleep
+from coredis.exceptions import BusyLoadingError, ConnectionError, NoScriptError, ReadOnlyError, RedisError
+from trio import Event, Nursery, TooSlowError, move_on_after, open_nursery, sleep
 from trio.lowlevel import checkpoint_if_cancelled
 
-from tricorn.chat.logs.base import (
-    Draft,
-    Entry,
-    Hear,
-    Lease,
-    LeaseLost,
-    LogState,
-    PastLost,
-    Retention,
-    Unavailable,
-    draft,
-)
-from tricorn.chat.protocol import AnyEvent, UserMessage
-from tricorn.settings import SettingError, Settings
+from tricorn.chat.logs.base import Append, Entry, Lease, LeaseLost, LogState, OnChange, PastLost, draft
+from tricorn.chat.logs.engine import Engine
+from tricorn.chat.logs.watching import Watchers
+from tricorn.chat.settings import ChatSettings
+from tricorn.errors.reason import reason
+from tricorn.settings import SettingError
 
 _SCRIPT = files("tricorn.chat.logs").joinpath("redis.lua").read_bytes()
 _SHA = sha1(_SCRIPT, usedforsecurity=False).hexdigest()
 
-OLDEST = (6, 2)  # knows XTRIM MINID
-FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0  # seconds between two tries to connect
-FAREWELL = 1.0  # seconds to let go of everything at the end
+OLDEST = (6, 2)  # the first version that has XTRIM MINID
 NOTHING = b""
 
 WANTED = (
@@ -69,55 +52,36 @@ WANTED = (
     "unix://[USER:PASSWORD@]/PATH[?db=DB]"
 )
 
-# It reports each failed connection with a traceback; what there is to say of that is said here, once.
+# coredis logs each failed connection with a traceback; we report why in `Unavailable`.
 getLogger("coredis").setLevel(CRITICAL + 1)
 
 
-class RedisLog:
-    """An instance's log in a Redis. `connect` makes it."""
+class RedisLog(Engine):
+    """One instance's log in Redis. `connect` makes it."""
 
     shared = True
     immediate = False
 
-    def __init__(self, make: Callable[[], BaseConnection], where: str, settings: Settings, channels: str) -> None:
+    def __init__(self, make: Callable[[], BaseConnection], where: str, settings: ChatSettings, channels: str) -> None:
+        super().__init__(f"Redis at {where}", settings)
         self._make = make
-        self._where = where
-        self._timeout = settings.log_timeout
         self._ttl = settings.lease * 2 / 3
-        self._retention = Retention(settings.retention_events, settings.retention_seconds)
         self._channels = channels
         self._instance = token_hex(8)
-        self._watchers: dict[str, Hear] = {}
-        self._known: dict[str, int] = {}  # of what is watched: the last entry that was ever seen
+        self._watchers = Watchers()
         self._connection: BaseConnection | None = None
         self._connected = Event()
-        self._problem = "it does not answer"
-        self._running = CancelScope(shield=True)  # until the block is left: last words come late
 
     async def __aenter__(self) -> Self:
-        """Raises Unavailable where Redis cannot be used within `log_timeout`."""
-        self._opening = open_nursery()
-        nursery = await self._opening.__aenter__()
-        nursery.start_soon(self._run)
+        """Raises Unavailable if Redis cannot be used within `log_timeout`."""
+        await super().__aenter__()
         try:
-            with move_on_after(self._timeout) as scope:
-                await self.check()
-            if scope.cancelled_caught:
-                raise self._unavailable(self._problem)
+            await self._in_time(self.check)
         except BaseException as error:
             self._running.cancel()
-            await self._opening.__aexit__(None, None, None)
+            await self._tasks.__aexit__(None, None, None)
             raise error from None
         return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool | None:
-        if self._connection is not None:
-            with move_on_after(FAREWELL, shield=True):
-                await self._say_farewell()
-        self._running.cancel()
-        return await self._opening.__aexit__(kind, error, traceback)
 
     async def check(self) -> None:
         await self._ask(b"SET", f"tricorn:instance:{self._instance}", NOTHING, b"PX", self._milliseconds())
@@ -126,44 +90,17 @@ class RedisLog:
         epoch, first, head, answered = await self._step("open", conversation, *self._kept())
         return LogState(epoch.decode(), int(first), int(head), int(answered))
 
-    async def append(
-        self,
-        conversation: str,
-        epoch: str,
-        event: AnyEvent,
-        key: str | None = None,
-        *,
-        lease: Lease | None = None,
-        answered: int | None = None,
-    ) -> tuple[Entry, bool]:
-        stamped: Draft = draft(event)
-        token: object = NOTHING
-        number: object = NOTHING
-        if lease is not None:
-            lease.appended += 1
-            token, number = lease.token, lease.appended
-        elif key is None:
-            key = f"once:{token_hex(8)}"  # to be known again if it has to be said again
-        answer = await self._step(
-            "append",
-            conversation,
-            epoch,
-            stamped.before,
-            stamped.behind,
-            key or NOTHING,
-            token,
-            number,
-            int(isinstance(event, UserMessage)),
-            NOTHING if answered is None else answered,
-            *self._kept(),
-        )
+    async def append(self, conversation: str, epoch: str, append: Append) -> tuple[Entry, bool]:
+        what = (*draft(append.event), *append.identify(), int(append.is_post), append.answered)
+        arguments = [NOTHING if each is None else each for each in what]
+        answer = await self._step("append", conversation, epoch, *arguments, *self._kept())
         if answer == b"past":
             raise PastLost
         if answer == b"lease":
             raise LeaseLost
         (seq, json), repeated = answer
         entry = Entry(int(seq), json)
-        self._saw(conversation, entry.seq)
+        self._watchers.saw(conversation, entry.seq)
         return entry, bool(repeated)
 
     async def find(self, conversation: str, key: str) -> Entry | None:
@@ -174,24 +111,17 @@ class RedisLog:
         found = await self._ask(b"XRANGE", f"tricorn:entries:{conversation}", after + 1, b"+", b"COUNT", limit)
         entries = [Entry(int(id.partition(b"-")[0]), fields[1]) for id, fields in found]
         if entries:
-            self._saw(conversation, entries[-1].seq)
+            self._watchers.saw(conversation, entries[-1].seq)
         return entries
 
-    async def watch(self, conversation: str, hear: Hear) -> None:
-        self._watchers[conversation] = hear
-        self._known[conversation] = 0
-        if self._connection is not None:
-            with suppress(ConnectionError):  # the next connection begins with it
-                self._connection.send_command(b"SUBSCRIBE", self._channels + conversation)
-        await self._step("stand", conversation, 0)  # answered behind it
+    async def watch(self, conversation: str, on_change: OnChange) -> None:
+        self._watchers.watch(conversation, on_change)
+        self._send(b"SUBSCRIBE", conversation)
+        await self._step("stand", conversation, 0)  # answered after the subscription
 
     def unwatch(self, conversation: str) -> None:
-        if self._watchers.pop(conversation, None) is None:
-            return
-        del self._known[conversation]
-        if self._connection is not None:
-            with suppress(ConnectionError):
-                self._connection.send_command(b"UNSUBSCRIBE", self._channels + conversation)
+        if self._watchers.unwatch(conversation):
+            self._send(b"UNSUBSCRIBE", conversation)
 
     async def claim(self, conversation: str) -> Lease | None:
         token = await self._step("claim", conversation, self._milliseconds())
@@ -218,11 +148,11 @@ class RedisLog:
         asked = (0, step, conversation, self._instance, self._channels, *arguments)
         try:
             return await self._ask(b"EVALSHA", _SHA, *asked)
-        except NoScriptError:  # it was started anew, or another one took over
+        except NoScriptError:  # Redis was restarted, or another one took over
             return await self._ask(b"EVAL", _SCRIPT, *asked)
 
     async def _ask(self, command: bytes, *arguments: Any) -> Any:
-        """Ask until there is an answer. Raises Unavailable where that is an error that waiting does not mend."""
+        """Ask until there is an answer. Raises Unavailable if Redis answers with an error that will not pass."""
         await checkpoint_if_cancelled()
         while True:
             connection = self._connection
@@ -230,20 +160,23 @@ class RedisLog:
                 await self._connected.wait()
                 continue
             try:
-                return await _ask(connection, command, *arguments)
+                return await _request(connection, command, *arguments)
             except (ReadOnlyError, BusyLoadingError) as error:
-                self._problem = _line(error)
+                self._problem = reason(error)
                 connection.invalidate()
-                self._lost(connection)
+                self._drop(connection)
             except ConnectionError:
-                self._lost(connection)
+                self._drop(connection)
             except NoScriptError:
                 raise
             except RedisError as error:
-                raise self._unavailable(_line(error)) from None
+                raise self._unavailable(reason(error)) from None
 
-    def _unavailable(self, problem: str) -> Unavailable:
-        return Unavailable(f"Redis at {self._where}: {problem}")
+    def _send(self, command: bytes, conversation: str) -> None:
+        """Change a subscription. Without a connection there is nothing to do: the next one begins with all of them."""
+        if self._connection is not None:
+            with suppress(ConnectionError):
+                self._connection.send_command(command, self._channels + conversation)
 
     def _kept(self) -> tuple[str, str]:
         return f"{self._retention.events}", f"{self._retention.seconds}"
@@ -251,51 +184,37 @@ class RedisLog:
     def _milliseconds(self) -> int:
         return 10**12 if isinf(self._ttl) else max(1, int(self._ttl * 1000))
 
-    def _saw(self, conversation: str, seq: int) -> None:
-        if seq > self._known.get(conversation, seq):
-            self._known[conversation] = seq
-
     # The connection
 
-    async def _run(self) -> None:
-        with self._running:
-            async with open_nursery() as nursery:
-                nursery.start_soon(self._stay_connected)
-                nursery.start_soon(self._stay_alive)
+    def _start(self, nursery: Nursery) -> None:
+        nursery.start_soon(self._stay_connected)
+        nursery.start_soon(self._every, self._ttl / 3, self._renew)
 
-    async def _say_farewell(self) -> None:
-        with suppress(Unavailable):
+    async def _let_go(self) -> None:
+        if self._connection is not None:
             await self._ask(b"DEL", f"tricorn:instance:{self._instance}")
 
-    async def _stay_alive(self) -> None:
-        """Renew what this instance has. A connection that does not answer in time is given up."""
-        period = self._ttl / 3
-        while True:
-            with move_on_after(period) as scope:
-                await self._renew()
-            if scope.cancelled_caught and self._connection is not None:
-                self._problem = "it does not answer"
-                self._connection.invalidate()
-            await sleep(period)
-
     async def _renew(self) -> None:
-        with suppress(Unavailable):  # who asks for something will be told
+        """Renew what this instance has. A connection that does not answer before the next time is given up."""
+        with move_on_after(self._ttl / 3) as scope:
             await self.check()
+        if scope.cancelled_caught and self._connection is not None:
+            self._problem = "it does not answer"
+            self._connection.invalidate()
 
     async def _stay_connected(self) -> None:
-        pause = FIRST_PAUSE
+        backoff = self._backoff()
         while True:
             try:
                 async with self._connection_made() as connection:
-                    pause = FIRST_PAUSE
+                    backoff.reset()
                     pushed: Any
                     async for pushed in connection.push_messages:
                         if pushed[0] == b"message":
-                            self._heard(pushed[1].decode().removeprefix(self._channels), pushed[2])
+                            self._notified(pushed[1].decode().removeprefix(self._channels), pushed[2])
             except* (RedisError, OSError, TooSlowError, TimeoutError) as errors:
-                self._problem = _line(_first(errors))
-            await sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+                self._problem = reason(errors)
+            await sleep(backoff.next())
 
     @asynccontextmanager
     async def _connection_made(self) -> AsyncIterator[BaseConnection]:
@@ -303,54 +222,49 @@ class RedisLog:
             connection = self._make()
             await nursery.start(connection.run)
             try:
-                await self._take_up(connection)
+                await self._set_up(connection)
                 yield connection
             finally:
-                self._lost(connection)
+                self._drop(connection)
                 nursery.cancel_scope.cancel()
 
-    async def _take_up(self, connection: BaseConnection) -> None:
+    async def _set_up(self, connection: BaseConnection) -> None:
         """Go on with this connection, and tell the watchers what they may have missed."""
         version = tuple(map(int, (connection.server_version or "0").split(".")[:2]))
         if version < OLDEST:
             raise ConnectionError(f"its version is {connection.server_version}; 6.2 or newer is needed")
-        await _ask(connection, b"SCRIPT LOAD", _SCRIPT)
-        # A replica would answer what is read, and let writes fail.
-        role = await _ask(connection, b"ROLE")
+        await _request(connection, b"SCRIPT LOAD", _SCRIPT)
+        # A replica would answer reads and refuse writes.
+        role = await _request(connection, b"ROLE")
         if role[0] != b"master":
             raise ConnectionError("it is a replica; give the address of the one that takes writes")
-        told: set[str] = set()
-        while new := [each for each in self._watchers if each not in told]:  # some come meanwhile
+        known, told = self._watchers.known, set[str]()
+        while new := [each for each in known if each not in told]:  # more may have come meanwhile
             told.update(new)
             for conversation in new:
                 connection.send_command(b"SUBSCRIBE", self._channels + conversation)
             for conversation in new:
-                arguments = ("stand", conversation, self._instance, self._channels, self._known.get(conversation, 0))
-                head, cancelled = await _ask(connection, b"EVALSHA", _SHA, 0, *arguments)
-                self._tell(conversation, int(head), cancelled.decode())
+                arguments = ("stand", conversation, self._instance, self._channels, known.get(conversation, 0))
+                head, cancelled = await _request(connection, b"EVALSHA", _SHA, 0, *arguments)
+                self._watchers.tell(conversation, int(head), cancelled.decode())
         self._connection = connection
         self._connected.set()
 
-    def _lost(self, connection: BaseConnection) -> None:
+    def _drop(self, connection: BaseConnection) -> None:
         if self._connection is connection:
             self._connection = None
             self._connected = Event()
 
-    def _heard(self, conversation: str, message: bytes) -> None:
+    def _notified(self, conversation: str, message: bytes) -> None:
         head, _, cancelled = message.partition(b" ")
-        self._saw(conversation, int(head))
-        self._tell(conversation, int(head), cancelled.decode())
-
-    def _tell(self, conversation: str, head: int, cancelled: str) -> None:
-        hear = self._watchers.get(conversation)
-        if hear is not None:
-            hear(head, cancelled)
+        self._watchers.saw(conversation, int(head))
+        self._watchers.tell(conversation, int(head), cancelled.decode())
 
 
-def connect(url: str, settings: Settings) -> RedisLog:
-    """The log at `redis://[USER:PASSWORD@]HOST[:PORT][/DB]`, `rediss://…` (TLS) or `unix://[USER:PASSWORD@]/PATH[?db=DB]`.
+def connect(url: str, settings: ChatSettings) -> RedisLog:
+    """Make the log at `redis://[USER:PASSWORD@]HOST[:PORT][/DB]`, `rediss://…` (TLS) or `unix://[USER:PASSWORD@]/PATH[?db=DB]`.
 
-    Raises SettingError where the URL is none of these.
+    Raises SettingError if it is no such URL.
     """
     parts = urlsplit(url)
     query = parse_qs(parts.query)
@@ -381,16 +295,5 @@ def connect(url: str, settings: Settings) -> RedisLog:
     return RedisLog(make, where, settings, f"tricorn:{db}:")
 
 
-async def _ask(connection: BaseConnection, command: bytes, *arguments: Any) -> Any:
+async def _request(connection: BaseConnection, command: bytes, *arguments: Any) -> Any:
     return await connection.create_request(command, *arguments, decode=False)
-
-
-def _first(errors: BaseException) -> BaseException:
-    while isinstance(errors, BaseExceptionGroup):
-        errors = errors.exceptions[0]
-    return errors
-
-
-def _line(error: BaseException) -> str:
-    cause = error.__cause__ if isinstance(error, ConnectionError) and error.__cause__ is not None else error
-    return " ".join(str(_first(cause)).split()) or type(cause).__name__

@@ -1,8 +1,8 @@
 """A log in a file, by SQLite: durable, and nothing to set up. One process has the file at a time.
 
-All that tasks ask goes to one task, which takes whatever waits, does it in a thread in one transaction, and answers
-when that is on the disk: so a thousand writers cost one flush, one writer alone waits for nobody, and who is cancelled
-leaves nothing half done.
+Tasks put their calls into a queue. One task takes all that wait, carries them out in a thread in one transaction, and
+answers when that is on the disk. So a thousand writers cost one flush, a single writer waits for nobody, and a caller
+that is cancelled leaves nothing half done.
 """
 
 from __future__ import annotations
@@ -11,93 +11,65 @@ from itertools import count
 from math import isinf
 from sqlite3 import SQLITE_BUSY, DatabaseError
 from time import time_ns
-from types import TracebackType
-from typing import Self
 
-from trio import CancelScope, current_time, open_nursery, sleep, to_thread
+from trio import Nursery, sleep, to_thread
 from trio.lowlevel import checkpoint
 
-from tricorn.chat.logs.base import Entry, Hear, Lease, LeaseLost, LogState, PastLost, Retention, Unavailable, draft
-from tricorn.chat.logs.calls import Calls
+from tricorn.chat.logs.base import Append, Entry, Lease, LeaseLost, LogState, OnChange, PastLost, draft
+from tricorn.chat.logs.calls import CallQueue
+from tricorn.chat.logs.engine import SWEEP_PERIOD, Engine
 from tricorn.chat.logs.sqlite_file import File
-from tricorn.chat.protocol import AnyEvent, UserMessage
-from tricorn.errors.report import report_error
-from tricorn.settings import SettingError, Settings
+from tricorn.chat.settings import ChatSettings
+from tricorn.settings import SettingError
 
-AT_ONCE = 500  # requests in one transaction
-LOOK_AGAIN = 0.1  # seconds between two looks whether a predecessor has left the file
-SWEEP_PERIOD = 600.0  # seconds between two looks for what has grown old
+AT_ONCE = 500  # calls in one transaction
+LOOK_AGAIN = 0.1  # seconds between two attempts to open a file that another process has
 
 WANTED = "log: must be sqlite:///PATH; a fourth slash begins an absolute path, like sqlite:////var/lib/tricorn.db"
 
 
-class SQLiteLog:
+class SQLiteLog(Engine):
     """The log in a file. `connect` makes it."""
 
     shared = False
     immediate = False
 
-    def __init__(self, path: str, settings: Settings) -> None:
+    def __init__(self, path: str, settings: ChatSettings) -> None:
+        super().__init__(f"SQLite file {path}", settings)
         self._path = path
-        self._patience = settings.log_timeout
-        self._retention = Retention(settings.retention_events, settings.retention_seconds)
-        self._requests = Calls()
+        self._calls = CallQueue()
         self._leases: dict[str, int] = {}
-        self._tokens = count(time_ns())  # nobody is left who has one of another process, but they rise all the same
-        self._running = CancelScope(shield=True)  # until the block is left: last words come late
+        self._tokens = count(time_ns())  # higher than those of the process before
+        self._problem = "another process has it"
         self._file: File
 
-    async def __aenter__(self) -> Self:
-        """Raises Unavailable where the file cannot be used, or another process has it for longer than `log_timeout`."""
-        self._file = await self._open_when_free()
-        self._opening = open_nursery()
-        nursery = await self._opening.__aenter__()
-        nursery.start_soon(self._run)
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool | None:
-        self._running.cancel()
-        return await self._opening.__aexit__(kind, error, traceback)
-
     async def check(self) -> None:
-        await self._requests.ask(File.check)
+        await self._calls.call(File.check)
 
     async def open(self, conversation: str) -> LogState:
-        state: LogState = await self._requests.ask(File.open, conversation, self._retention)
+        state: LogState = await self._calls.call(File.open, conversation, self._retention)
         return state
 
-    async def append(
-        self,
-        conversation: str,
-        epoch: str,
-        event: AnyEvent,
-        key: str | None = None,
-        *,
-        lease: Lease | None = None,
-        answered: int | None = None,
-    ) -> tuple[Entry, bool]:
-        if lease is not None and self._leases.get(conversation) != lease.token:
+    async def append(self, conversation: str, epoch: str, append: Append) -> tuple[Entry, bool]:
+        if append.lease is not None and self._leases.get(conversation) != append.lease.token:
             await checkpoint()
             raise LeaseLost
-        asks = isinstance(event, UserMessage)
-        what = conversation, epoch, draft(event), key, asks, answered, self._retention
-        appended: tuple[Entry, bool] | None = await self._requests.ask(File.append, *what)
+        what = conversation, epoch, draft(append.event), append, self._retention
+        appended: tuple[Entry, bool] | None = await self._calls.call(File.append, *what)
         if appended is None:
             raise PastLost
         return appended
 
     async def find(self, conversation: str, key: str) -> Entry | None:
-        found: Entry | None = await self._requests.ask(File.find, conversation, key)
+        found: Entry | None = await self._calls.call(File.find, conversation, key)
         return found
 
     async def read(self, conversation: str, after: int, limit: int) -> list[Entry]:
-        entries: list[Entry] = await self._requests.ask(File.read, conversation, after, limit)
+        entries: list[Entry] = await self._calls.call(File.read, conversation, after, limit)
         return entries
 
-    async def watch(self, conversation: str, hear: Hear) -> None:
-        await checkpoint()  # there is nobody else to hear of
+    async def watch(self, conversation: str, on_change: OnChange) -> None:
+        await checkpoint()  # there are no other instances
 
     def unwatch(self, conversation: str) -> None:
         pass
@@ -108,7 +80,7 @@ class SQLiteLog:
         return Lease(token)
 
     async def release(self, conversation: str, lease: Lease, *, unanswered: bool = False) -> bool:
-        is_due = await self._requests.ask(File.is_unanswered, conversation)
+        is_due = await self._calls.call(File.is_unanswered, conversation)
         if self._leases.get(conversation) != lease.token:
             return True
         if is_due and not unanswered:
@@ -127,67 +99,52 @@ class SQLiteLog:
         return False
 
     async def unanswered(self, limit: int) -> list[str]:
-        keys = await self._requests.ask(File.unanswered, limit + len(self._leases))
+        keys = await self._calls.call(File.unanswered, limit + len(self._leases))
         return [key for key in keys if key not in self._leases][:limit]
 
     # The file
 
-    async def _open_when_free(self) -> File:
-        deadline = current_time() + self._patience
+    async def _open_store(self) -> None:
         while True:
             try:
-                return await to_thread.run_sync(File, self._path)
+                self._file = await to_thread.run_sync(File, self._path)
+                return
             except DatabaseError as error:
                 if getattr(error, "sqlite_errorcode", None) != SQLITE_BUSY:
-                    raise self._unavailable(error) from None
-                if current_time() >= deadline:
-                    raise Unavailable(f"SQLite file {self._path}: another process has it") from None
+                    raise self._unavailable(str(error)) from None
             await sleep(LOOK_AGAIN)
 
-    async def _run(self) -> None:
+    def _start(self, nursery: Nursery) -> None:
+        nursery.start_soon(self._serve)
+        if not isinf(self._retention.seconds):
+            nursery.start_soon(self._every, SWEEP_PERIOD, self._sweep)
+
+    async def _serve(self) -> None:
         try:
-            with self._running:
-                async with open_nursery() as nursery:
-                    nursery.start_soon(self._serve)
-                    if not isinf(self._retention.seconds):
-                        nursery.start_soon(self._sweep)
+            while True:
+                calls = await self._calls.take(AT_ONCE)
+                # Not abandoned if cancelled: it takes only as long as the disk does, and somebody asked for it.
+                results = await to_thread.run_sync(self._file.serve, [call.arguments for call in calls])
+                for call, result in zip(calls, results, strict=True):
+                    if isinstance(result, DatabaseError):
+                        call.fail(self._unavailable(str(result)))
+                    elif isinstance(result, Exception):  # a bug: nobody must take it for an outage
+                        call.fail(result)
+                    else:
+                        call.succeed(result)
         finally:
             self._file.close()
 
-    async def _serve(self) -> None:
-        while True:
-            requests = await self._requests.take(AT_ONCE)
-            # Not abandoned when cancelled: it takes as long as the disk does, and what it does is asked for.
-            answers = await to_thread.run_sync(self._file.serve, [request.what for request in requests])
-            for request, answer in zip(requests, answers, strict=True):
-                if isinstance(answer, DatabaseError):
-                    request.fail(self._unavailable(answer))
-                elif isinstance(answer, Exception):  # a bug: it must not pass for a log that is away
-                    request.fail(answer)
-                else:
-                    request.answer(answer)
-
     async def _sweep(self) -> None:
-        while True:
-            last: int | None = 0
-            while last is not None:
-                try:
-                    last = await self._requests.ask(File.sweep, last, self._retention)
-                except Unavailable:  # who asks for something will be told
-                    break
-                except Exception as error:
-                    report_error(error)
-                    break
-            await sleep(SWEEP_PERIOD)
-
-    def _unavailable(self, error: Exception) -> Unavailable:
-        return Unavailable(f"SQLite file {self._path}: {error}")
+        last: int | None = 0
+        while last is not None:
+            last = await self._calls.call(File.sweep, last, self._retention)
 
 
-def connect(url: str, settings: Settings) -> SQLiteLog:
-    """The log in the file that `sqlite:///PATH` names; `PATH` stands as it is, relative to the working directory.
+def connect(url: str, settings: ChatSettings) -> SQLiteLog:
+    """Make the log in the file of `sqlite:///PATH`. `PATH` is taken literally, relative to the working directory.
 
-    Raises SettingError where it names none.
+    Raises SettingError if there is no path.
     """
     path = url.removeprefix("sqlite:///")
     if path in (url, "") or path.endswith("/") or "\0" in path:

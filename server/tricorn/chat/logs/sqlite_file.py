@@ -1,4 +1,4 @@
-"""The file of the SQLite log, and what is done in it. All of it blocks, and is for one thread at a time."""
+"""The file of the SQLite log. Everything here blocks, and is for one thread at a time."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from sqlite3 import DatabaseError
 from time import time
 from typing import Any, NamedTuple
 
-from tricorn.chat.logs.base import Draft, Entry, LogState, Retention
+from tricorn.chat.logs.base import Append, Draft, Entry, LogState, Retention
 
 VERSION = 1
-APPLICATION = 0x54524943  # says whose file it is
+APPLICATION = 0x54524943  # marks a file as Tricorn's
 SWEPT_AT_ONCE = 1000  # conversations
 
 _SCHEMA = """
@@ -42,7 +42,7 @@ CREATE UNIQUE INDEX entry_key ON entry (conversation, key) WHERE key IS NOT NULL
 
 
 class _Row(NamedTuple):
-    """Where a conversation stands in the file."""
+    """A conversation in the file."""
 
     id: int
     first: int
@@ -52,13 +52,13 @@ class _Row(NamedTuple):
 
 
 class File:
-    """Opened, and this process's alone.
+    """A file that only this process has open.
 
-    In WAL mode a commit is one append to a file; `synchronous=FULL` has it on the disk before it returns. The lock is
-    the operating system's, so it ends with the process, however that ends.
+    In WAL mode a commit is one append to a file; with `synchronous=FULL` it is on the disk before it returns. The lock
+    is the operating system's, so it ends with the process, however that ends.
 
     Raises:
-        sqlite3.Error: it cannot be opened, is none of ours, or another process has it (`SQLITE_BUSY`).
+        sqlite3.Error: it cannot be opened, is not ours, or another process has it (`SQLITE_BUSY`).
     """
 
     def __init__(self, path: str) -> None:
@@ -98,9 +98,9 @@ class File:
         self._db.close()
 
     def serve(self, asked: Sequence[tuple[Any, ...]]) -> Sequence[Any]:
-        """Do steps with their arguments in one transaction: their results, once that is on the disk, or errors.
+        """Do steps with their arguments in one transaction. Return results, once they are on the disk, or errors.
 
-        Where a step fails, each is done in a transaction of its own: none fails for what another asked.
+        If a step fails, each step gets a transaction of its own, so that none fails because of another.
         """
         before = self._db.total_changes
         answers: list[Any] = []
@@ -133,16 +133,9 @@ class File:
         return LogState(self._epoch(key), first, row.head, row.answered)
 
     def append(
-        self,
-        key: str,
-        epoch: str,
-        stamped: Draft,
-        event_key: str | None,
-        asks: bool,
-        answered: int | None,
-        retention: Retention,
+        self, key: str, epoch: str, event: Draft, append: Append, retention: Retention
     ) -> tuple[Entry, bool] | None:
-        """None where the epoch is another one."""
+        """Return None if the conversation has another epoch."""
         if epoch != self._epoch(key):
             return None
         row = self._row(key)
@@ -150,17 +143,19 @@ class File:
             self._db.execute("INSERT INTO conversation (key) VALUES (?)", [key])
             row = self._row(key)
             assert row is not None  # noqa: S101
-        elif event_key is not None:
-            found = self._find(row, event_key)
+        elif append.key is not None:
+            found = self._find(row, append.key)
             if found is not None:
                 return found, True
-        entry = stamped.entry(row.head + 1)
+        entry = event.entry(row.head + 1)
         row = row._replace(
             head=entry.seq,
-            asked=entry.seq if asks else row.asked,
-            answered=row.answered if answered is None else answered,
+            asked=entry.seq if append.is_post else row.asked,
+            answered=row.answered if append.answered is None else append.answered,
         )
-        self._db.execute("INSERT INTO entry VALUES (?, ?, ?, ?, ?)", [row.id, entry.seq, entry.json, event_key, time()])
+        self._db.execute(
+            "INSERT INTO entry VALUES (?, ?, ?, ?, ?)", [row.id, entry.seq, entry.json, append.key, time()]
+        )
         change = "UPDATE conversation SET head = ?, asked = ?, answered = ? WHERE id = ?"
         self._db.execute(change, [row.head, row.asked, row.answered, row.id])
         self._forget(row, retention)
@@ -188,7 +183,7 @@ class File:
         ]
 
     def sweep(self, after: int, retention: Retention) -> int | None:
-        """Forget in the conversations whose ids follow `after`: the last one looked at, None where that was the end."""
+        """Forget in some conversations whose ids follow `after`. Return the last id, or None at the end."""
         rows = self._db.execute(
             "SELECT id, first, head, asked, answered FROM conversation WHERE id > ? ORDER BY id LIMIT ?",
             [after, SWEPT_AT_ONCE],
@@ -200,7 +195,7 @@ class File:
     # Inside
 
     def _epoch(self, key: str) -> str:
-        """A conversation costs nothing before its first entry: its epoch follows from the file's."""
+        """Derive the epoch from the file's id: a conversation costs nothing before its first entry."""
         return blake2b(key.encode(), key=self._store.encode(), digest_size=8).hexdigest()
 
     def _row(self, key: str) -> _Row | None:
@@ -216,7 +211,7 @@ class File:
         return None if found is None else Entry(*found)
 
     def _forget(self, row: _Row, retention: Retention) -> int:
-        """Drop what retention does not ask to keep and no post needs. Returns which entry is the first then."""
+        """Drop entries that retention need not keep and no post needs. Return the seq of the first one left."""
         needed = row.answered if row.asked > row.answered else row.head
         first: int = max(
             row.first, int(min(needed, row.head - retention.events)) + 1 if retention.events < row.head else 0

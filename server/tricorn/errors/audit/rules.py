@@ -2,7 +2,7 @@
 
 E1: imports stand at module level, and none depends on a failure.
 E2: while an error is handled nothing is looked up on a module or imported, no lock is taken, and every name is bound.
-E7: the environment is read at module level or in settings.py, so that it is read once.
+E7: the environment is read at module level or in a file settings.py, so that it is read once.
 """
 
 from __future__ import annotations
