@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import pytest
 import trio
-from trio.testing import MockClock, wait_all_tasks_blocked
+from trio.testing import MockClock, assert_checkpoints, wait_all_tasks_blocked
 
 import tricorn
 from tricorn import Accept, Refuse, Settings, asgi_handler
@@ -544,6 +545,24 @@ async def test_a_drain_tells_an_app_or_cancels_it_and_waits_for_its_end(
         assert happened == [0]
 
 
+async def test_a_drain_tells_an_app_at_once_though_the_client_does_not_answer(
+    served: Any, patient_clock: MockClock
+) -> None:
+    told = trio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await accept(receive, send)
+        assert (await receive())["code"] == 1012
+        told.set()
+
+    async with served(handler_of(app), settings=SETTINGS) as server, server.connect():
+        await wait_all_tasks_blocked()
+        began = trio.current_time()
+        server.scope.cancel()
+        await told.wait()
+        assert trio.current_time() - began < SETTINGS.close_timeout / 2
+
+
 async def test_an_app_that_decides_while_the_server_closes_is_cancelled(served: Any, patient_clock: MockClock) -> None:
     cancelled = trio.Event()
 
@@ -589,6 +608,56 @@ async def test_the_app_closes_and_its_close_is_what_it_is_told(served: Any) -> N
     async with served(handler_of(app), settings=SETTINGS) as server, server.connect() as client:
         assert await client.closed() == (3000, "enough")
     assert events == [{"type": "websocket.disconnect", "code": 3000, "reason": "enough"}]
+
+
+async def test_an_app_that_closes_does_not_wait_for_the_client(served: Any, patient_clock: MockClock) -> None:
+    seconds = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await accept(receive, send)
+        began = trio.current_time()
+        await send({"type": "websocket.close"})
+        assert (await receive())["type"] == "websocket.disconnect"
+        seconds.append(trio.current_time() - began)
+
+    async with served(handler_of(app), settings=SETTINGS) as server, server.connect():
+        await trio.sleep(SETTINGS.close_timeout + 1)
+    assert seconds[0] < SETTINGS.close_timeout / 2
+
+
+async def test_an_app_that_closed_receives_nothing_more(served: Any) -> None:
+    events = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await accept(receive, send)
+        events.append((await receive())["type"])
+        await send({"type": "websocket.close"})
+        events.append((await receive())["type"])
+
+    async with served(handler_of(app), settings=SETTINGS) as server, server.connect() as client:
+        await client.send("a", "b")
+        assert await client.closed() == (1000, "")
+    assert events == ["websocket.receive", "websocket.disconnect"]
+
+
+async def test_receive_and_send_are_checkpoints_after_the_end(served: Any) -> None:
+    over = trio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        with assert_checkpoints():
+            await accept(receive, send)
+        await receive()
+        with assert_checkpoints():
+            await receive()
+        with assert_checkpoints(), suppress(OSError):
+            await send({"type": "websocket.send", "text": "a"})
+        with assert_checkpoints():
+            await send({"type": "websocket.close"})
+        over.set()
+
+    async with served(handler_of(app), settings=SETTINGS) as server, server.connect() as client:
+        await client.close()
+        await over.wait()
 
 
 @pytest.mark.parametrize("event", [{"code": 1006}, {"reason": "x" * 124}])
