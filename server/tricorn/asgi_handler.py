@@ -154,6 +154,12 @@ def _complete(scope: Mapping[str, Any], accepted: Accept, state: Mapping[str, An
     return {**scope, "type": "websocket", "asgi": asgi, "extensions": extensions, "state": dict(state)}
 
 
+class _Denial(Refuse):
+    """A response of the application's own, which may be a redirection (RFC 6455 §4.1)."""
+
+    _lowest = 300
+
+
 class ClientDisconnected(OSError):
     """What `send` raises when the connection is over (ASGI 3.0)."""
 
@@ -313,7 +319,7 @@ class _Session:
             await checkpoint()
             return
         headers = [(k, v) for k, v in _decoded(start.get("headers", ())) if k.lower() not in FRAMING]
-        refused = Refuse(start["status"], bytes(self._denial_body), _headers(headers))
+        refused = _Denial(start["status"], bytes(self._denial_body), _headers(headers))
         check_answer(refused, ())
         await self._refuse(refused)
 

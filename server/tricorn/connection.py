@@ -179,11 +179,15 @@ class Connection:
 
     # For the host
 
-    async def run(self, handler: Callable[[Handed], Awaitable[None]], websocket: Handed) -> None:
-        """Run the connection from the handler's first step to the closed socket. Raises only what is not an Exception.
+    async def run(
+        self, handler: Callable[[Handed], Awaitable[None]], websocket: Handed
+    ) -> BaseExceptionGroup[BaseException] | None:
+        """Run the connection from the handler's first step to the closed socket.
 
+        Returns the exceptions of the handler's nursery, which have been reported; raises only what is not an Exception.
         If cancelled, the connection closes with 1012, within `close_timeout`.
         """
+        failure = None
         self._metrics.opened.add()
         try:
             async with trio.open_nursery() as self.nursery:
@@ -196,9 +200,10 @@ class Connection:
                     self._end(Close(NORMAL))
                 self.stop()
         except* Exception as errors:
-            self._failed(errors)
+            failure = self._failed(errors)
         finally:
             await self._tear_down()
+        return failure
 
     def cancel(self) -> None:
         """Close the connection with 1012, as cancelling what is around it does."""
@@ -338,10 +343,12 @@ class Connection:
         self._ending_since = current_time()
         return True
 
-    def _failed(self, errors: BaseExceptionGroup[BaseException]) -> None:
+    def _failed(self, errors: BaseExceptionGroup[BaseException]) -> BaseExceptionGroup[BaseException] | None:
+        """Report all that is not the consequence of the connection's end, and return it."""
         rest = errors.split(Disconnected)[1] if self.cause is not None else errors
         if rest is not None:
             self._end(self._report(rest))
+        return rest
 
     def _report(self, error: BaseException) -> Close:
         code = None if self.cause is None else self.cause.code

@@ -33,7 +33,7 @@ class Request:
     http_version: str
     headers: Mapping[str, str]
     peer: tuple[str, int] | None = None
-    raw_path: str = ""
+    raw_path: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +55,17 @@ class Refuse(Exception):
     """Answer the request with an HTTP error instead of the upgrade. A hook may return it or raise it.
 
     Attributes:
-        status: the status of the response, 300 to 599.
+        status: the status of the response, 400 to 599.
         body: its body: plain text, or bytes of the type that a header `Content-Type` names.
         headers: further headers.
     """
 
+    _lowest = 400
+
     def __init__(self, status: int, body: str | bytes = "", headers: Mapping[str, str] | None = None) -> None:
         self.status = HTTPStatus(status)
-        if self.status < 300:
-            raise ValueError(f"a request is refused with a status from 300 to 599, not with {status}")
+        if self.status < self._lowest:
+            raise ValueError(f"a request is refused with a status from {self._lowest} to 599, not with {status}")
         self.body = self.status.phrase if body == "" else body
         self.headers = headers or {}
         super().__init__(self.body)

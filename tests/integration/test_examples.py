@@ -126,6 +126,13 @@ async def test_the_weather_agent(
     assert outcome.items() <= events["agent_completed"].items()
 
 
+async def test_a_handler_is_tested_without_sockets() -> None:
+    tests = EXAMPLES / "testing_a_handler.py"
+    command = (sys.executable, "-m", "pytest", "-p", "pytest_tricorn", "-p", "no:cacheprovider", "-q", tests)
+    result = await trio.run_process(command, cwd=ROOT, capture_stdout=True, check=False)
+    assert (result.returncode, b"4 passed" in result.stdout) == (0, True), result.stdout.decode()
+
+
 @asynccontextmanager
 async def connected(port: int, path: str = "/") -> AsyncGenerator[WebSocketConnection]:
     """A client on a socket that is closed here: where the server closes, trio-websocket leaves its own open."""

@@ -12,6 +12,7 @@ from starlette.applications import Starlette
 
 import tricorn
 from tricorn.asgi_handler import is_asgi_app
+from tricorn.testing import connect
 from tricorn.trio_websocket import adapt
 
 
@@ -54,6 +55,12 @@ def test_asgi_handler_refuses_what_cannot_be_an_application(what: Any) -> None:
 
 def test_asgi_handler_takes_a_callable_that_takes_anything() -> None:
     assert tricorn.asgi_handler(anything).app is anything
+
+
+async def test_an_application_cannot_be_tested_in_memory() -> None:
+    with pytest.raises(TypeError, match="test client"):
+        async with connect(tricorn.asgi_handler(app)):
+            raise AssertionError("connected")
 
 
 @pytest.mark.parametrize("handlers", [tricorn.asgi_handler(app), {"/": tricorn.asgi_handler(app), "/h": handler}])

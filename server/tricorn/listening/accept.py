@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from tricorn.listening.http import Hypercorn
     from tricorn.listening.site import Site
     from tricorn.request import Accept, Request
+    from tricorn.transport.native import Wire
     from tricorn.transport.poller import Poller
     from tricorn.websocket import WebSocket
 
@@ -131,8 +132,10 @@ class Acceptor:
                 if request is not None and wants_websocket(request):
                     check_upgrade(request)
                     handler, accepted = await self._site.admit(request)
+                    if sock.family != AF_UNIX:
+                        sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
                     if not isinstance(handler, AsgiHandler):
-                        return *self._upgrade(sock, request, accepted, head), handler
+                        return *upgrade(sock, self._poller, self._site, head, request, accepted), handler
                     asked = request, handler, accepted
             if asked is not None:
                 await self._serve_asgi(sock, head, *asked)
@@ -168,7 +171,7 @@ class Acceptor:
     ) -> None:
         site = self._site
         site.require_capacity()  # others may have come while the application decided
-        transport, connection, websocket = self._upgrade(sock, request, accepted, head)
+        transport, connection, websocket = upgrade(sock, self._poller, site, head, request, accepted)
         try:
             await connection.run(handler, websocket)
         finally:
@@ -189,21 +192,6 @@ class Acceptor:
         if not head.data:
             return None
         raise Refuse(HTTPStatus.REQUEST_TIMEOUT, "the request head did not come in time")
-
-    def _upgrade(
-        self, sock: socket.socket, request: Request, accepted: Accept, head: Head
-    ) -> tuple[NativeTransport, Connection, WebSocket[Any]]:
-        site = self._site
-        agreement = None
-        offers = offered_extensions(request)
-        if site.settings.deflate != "off":
-            agreement = negotiate(offers, takeover=site.settings.deflate == "takeover")
-        if sock.family != AF_UNIX:
-            sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
-        extensions = agreement.header() if agreement else None
-        sock.send(accept(request, accepted, extensions))  # nothing was sent before, so there is room
-        transport = NativeTransport(sock, head.finish(), self._poller, site.settings, site.metrics, agreement)
-        return transport, *site.connect(transport, request, accepted)
 
     async def _refuse(self, sock: socket.socket, response: bytes) -> None:
         """Send a response and wait for the peer's end: closed with something unread, the socket would take it back."""
@@ -229,6 +217,24 @@ class _Handshakes(Capacity):
     ) -> None:
         super().__exit__(kind, error, traceback)
         self._metrics.connecting -= 1
+
+
+def upgrade(
+    wire: Wire, poller: Poller, site: Site, head: Head, request: Request, accepted: Accept
+) -> tuple[NativeTransport, Connection, WebSocket[Any]]:
+    """Send the 101 response to a request that was admitted, and make its connection; end that with `site.forget`.
+
+    Raises:
+        Refuse: its header of extensions is malformed.
+    """
+    agreement = None
+    offers = offered_extensions(request)
+    if site.settings.deflate != "off":
+        agreement = negotiate(offers, takeover=site.settings.deflate == "takeover")
+    extensions = agreement.header() if agreement else None
+    wire.send(accept(request, accepted, extensions))  # nothing was sent before, so there is room
+    transport = NativeTransport(wire, head.finish(), poller, site.settings, site.metrics, agreement)
+    return transport, *site.connect(transport, request, accepted)
 
 
 def _turn_away(sock: socket.socket, response: bytes) -> None:

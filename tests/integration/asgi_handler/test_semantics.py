@@ -243,6 +243,20 @@ async def test_a_large_denial_response_in_parts(served: Any) -> None:
     assert body == 8 * part
 
 
+@pytest.mark.parametrize("status", [101, 200, 299, 600])
+async def test_a_denial_response_with_another_status_is_an_error_of_the_app(
+    served: Any, records: Any, status: int
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "websocket.http.response.start", "status": status})
+        await send({"type": "websocket.http.response.body"})
+
+    async with served(handler_of(app), settings=SETTINGS) as server:
+        assert (await server.refused()).status_code == 500
+    [record] = records.read("ERROR")
+    assert record["message"].startswith("ValueError")
+
+
 async def test_nobody_comes_in_beyond_max_connections_while_an_app_decides(served: Any) -> None:
     decide = trio.Event()
     refused = []
