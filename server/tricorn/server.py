@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from contextlib import nullcontext
 from functools import partial
 from socket import SO_ACCEPTCONN, SOL_SOCKET
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from tricorn.errors.report import report_error
 from tricorn.listening.accept import Acceptor, accept_forever
 from tricorn.listening.asgi import AsgiWebSockets
 from tricorn.listening.binds import addresses, close_all, listen, listen_on
-from tricorn.listening.http import Hypercorn, upgrade_required
+from tricorn.listening.http import Hypercorn, lifespans, upgrade_required
 from tricorn.listening.site import Site
 from tricorn.protocol.phase import Phase
 from tricorn.settings import Settings
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
 
     from hypercorn.config import Config
 
+    from tricorn.asgi_handler import ASGIApp
     from tricorn.listening.binds import Address
-    from tricorn.listening.http import ASGIApp
     from tricorn.listening.site import Handlers
     from tricorn.metrics import ServerMetrics
     from tricorn.request import BeforeUpgrade
@@ -74,8 +73,12 @@ class Server:
         self._drain = drain
         self._http = None
         self._inside = AsgiWebSockets(site)  # WebSockets inside TLS and HTTP/2
+        app = app or site.app
         if app is not None or config is not None or ssl_context is not None:
-            self._http = Hypercorn(app or upgrade_required, self._inside, site.settings, config, ssl_context)
+            app = app or upgrade_required
+            state = site.state_of(app)
+            self._http = Hypercorn(app, state, self._inside, site.settings, config, ssl_context)
+        self._config = config
         self._poller = best_poller()
         self._acceptor = Acceptor(site, self._poller, self._http)
         self._serving = trio.CancelScope()
@@ -142,9 +145,8 @@ class Server:
                 await support.start(self._poller.run)
                 support.start_soon(keep_alive, self._site.connections, self._settings)
                 support.start_soon(self._inside.attend)
-                app = nullcontext() if self._http is None else self._http.lifespan()
                 with self._holding:
-                    async with app, trio.open_nursery() as connections:
+                    async with lifespans(self._site, self._config), trio.open_nursery() as connections:
                         task_status.started(connections)
                         await trio.sleep_forever()
                 support.cancel_scope.cancel()
@@ -207,8 +209,8 @@ async def serve(
     whatever the peers do.
 
     Args:
-        handler: called with each `WebSocket`, in that connection's own nursery; or a mapping of handlers by path, with
-            404 for every other path.
+        handler: called with each `WebSocket`, in that connection's own nursery; or what `asgi_handler` returns, for the
+            WebSockets of an ASGI application; or a mapping of either by path, with 404 for every other path.
         port: the port to listen on; 0 takes a free one.
         host: an address or a host name; every address that it has is listened on.
         bind: further addresses: `HOST:PORT`, `[IPV6]:PORT` or `unix:PATH`.
@@ -218,8 +220,9 @@ async def serve(
             `Refuse`, or raises `Refuse`. Its place is to authenticate, and to choose subprotocol, headers and state.
         subprotocols: those that the handler speaks, if there is no `before_upgrade`: the first that a client offers of
             them is agreed on.
-        app: an ASGI 3.0 application for every request that is not an upgrade; without one they get 426. Its lifespan
-            is run.
+        app: an ASGI 3.0 application for every request that is not an upgrade; without one they get 426. If the handler
+            is an `asgi_handler` (and not a mapping), its application by default. The lifespan of each application is
+            run once: an application that also has WebSockets has to be the same object here and there.
         ssl_context: for TLS on all listeners.
         config: Hypercorn's, for HTTP: what of it counts is in docs/operations.md.
         drain: awaited when accepting has stopped, before connections are closed.
@@ -227,7 +230,7 @@ async def serve(
     Raises:
         OSError: an address cannot be found or bound, or a file of `config` cannot be read.
         ValueError: there is nothing to listen on, or a text in `bind` is not an address.
-        LifespanFailureError: of Hypercorn, in an ExceptionGroup: the app did not start up.
+        LifespanFailureError: of Hypercorn, in an ExceptionGroup: an application did not start up.
     """
     site = Site(handler, settings, before_upgrade=before_upgrade, subprotocols=subprotocols)
     make = partial(Server, site, app=app, ssl_context=ssl_context, config=config, drain=drain)

@@ -18,6 +18,7 @@ import trio
 from trio.lowlevel import checkpoint, notify_closing
 from trio_websocket import ConnectionClosed
 
+from tricorn.asgi_handler import AsgiHandler
 from tricorn.errors.report import report_error
 from tricorn.listening.site import Site
 from tricorn.protocol.handshake import accept, as_request, check_upgrade, refusal
@@ -32,8 +33,9 @@ if TYPE_CHECKING:
 
     from trio_websocket import WebSocketConnection, WebSocketRequest
 
+    from tricorn.asgi_handler import Handler
     from tricorn.connection import Connection
-    from tricorn.listening.site import Handler, Handlers
+    from tricorn.listening.site import Handlers
     from tricorn.request import Accept, BeforeUpgrade, Request
 
 DEFAULTS = Settings()
@@ -54,9 +56,13 @@ def adapt(
     What happens before the request is there is trio-websocket's: its `connect_timeout` holds, not
     `settings.handshake_timeout`, and it bounds neither heads nor how many connections there are. Of what comes after,
     `max_message_size`, `message_queue_size` and `receive_buffer_size` mean nothing.
-    """
 
+    Raises:
+        TypeError: the handler is an `asgi_handler`, or one of them is: nothing here runs an application's lifespan.
+    """
     site = Site(handler, settings, before_upgrade=before_upgrade, subprotocols=subprotocols)
+    if site.apps:
+        raise TypeError("trio-websocket cannot serve an ASGI application, whose lifespan it does not run: use serve")
 
     async def serve(request: WebSocketRequest) -> None:
         sock = _socket(request._connection._stream)
@@ -66,6 +72,7 @@ def adapt(
             try:
                 check_upgrade(asked)
                 admitted, accepted = await site.admit(asked)
+                assert not isinstance(admitted, AsgiHandler)  # noqa: S101
             except Refuse as refusal:
                 refused = True  # and what is left is trio-websocket's to do
                 await _reject(request, refusal)
@@ -105,7 +112,7 @@ def adapt(
 
 async def _reject(request: WebSocketRequest, refused: Refuse) -> None:
     headers, body = refusal(refused)
-    raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+    raw = [(name.encode(), value.encode("latin-1")) for name, value in headers]
     await request.reject(refused.status, extra_headers=raw, body=body)
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from trio import Event
 from trio.lowlevel import checkpoint
 
+from tricorn.asgi_handler import AsgiHandler
 from tricorn.protocol.handshake import join_headers, refusal
 from tricorn.request import Refuse, Request
 from tricorn.transport.asgi import AsgiTransport, Unattended
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable
 
+    from tricorn.asgi_handler import Handler
     from tricorn.connection import Connection
     from tricorn.listening.site import Site
+    from tricorn.request import Accept
     from tricorn.transport.asgi import Reach, Receive, Send
 
 # Behind a request that came with more bytes Hypercorn answers 400, and the worker ends if it is told to accept before
@@ -38,15 +42,24 @@ class AsgiWebSockets:
         `reach` is called only as long as this lasts.
         """
         await receive()  # websocket.connect
+        site = self._site
+        request = _request(scope)
         try:
-            await self._serve(scope, receive, send, reach)
+            handler, accepted = await site.admit(request)
+            if isinstance(handler, AsgiHandler):
+                upgrade = partial(self._upgrade, request, receive, send, reach)
+                state = site.state_of(handler.app)
+                await handler.serve(scope, accepted, upgrade, state=state, settings=site.settings)
+            else:
+                await self._upgrade(request, receive, send, reach, accepted, handler)
         except Refuse as refused:
             await _deny(scope, send, refused)
 
-    async def _serve(self, scope: Any, receive: Receive, send: Send, reach: Reach) -> None:
+    async def _upgrade(
+        self, request: Request, receive: Receive, send: Send, reach: Reach, accepted: Accept, handler: Handler
+    ) -> None:
         site = self._site
-        request = _request(scope)
-        handler, accepted = await site.admit(request)
+        site.require_capacity()  # others may have come while an application decided
         transport = AsgiTransport(receive, send, reach, self._unattended, site.settings, site.metrics)
         connection, websocket = site.connect(transport, request, accepted)
         transport.carry(connection)
@@ -54,7 +67,7 @@ class AsgiWebSockets:
         try:
             for _ in range(PASSES):
                 await checkpoint()
-            headers = _raw(accepted.headers)
+            headers = _raw(accepted.headers.items())
             await send({"type": "websocket.accept", "subprotocol": accepted.subprotocol, "headers": headers})
             await transport.run(handler, websocket)
         finally:
@@ -84,13 +97,12 @@ async def _deny(scope: Any, send: Send, refused: Refuse) -> None:
         await send({"type": "websocket.close"})  # a server makes it 403
         return
     headers, body = refusal(refused)
-    start = {"type": "websocket.http.response.start", "status": refused.status.value, "headers": _raw(headers)}
-    await send(start)
+    await send({"type": "websocket.http.response.start", "status": refused.status.value, "headers": _raw(headers)})
     await send({"type": "websocket.http.response.body", "body": body})
 
 
-def _raw(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
-    return [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
+def _raw(headers: Iterable[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
+    return [(name.lower().encode(), value.encode("latin-1")) for name, value in headers]
 
 
 def _request(scope: Any) -> Request:
@@ -102,4 +114,5 @@ def _request(scope: Any) -> Request:
         scope["http_version"],
         join_headers(scope["headers"]),
         None if client is None else (client[0], client[1]),
+        (scope.get("raw_path") or b"").decode("latin-1"),
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trio import move_on_after
 
+from tricorn.asgi_handler import AsgiHandler
 from tricorn.connection import Connection
 from tricorn.errors.report import report, report_error
 from tricorn.listening.capacity import require_capacity
@@ -17,14 +18,15 @@ from tricorn.request import Accept, Refuse
 from tricorn.websocket import WebSocket
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Sequence
 
+    from tricorn.asgi_handler import ASGIApp
+    from tricorn.asgi_handler import Handler as Handler
     from tricorn.connection import Transport
     from tricorn.request import BeforeUpgrade, Request
     from tricorn.settings import Settings
 
-    Handler = Callable[[WebSocket[Any]], Awaitable[None]]
-    Handlers = Handler | Mapping[str, Handler]
+    Handlers = Handler | AsgiHandler | Mapping[str, Handler | AsgiHandler]
 
 
 class Site:
@@ -35,6 +37,7 @@ class Site:
         metrics: the counters of the server.
         connections: the connections that there are, with what their handlers hold.
         closing: no more are let in.
+        app: the application that handles every WebSocket, if it is one application.
     """
 
     def __init__(
@@ -49,12 +52,28 @@ class Site:
         self.connections: dict[Connection, WebSocket[Any]] = {}
         self.metrics = ServerMetrics(self.connections)
         self.closing = False
+        self.app = handlers.app if isinstance(handlers, AsgiHandler) else None
         self._handlers = handlers
         self._before_upgrade = before_upgrade
         self._subprotocols = subprotocols
+        self._apps: dict[int, tuple[ASGIApp, dict[str, Any]]] = {}  # by identity
+        for handler in handlers.values() if isinstance(handlers, Mapping) else (handlers,):
+            if isinstance(handler, AsgiHandler):
+                self.state_of(handler.app)
 
-    async def admit(self, request: Request) -> tuple[Handler, Accept]:
+    @property
+    def apps(self) -> list[tuple[ASGIApp, dict[str, Any]]]:
+        """The applications whose lifespans are to be run, each once, and the state that each keeps."""
+        return list(self._apps.values())
+
+    def state_of(self, app: ASGIApp) -> dict[str, Any]:
+        """Return the state that the lifespan of an application shares with its requests and WebSockets."""
+        return self._apps.setdefault(id(app), (app, {}))[1]
+
+    async def admit(self, request: Request) -> tuple[Handler | AsgiHandler, Accept]:
         """Find out who handles a request, and how it is to be answered. Not a checkpoint without a hook.
+
+        An `AsgiHandler` has the last word on the answer.
 
         Raises:
             Refuse: it is not to be upgraded.
@@ -84,7 +103,7 @@ class Site:
         """Count a connection no longer."""
         del self.connections[connection]
 
-    def _route(self, path: str) -> Handler:
+    def _route(self, path: str) -> Handler | AsgiHandler:
         if not isinstance(self._handlers, Mapping):
             return self._handlers
         try:

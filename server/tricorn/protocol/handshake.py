@@ -97,13 +97,15 @@ def as_request(
         headers["host"] = absolute[1]  # whatever the header says (RFC 9112 §3.2.2)
         target = target[absolute.end() :]
     path, _, query = target.partition("?")
+    path = path or "/"
     return Request(
         _USUAL.get(method) or method.decode("ascii"),
-        unquote(path) or "/",
+        unquote(path),
         query,
         _USUAL.get(http_version) or http_version.decode("ascii"),
         headers,
         peer,
+        path,
     )
 
 
@@ -200,7 +202,7 @@ def check_answer(answer: Accept | Refuse, offered: Sequence[str]) -> None:
             sent.
     """
     if isinstance(answer, Refuse):
-        answer.body.encode()
+        refusal(answer)
     elif answer.subprotocol is not None and answer.subprotocol not in offered:
         raise ValueError(f"the client does not offer the subprotocol {answer.subprotocol!r}")
     for name, value in answer.headers.items():
@@ -239,20 +241,21 @@ def accept(request: Request, accepted: Accept, extensions: str | None = None) ->
     return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
-def refusal(refused: Refuse) -> tuple[dict[str, str], bytes]:
+def refusal(refused: Refuse) -> tuple[list[tuple[str, str]], bytes]:
     """Return the headers and the body of the response to a request that is refused."""
-    body = f"{refused.body}\n".encode()
-    headers = {"Content-Type": "text/plain; charset=utf-8", "Content-Length": str(len(body))}
-    if any(name.lower() == "content-type" for name in refused.headers):
-        del headers["Content-Type"]
-    return headers | dict(refused.headers), body
+    body = refused.body if isinstance(refused.body, bytes) else f"{refused.body}\n".encode()
+    headers = [("Content-Length", str(len(body))), *refused.headers.items()]
+    if isinstance(refused.body, str) and all(name.lower() != "content-type" for name, _ in headers):
+        headers.insert(0, ("Content-Type", "text/plain; charset=utf-8"))
+    return headers, body
 
 
 def refuse(refused: Refuse, head: Head) -> bytes:
     """Return the response to a request that is refused; the connection is closed after it."""
     headers, body = refusal(refused)
-    headers = {"Connection": "close"} | headers
-    lines = [f"HTTP/1.1 {refused.status.value} {refused.status.phrase}", *(f"{k}: {v}" for k, v in headers.items())]
+    if "Connection" not in refused.headers:
+        headers.insert(0, ("Connection", "close"))
+    lines = [f"HTTP/1.1 {refused.status.value} {refused.status.phrase}", *(f"{k}: {v}" for k, v in headers)]
     response = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
     return response if head.data.startswith(b"HEAD ") else response + body  # RFC 9110 §9.3.2
 
