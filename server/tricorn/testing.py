@@ -35,6 +35,7 @@ from websockets.protocol import State
 from websockets.typing import Subprotocol
 from websockets.uri import parse_uri
 
+from tricorn.asgi_handler import AsgiHandler
 from tricorn.connection import Disconnected
 from tricorn.listening.accept import upgrade
 from tricorn.listening.site import Site
@@ -87,6 +88,7 @@ async def connect(
 
     Raises:
         Refuse: the handshake was refused: with this status, these headers, this body.
+        TypeError: the handler is an `asgi_handler`.
         ExceptionGroup: what the handler raised, or tasks in its nursery, unless the block raises something itself, or
             a `Disconnected` had it as its cause.
     """
@@ -103,6 +105,8 @@ async def connect(
     check_upgrade(request)
     site = Site(handler, settings, before_upgrade=before_upgrade, subprotocols=subprotocols)
     chosen, accepted = await site.admit(request)
+    if isinstance(chosen, AsgiHandler):
+        raise TypeError("an ASGI application cannot be tested in memory: its framework has a test client for that")
     wire = MemoryWire()
     failures: list[BaseException] = []
     transport, connection, websocket = upgrade(wire, wire, site, head, request, accepted)

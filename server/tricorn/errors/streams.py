@@ -8,11 +8,12 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from io import TextIOBase
 from typing import TYPE_CHECKING, Any
 
 from tricorn.errors.report import report, report_error
+from tricorn.errors.sinks import Level
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +27,7 @@ class RecordStream(TextIOBase):
     encoding = "utf-8"
     errors = "backslashreplace"
 
-    def __init__(self, name: str, severity: str, descriptor: int) -> None:
+    def __init__(self, name: str, severity: Level, descriptor: int) -> None:
         self._name = name
         self._severity = severity
         self._descriptor = descriptor
@@ -57,15 +58,18 @@ def recorded() -> Iterator[None]:
 
     The same goes for warnings, and for exceptions in finalizers and threads, which have nobody to be raised to.
     """
-    before = sys.stdout, sys.stderr, sys.unraisablehook, threading.excepthook, warnings.showwarning
-    sys.stdout, sys.stderr = RecordStream("stdout", "INFO", 1), RecordStream("stderr", "WARNING", 2)
-    sys.unraisablehook = _unraisable
-    threading.excepthook = _in_a_thread
-    warnings.showwarning = _warning
-    try:
+    theirs: list[tuple[Any, str, object]] = [
+        (sys, "stdout", RecordStream("stdout", "INFO", 1)),
+        (sys, "stderr", RecordStream("stderr", "WARNING", 2)),
+        (sys, "unraisablehook", _unraisable),
+        (threading, "excepthook", _in_a_thread),
+        (warnings, "showwarning", _warning),
+    ]
+    with ExitStack() as stack:
+        for module, name, ours in theirs:
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, ours)
         yield
-    finally:
-        sys.stdout, sys.stderr, sys.unraisablehook, threading.excepthook, warnings.showwarning = before
 
 
 def _unraisable(unraisable: Any) -> None:
