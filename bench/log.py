@@ -30,7 +30,7 @@ from tricorn.chat import Chat
 from tricorn.chat.logs import connect
 from tricorn.chat.logs.base import Append, Log
 from tricorn.chat.protocol import UserMessage
-from tricorn.settings import Settings
+from tricorn.chat.settings import ChatSettings as Settings
 
 CONVERSATIONS = (1, 100, 10_000)
 RESTING = 1000  # conversations, for what one that rests costs

@@ -12,6 +12,7 @@ from msgspec.json import Encoder
 from websockets.asyncio.server import ServerConnection, broadcast
 from websockets.exceptions import ConnectionClosed
 
+from tricorn.chat.close_codes import FORBIDDEN, OUTBOX_OVERFLOW, TOKEN_EXPIRED, TOO_MANY_CONNECTIONS, UNAUTHENTICATED
 from tricorn.chat.conversation.conversation import Ended, Full
 from tricorn.chat.identity import Identity, NotAdmitted, handshake_token
 from tricorn.chat.protocol import (
@@ -37,18 +38,7 @@ from tricorn.chat.protocol import (
 from tricorn.chat.quota import Quota
 from tricorn.chat.session import EXPIRY_NOTICE, decode
 from tricorn.errors.report import report_error
-from tricorn.protocol.close import (
-    FORBIDDEN,
-    INTERNAL_ERROR,
-    NORMAL,
-    OUTBOX_OVERFLOW,
-    STALLED,
-    TOKEN_EXPIRED,
-    TOO_FAST,
-    TOO_MANY_CONNECTIONS,
-    UNAUTHENTICATED,
-    Close,
-)
+from tricorn.protocol.close import INTERNAL_ERROR, NORMAL, STALLED, TOO_FAST, Close
 from tricorn.transport.rate_limit import BURST, TokenBucket
 
 from .conversation import Cursor, batches
@@ -226,7 +216,7 @@ class Session:
             self._allowance = self._chat.allowances.enter(identity.user)
         if self._allowance is None:
             raise Ending(TOO_MANY_CONNECTIONS, f"at most {self._settings.user_connections} connections")
-        self._expire(identity.expires_at)
+        self._expire(identity.believed_until)
         if self._identity is None:
             self._beat()
         self._identity = identity
@@ -247,7 +237,7 @@ class Session:
         if at is None:
             self._deadline.reschedule(None)
             return
-        end = self._loop.time() + at + self._settings.jwt_leeway - time()
+        end = self._loop.time() + at - time()
         self._deadline.reschedule(end)
         notice = Closing(reason="the token expires", retry_after=0.0)
         self._notice = self._loop.call_at(end - EXPIRY_NOTICE, self._put, notice)

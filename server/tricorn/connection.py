@@ -7,7 +7,7 @@ from secrets import token_hex
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import trio
-from trio import CancelScope, current_effective_deadline, current_time, move_on_after, sleep
+from trio import CancelScope, StrictFIFOLock, current_effective_deadline, current_time, move_on_after, sleep
 
 from tricorn.errors.failures import PASSING, leaves, passing
 from tricorn.errors.report import report, report_error, trace_id
@@ -107,7 +107,7 @@ class Transport(Protocol):
         """Send a message without waiting; False, and nothing is sent, if too much waits for the peer already."""
 
     async def room(self) -> None:
-        """Wait until there may be room. Cancelling it ends only the waiting."""
+        """Wait until there may be room, as one task at a time does. Cancelling it ends only the waiting."""
 
     async def ping(self) -> float:
         """Ping the peer and return how many seconds its answer took.
@@ -174,10 +174,11 @@ class Connection:
         "_metrics",
         "_reaper",
         "_received",
+        "_reported",
         "_sends_in_vain",
         "_sent",
         "_stall_timeout",
-        "_waiting",
+        "_turn",
         "cause",
         "context",
         "id",
@@ -210,30 +211,33 @@ class Connection:
         self._stall_timeout = settings.stall_timeout
         self._metrics = metrics
         self._reaper = reaper
-        self._waiting = 0  # tasks that wait for room
         self._sends_in_vain = False  # a task sends to a peer that is gone, and has not been told
         self._flushes = False  # what is unsent goes out before the close frame
         self._flushing: CancelScope | None = None
-        self._fragmenting: trio.Event | None = None  # set at the end of the fragmented message that is being sent
+        self._turn: StrictFIFOLock | None = None  # of the tasks that send, as soon as one had to wait
+        self._fragmenting = False  # who has the turn sends a fragmented message
         self._ended: trio.Event | None = None  # if somebody waits for it
         # For the record of its end.
         self._began = self._ending_since = current_time()
         self._received = self._sent = 0
         self._later_causes: list[str] | None = None
         self._error_id: str | None = None
+        self._reported: Exception | None = None  # what a handler raises again
 
     # For the host
 
-    async def run(self, handler: Callable[[Handed], Awaitable[None]], websocket: Handed) -> None:
-        """Run the connection from the handler's first step to the closed socket. Raises only what is not an Exception.
+    async def run(self, handler: Callable[[Handed], Awaitable[None]], websocket: Handed) -> BaseException | None:
+        """Run the connection from the handler's first step to the closed socket.
 
-        If cancelled, the connection closes with 1012, within `close_timeout`.
+        Returns the exceptions of the handler's nursery, which have been reported. Raises only cancellations and
+        KeyboardInterrupt. If cancelled, the connection closes with 1012, within `close_timeout`.
         """
+        failure: BaseException | None = None
         self._metrics.opened.add()
         try:
             async with trio.open_nursery() as self.nursery:
-                self._move(Phase.OPEN)
-                if self.cause is not None:  # `cancel` came before
+                self.phase = move(self.phase, Phase.OPEN)
+                if self.cause is not None:  # the end came before the handler
                     self.stop()
                 self.transport.start(self)
                 await handler(websocket)
@@ -242,11 +246,12 @@ class Connection:
                     self._flushes = True
                 self.stop()
         except BaseException as error:  # noqa: ASYNC103 - what has to go on is raised again
-            self._failed(error)
+            failure = self._failed(error)
             if (through := passing(error)) is not None:
                 raise through from None  # noqa: ASYNC104
         finally:
             await self._tear_down()
+        return failure
 
     def cancel(self) -> None:
         """Close the connection with 1012, within `close_timeout`, as cancelling what is around it does."""
@@ -254,7 +259,7 @@ class Connection:
         self._flushes = False
         if self._flushing is not None:
             self._flushing.cancel()
-        elif self.phase is not Phase.ACCEPTED:
+        else:
             self.stop()
 
     def give_up(self) -> None:
@@ -281,8 +286,7 @@ class Connection:
         self._received += len(messages)
         messages.reverse()
         self.inbox = messages + self.inbox if self.inbox else messages
-        if self.receiver.waiting:
-            self.receiver.wake()
+        self.receiver.wake()
         return bool(messages)
 
     def end(self, cause: Close) -> None:
@@ -291,11 +295,12 @@ class Connection:
         A handler that waits for the peer is told. One that has something to receive is told behind that. Both have
         `close_timeout`; one that is busy elsewhere is cancelled.
         """
-        waits = self.receiver.waiting or self._waiting > 0 or self._sends_in_vain
+        waits = self.receiver.waiting is not None
+        sends = self._sends_in_vain or (self._turn is not None and self._turn.locked())
         if not self._end(cause):
             return
         self.receiver.wake()
-        if waits or self.inbox:
+        if waits or sends or self.inbox:
             self._bound_tasks()
         else:
             self.stop()
@@ -309,7 +314,8 @@ class Connection:
     def stop(self) -> None:
         """Cancel the nursery: there is nothing more to receive."""
         self.over = True
-        self.nursery.cancel_scope.cancel()
+        if self.phase is not Phase.ACCEPTED:
+            self.nursery.cancel_scope.cancel()
 
     def tell(self) -> None:
         """The handler gets to know that the connection is over: it has `close_timeout` from now on."""
@@ -319,7 +325,8 @@ class Connection:
 
     def _bound_tasks(self) -> None:
         self.patience = current_time() + self._close_timeout
-        self.nursery.cancel_scope.deadline = self.patience
+        if self.phase is not Phase.ACCEPTED:
+            self.nursery.cancel_scope.deadline = self.patience
 
     async def close(self, cause: Close) -> None:
         """Close the connection unless it is ending already, and wait until it is closed."""
@@ -333,37 +340,40 @@ class Connection:
                 self._ended.set()
         await self._ended.wait()
 
-    def put(self, payloads: Sequence[bytes], text: bool) -> bool:
-        """Send messages if there is room for them, and say whether there was. Raises Disconnected."""
-        self.require_open()
-        if self._fragmenting is not None:
+    def put(self, payloads: Sequence[bytes], text: bool, *, in_turn: bool = False) -> bool:
+        """Send messages if there is room for them, and say whether there was. Raises Disconnected.
+
+        Without `in_turn` there is no room while other tasks wait for some, or send a fragmented message.
+        """
+        if self.over:
+            self.require_open()
+        if self._turn is not None and not in_turn and self._turn.locked():
             return False
+        more = True if self.inbox else False  # noqa: SIM210 (a call for each message costs more)
         try:
-            if not self.transport.send(payloads, text=text, more=bool(self.inbox)):
+            if not self.transport.send(payloads, text=text, more=more):
                 return False
         except trio.BrokenResourceError:
             return self._sent_in_vain()
         self._sent += len(payloads)
         return True
 
-    async def room(self) -> None:
-        """Wait until there may be room. Cancelling it ends only the waiting."""
-        self._waiting += 1
-        try:
-            if self._fragmenting is not None:
-                await self._fragmenting.wait()
-            else:
-                await self.transport.room()
-        finally:
-            self._waiting -= 1
+    async def put_in_turn(self, payloads: Sequence[bytes], text: bool) -> None:
+        """Send messages when those that wait already are on their way and there is room. Raises Disconnected.
 
-    def begin_fragments(self) -> bool:
-        """Have no other message between the fragments that follow; False if another task sends fragments."""
+        If cancelled, nothing was sent.
+        """
+        if not self._fragmenting:
+            self._metrics.send_stalls.add()
+        async with self._turns():
+            while not self.put(payloads, text, in_turn=True):
+                await self.transport.room()
+
+    async def begin_fragments(self) -> None:
+        """Wait for the turn, and have no other message between the fragments that follow. Raises Disconnected."""
         self.require_open()
-        if self._fragmenting is not None:
-            return False
-        self._fragmenting = trio.Event()
-        return True
+        await self._turns().acquire()
+        self._fragmenting = True
 
     def put_fragment(self, payload: bytes, *, text: bool | None, last: bool) -> bool:
         """Send a fragment if there is room for it, and say whether there was. Raises Disconnected."""
@@ -383,20 +393,24 @@ class Connection:
         self.tell()
         raise Disconnected(*self.cause)
 
-    def end_fragments(self, *, complete: bool) -> None:
-        """Let others send again; a message that stays incomplete ends the connection."""
-        assert self._fragmenting is not None  # noqa: S101
-        self._fragmenting.set()
-        self._fragmenting = None
-        if not complete:
+    def end_fragments(self, error: BaseException | None) -> None:
+        """Let others send again; an error that left the message incomplete ends the connection."""
+        self._fragmenting = False
+        self._turns().release()
+        if error is None or isinstance(error, Disconnected):
+            return
+        if isinstance(error, Exception):
+            self._reported = error
+            self._end(self._report(error))
+        else:
             self._end(Close(INTERNAL_ERROR, "a fragmented message was not finished"))
-            self.stop()
+        self.stop()
 
     def broadcast(self, message: Broadcast) -> bool:
         """Send a message unless that needs waiting, and say whether it does not. One that ends gets nothing."""
         if self.over or self.cause is not None:
             return True
-        if self._fragmenting is not None:
+        if self._fragmenting:
             return False
         try:
             sent = self.transport.broadcast(message)
@@ -409,6 +423,11 @@ class Connection:
         """Raise Disconnected if the connection is over."""
         if self.over and self.cause is not None:
             raise Disconnected(*self.cause)
+
+    def _turns(self) -> StrictFIFOLock:
+        if self._turn is None:
+            self._turn = StrictFIFOLock()
+        return self._turn
 
     # How it ends
 
@@ -427,10 +446,16 @@ class Connection:
         self._reaper.watch(self)
         return True
 
-    def _failed(self, error: BaseException) -> None:
+    def _failed(self, error: BaseException) -> BaseException | None:
+        """Report all that is not the consequence of the connection's end, and return it."""
+        reported, self._reported = self._reported, None
         expected = PASSING if self.cause is None else (*PASSING, Disconnected)
-        if not all(isinstance(leaf, expected) for leaf in leaves(error)) and self._end(self._report(error)):
+        failures = [leaf for leaf in leaves(error) if not isinstance(leaf, expected)]
+        if not failures:
+            return None
+        if any(leaf is not reported for leaf in failures) and self._end(self._report(error)):
             self._flushes = True
+        return error
 
     def _report(self, error: BaseException) -> Close:
         code = None if self.cause is None else self.cause.code

@@ -17,9 +17,9 @@ from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.quota import Quotas
 from tricorn.chat.run import Agent
 from tricorn.chat.session import Session
+from tricorn.chat.settings import ChatSettings
 from tricorn.errors.report import report_error
 from tricorn.metrics import CONVERSATIONS
-from tricorn.settings import Settings
 
 if TYPE_CHECKING:
     from tricorn.connection import WebSocket
@@ -43,9 +43,9 @@ class Chat:
     """
 
     def __init__(
-        self, agent: Agent, settings: Settings | None = None, log: Log | None = None, gate: Gate | None = None
+        self, agent: Agent, settings: ChatSettings | None = None, log: Log | None = None, gate: Gate | None = None
     ) -> None:
-        self.settings = settings or Settings()
+        self.settings = settings or ChatSettings()
         self.gate = gate or ThisMachine()
         self.allowances = Quotas(self.settings, per_user=self.gate.wants_token)
         self._agent = agent

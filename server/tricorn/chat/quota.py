@@ -8,7 +8,7 @@ from weakref import WeakValueDictionary
 
 from trio import current_time
 
-from tricorn.settings import Settings
+from tricorn.chat.settings import ChatSettings
 from tricorn.transport.rate_limit import TokenBucket
 
 MINUTE = 60.0  # seconds
@@ -24,7 +24,7 @@ class Quota:
         refusals: how many may be too fast for it before the connection is closed.
     """
 
-    def __init__(self, user: str, settings: Settings, clock: Callable[[], float] = current_time) -> None:
+    def __init__(self, user: str, settings: ChatSettings, clock: Callable[[], float] = current_time) -> None:
         self.user = user
         self.connections = 0
         self.runs = 0
@@ -38,7 +38,7 @@ class Quotas:
     Unless `per_user`: where nobody has to say who they are, one for each connection.
     """
 
-    def __init__(self, settings: Settings, *, per_user: bool, clock: Callable[[], float] = current_time) -> None:
+    def __init__(self, settings: ChatSettings, *, per_user: bool, clock: Callable[[], float] = current_time) -> None:
         self._clock = clock
         self._settings = settings
         self._per_user = per_user

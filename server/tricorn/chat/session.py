@@ -13,6 +13,7 @@ from msgspec.json import Decoder, Encoder
 from trio import Event, current_time, move_on_after, move_on_at
 from trio.lowlevel import Abort, Task, checkpoint, current_task, reschedule, wait_task_rescheduled
 
+from tricorn.chat.close_codes import FORBIDDEN, OUTBOX_OVERFLOW, TOKEN_EXPIRED, TOO_MANY_CONNECTIONS, UNAUTHENTICATED
 from tricorn.chat.conversation.conversation import Conversation, Cursor, Ended, Full
 from tricorn.chat.identity import Identity, NotAdmitted, handshake_token
 from tricorn.chat.logs.base import PastLost, Unavailable
@@ -40,15 +41,7 @@ from tricorn.chat.quota import Quota
 from tricorn.connection import WOKEN
 from tricorn.errors.report import report_error, trace_id
 from tricorn.metrics import DELIVERED, LIMIT_HITS
-from tricorn.protocol.close import (
-    FORBIDDEN,
-    OUTBOX_OVERFLOW,
-    SERVICE_RESTART,
-    TOKEN_EXPIRED,
-    TOO_FAST,
-    TOO_MANY_CONNECTIONS,
-    UNAUTHENTICATED,
-)
+from tricorn.protocol.close import SERVICE_RESTART, TOO_FAST
 
 if TYPE_CHECKING:
     from tricorn.chat.chat import Chat
@@ -170,8 +163,8 @@ class Session:
         if self._identity is not None and identity.user != self._identity.user:
             await ws.close(FORBIDDEN, "the token is of another user")
             return
-        if identity.expires_at is not None:
-            self._end = current_time() + identity.expires_at + self._chat.settings.jwt_leeway - time()
+        if identity.believed_until is not None:
+            self._end = current_time() + identity.believed_until - time()
         ws.close_at(self._end, TOKEN_EXPIRED, "the token has expired")
         if self._allowance is None:
             self._allowance = self._chat.allowances.enter(identity.user)

@@ -6,14 +6,16 @@ import socket
 from contextlib import suppress
 from dataclasses import replace
 from errno import EMFILE, ENFILE, ENOBUFS, ENOMEM
+from functools import partial
 from http import HTTPStatus
 from socket import AF_UNIX, IPPROTO_TCP, SHUT_WR, TCP_NODELAY
 from typing import TYPE_CHECKING, Any
 
 import trio
 from trio import Lock, move_on_after, sleep
-from trio.lowlevel import wait_readable
+from trio.lowlevel import wait_readable, wait_writable
 
+from tricorn.asgi_handler import AsgiHandler, websocket_scope
 from tricorn.errors.report import report, report_error
 from tricorn.listening.capacity import AtCapacity, Capacity, PeerCapacity
 from tricorn.listening.http import Pages
@@ -37,10 +39,12 @@ from tricorn.transport.tls import TlsSocket
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from ssl import SSLContext
+    from types import TracebackType
 
+    from tricorn.asgi_handler import Handler
     from tricorn.connection import Connection
     from tricorn.listening.http import Hypercorn
-    from tricorn.listening.site import Handler, Site
+    from tricorn.listening.site import Site
     from tricorn.request import Accept, Request
     from tricorn.transport.native import Wire
     from tricorn.transport.poller import Poller
@@ -81,7 +85,7 @@ async def accept_forever(
                 continue  # this peer is gone already
             short = False
             sock.setblocking(False)
-            connections.start_soon(serve, sock, address[:2] or None)
+            connections.start_soon(serve, sock, address[:2] if isinstance(address, tuple) else None)
 
 
 class Acceptor:
@@ -101,7 +105,7 @@ class Acceptor:
         self._sockets = Capacity(settings.max_connections + SPARE, "max_connections", metrics)
         self._pages = Capacity(settings.max_connections + SPARE_PAGES, "max_connections", metrics)
         self._peers = PeerCapacity(settings.peer_connections, metrics)
-        self._handshakes = Capacity(settings.max_handshakes, "max_handshakes", metrics)
+        self._handshakes = _Handshakes(settings.max_handshakes, "max_handshakes", metrics)
 
     async def serve(self, sock: socket.socket, peer: Peer) -> None:
         """Serve one socket until it is closed. Raises no Exception. If cancelled, closes it in the proper way.
@@ -117,7 +121,13 @@ class Acceptor:
                 if isinstance(following, Head):
                     await self._serve_pages(wire, sock, peer, following)
                 elif following is not None:
-                    await self._run(*following)
+                    transport, connection, websocket, handler = following
+                    del following  # it would be kept as long as the connection
+                    try:
+                        await connection.run(handler, websocket)
+                    finally:
+                        self._site.forget(connection)
+                        transport.forget()
         except AtCapacity as full:
             self._turn_away(wire, refuse(full))
         except OSError:
@@ -159,6 +169,24 @@ class Acceptor:
             pass  # the peer is gone
         return None
 
+    async def _serve_asgi(
+        self, wire: Wire, sock: socket.socket, head: Head, request: Request, handler: AsgiHandler, accepted: Accept
+    ) -> None:
+        site = self._site
+        await handler.serve(
+            websocket_scope(request, sock.getsockname()),
+            accepted,
+            partial(self._run_upgraded, wire, head, request),
+            state=site.state_of(handler.app),
+            settings=site.settings,
+            deciding=self._handshakes,
+        )
+
+    async def _run_upgraded(self, wire: Wire, head: Head, request: Request, accepted: Accept, handler: Handler) -> None:
+        site = self._site
+        site.require_capacity()  # others may have come while the application decided
+        await self._run(*upgrade(wire, self._poller, site, head, request, accepted), handler)
+
     async def _run(
         self, transport: NativeTransport, connection: Connection, websocket: WebSocket[Any], handler: Handler
     ) -> None:
@@ -175,19 +203,22 @@ class Acceptor:
         """
         site = self._site
         head = Head(site.settings.max_head_bytes)
+        asked = None  # an application, which decides by itself and stays until the connection has ended
         try:
             with self._handshakes:
-                site.metrics.connecting += 1
-                try:
-                    request = await self._read_head(wire, peer, head, data)
-                    if request is not None and wants_websocket(request):
-                        self._check_host(request)
-                        check_upgrade(request)
-                        handler, accepted = await site.admit(request)
-                        return *self._upgrade(wire, sock, request, accepted, head), handler
-                finally:
-                    site.metrics.connecting -= 1
-            if head.is_http2 and (self._http is None or _protocol(wire) != "h2"):
+                request = await self._read_head(wire, peer, head, data)
+                if request is not None and wants_websocket(request):
+                    self._check_host(request)
+                    check_upgrade(request)
+                    handler, accepted = await site.admit(request)
+                    if sock.family != AF_UNIX:
+                        sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
+                    if not isinstance(handler, AsgiHandler):
+                        return *upgrade(wire, self._poller, site, head, request, accepted), handler
+                    asked = request, handler, accepted
+            if asked is not None:
+                await self._serve_asgi(wire, sock, head, *asked)
+            elif head.is_http2 and (self._http is None or _protocol(wire) != "h2"):
                 await self._refuse(wire, REFUSAL)
             elif request is None and not head.is_http2:
                 pass  # the peer went before it had said what it wants
@@ -233,29 +264,11 @@ class Acceptor:
             return None
         raise Refuse(HTTPStatus.REQUEST_TIMEOUT, "the request head did not come in time")
 
-    def _upgrade(
-        self, wire: Wire, sock: socket.socket, request: Request, accepted: Accept, head: Head
-    ) -> tuple[NativeTransport, Connection, WebSocket[Any]]:
-        site = self._site
-        agreement = None
-        offers = offered_extensions(request)
-        if site.settings.deflate != "off":
-            agreement = negotiate(offers, takeover=site.settings.deflate == "takeover")
-        if sock.family != AF_UNIX:
-            sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
-        extensions = agreement.header() if agreement else None
-        response = accept(request, accepted, extensions)
-        with suppress(BlockingIOError):  # earlier responses may still be on their way to a slow peer
-            response = response[wire.send(response) :]
-        transport = NativeTransport(
-            wire, head.finish(), self._poller, site.settings, site.metrics, agreement, unsent=response
-        )
-        return transport, *site.connect(transport, request, accepted)
-
     async def _refuse(self, wire: Wire, response: bytes) -> None:
         """Send a response and wait for the peer's end: closed with something unread, the socket would take it back."""
         with move_on_after(self._site.settings.close_timeout):
-            wire.send(response)
+            while response := response[_send_some(wire, response) :]:
+                await wait_writable(wire.fileno())
             wire.shutdown(SHUT_WR)
             while True:
                 await wait_readable(wire.fileno())
@@ -274,6 +287,47 @@ class Acceptor:
             wire.recv(READ_SIZE)
         with suppress(OSError):
             wire.send(response)
+
+
+class _Handshakes(Capacity):
+    """Room for sockets in their handshake, which are counted as connecting."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        self._metrics.connecting += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, traceback)
+        self._metrics.connecting -= 1
+
+
+def upgrade(
+    wire: Wire, poller: Poller, site: Site, head: Head, request: Request, accepted: Accept
+) -> tuple[NativeTransport, Connection, WebSocket[Any]]:
+    """Send the 101 response to a request that was admitted, and make its connection; end that with `site.forget`.
+
+    Raises:
+        Refuse: its header of extensions is malformed.
+    """
+    agreement = None
+    offers = offered_extensions(request)
+    if site.settings.deflate != "off":
+        agreement = negotiate(offers, takeover=site.settings.deflate == "takeover")
+    extensions = agreement.header() if agreement else None
+    response = accept(request, accepted, extensions)
+    unsent = response[_send_some(wire, response) :]
+    transport = NativeTransport(wire, head.finish(), poller, site.settings, site.metrics, agreement, unsent=unsent)
+    return transport, *site.connect(transport, request, accepted)
+
+
+def _send_some(wire: Wire, response: bytes) -> int:
+    """Send as much as there is room for: earlier responses may still be on their way to a slow peer."""
+    try:
+        return wire.send(response)
+    except BlockingIOError:
+        return 0
 
 
 def _protocol(wire: Wire) -> str | None:

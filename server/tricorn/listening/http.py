@@ -10,7 +10,7 @@ version range in pyproject.toml is tight, and the tests of this module use them 
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from copy import copy
 from functools import partial
 from math import inf
@@ -34,21 +34,23 @@ from tricorn.transport.flow_control import READ_DEFLATED, READ_SIZE
 from tricorn.transport.sockets import reset_when_closed
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator
 
+    from tricorn.asgi_handler import ASGIApp as ASGIApp
+    from tricorn.listening.site import Site
     from tricorn.metrics import ServerMetrics
     from tricorn.protocol.handshake import Head
     from tricorn.settings import Settings
     from tricorn.transport.native import Wire
 
-    ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]  # ASGI 3.0; frameworks differ in how they type it
     Address = tuple[str, int] | None
 
 
 class Hypercorn:
     """What answers requests that are no WebSocket upgrades.
 
-    `config` is Hypercorn's own. What the settings bound as well goes by the settings.
+    `config` is Hypercorn's own. What the settings bound as well goes by the settings. Somebody else runs the app's
+    lifespan.
 
     Attributes:
         config: the same with that.
@@ -56,7 +58,9 @@ class Hypercorn:
         state: what the app's lifespan shares with its requests.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: ServerMetrics, config: Config | None) -> None:
+    def __init__(
+        self, app: ASGIApp, state: dict[str, Any], settings: Settings, metrics: ServerMetrics, config: Config | None
+    ) -> None:
         config = Config() if config is None else copy(config)
         self._app = app
         self._server_names = frozenset(config.server_names)
@@ -70,15 +74,9 @@ class Hypercorn:
         self.settings = settings
         self.metrics = metrics
         self.context = WorkerContext(None)
-        self.state: dict[str, Any] = {}
+        self.state = state
         self._exchanges: set[Exchange] = set()  # those that draining waits for
         self._one_left = trio.Event()
-
-    @asynccontextmanager
-    async def lifespan(self) -> AsyncIterator[None]:
-        """The app's lifespan, around the block. Raises in a group what keeps the app from starting up."""
-        async with lifespan(self._app, self.state, self.config):
-            yield
 
     async def drain(self) -> None:
         """Close what is idle, and everything else after its next response, and wait for that. May be cancelled."""
@@ -330,6 +328,15 @@ class Pages(Exchange):
             self._wire.shutdown(SHUT_WR)
             while await self._read(READ_SIZE):
                 pass
+
+
+@asynccontextmanager
+async def lifespans(site: Site, config: Config | None = None) -> AsyncIterator[None]:
+    """Run the lifespan of each of a site's applications around the block. Raises what `lifespan` raises."""
+    async with AsyncExitStack() as stack:
+        for app, state in site.apps:
+            await stack.enter_async_context(lifespan(app, state, config))
+        yield
 
 
 @asynccontextmanager

@@ -59,6 +59,18 @@ def check_pattern(pattern: str) -> None:
         raise ValueError(f"browsers write this host as {right}" if right else "there is no such host")
 
 
+def are_patterns(value: object) -> bool:
+    """Whether `value` is a tuple of patterns."""
+    if not isinstance(value, tuple):
+        return False
+    try:
+        for each in value:
+            check_pattern(each)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def is_allowed(origin: str | None, host: str, patterns: Iterable[str]) -> bool:
     """Whether a page may connect to a server at `host`, a Host header: if it came from there, or matches a pattern.
 

@@ -13,6 +13,7 @@ from tricorn.protocol.frames import FIN, MAX_CONTROL_PAYLOAD, RSV1, Opcode
 
 if TYPE_CHECKING:
     from codecs import IncrementalDecoder
+    from collections.abc import Collection
 
     from tricorn.protocol.deflate import Inflater
 
@@ -51,6 +52,7 @@ class Receiver:
 
     Attributes:
         pings, pongs: payloads; whoever answers or reads them clears the list.
+        awaited: payloads of pings of ours; other pongs are ignored.
         closed: the peer's close frame.
         violation: what the peer did wrong, as the close to answer with.
         frames: how many frames the last call began.
@@ -58,8 +60,33 @@ class Receiver:
         left: how many bytes of the current frame's payload have not come.
     """
 
+    __slots__ = (
+        "_buffer",
+        "_control",
+        "_fin",
+        "_inflated",
+        "_inflater",
+        "_inflating",
+        "_mask",
+        "_max",
+        "_message",
+        "_opcode",
+        "_payload",
+        "_received",
+        "_utf8",
+        "awaited",
+        "closed",
+        "frames",
+        "left",
+        "more",
+        "pings",
+        "pongs",
+        "violation",
+    )
+
     def __init__(self, max_message_bytes: int, inflater: Inflater | None = None) -> None:
         self.pings: list[bytes] = []
+        self.awaited: Collection[bytes] = ()
         self.pongs: list[bytes] = []
         self.closed: Close | None = None
         self.violation: Close | None = None
@@ -213,7 +240,7 @@ class Receiver:
             self.pings.append(payload)
         elif self._opcode == Opcode.CLOSE:
             self.closed = _parse_close(payload)
-        elif payload:  # ours that wait for an answer have one; keepalive's have none
+        elif payload in self.awaited:
             self.pongs.append(payload)
 
 

@@ -26,8 +26,8 @@ from tricorn.chat.agents.demo import demo
 from tricorn.chat.identity import Gate
 from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.protocol import BATCH_SUBPROTOCOL, SUBPROTOCOL
+from tricorn.chat.settings import ChatSettings as Settings
 from tricorn.service.pages import pages
-from tricorn.settings import Settings
 
 PATIENCE = 120  # seconds, for a whole test
 

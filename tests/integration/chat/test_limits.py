@@ -17,7 +17,7 @@ from tricorn.chat.protocol import ENVELOPE
 from tricorn.metrics import LIMIT_HITS
 from tricorn.service.auth import Tokens, make_token
 from tricorn.service.jwt_keys import Keys, parse
-from tricorn.settings import Settings
+from tricorn.service.settings import ServiceSettings
 
 pytestmark = pytest.mark.any_server
 
@@ -29,12 +29,12 @@ KEYS = parse("a secret of at least thirty-two bytes")
 
 
 def token(user: str) -> str:
-    return make_token(KEYS[0], user, time(), 600, Settings())
+    return make_token(KEYS[0], user, time(), 600, ServiceSettings())
 
 
 @pytest.fixture
 def gate() -> Tokens:
-    return Tokens(Keys(KEYS), Settings())
+    return Tokens(Keys(KEYS), ServiceSettings())
 
 
 @pytest.fixture(autouse=True)

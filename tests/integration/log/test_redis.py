@@ -21,7 +21,8 @@ from tricorn.chat.logs import conformance
 from tricorn.chat.logs.base import KEEP_EVERYTHING, Append, Lease, Log, PastLost, Retention, Unavailable
 from tricorn.chat.logs.conformance import LEASE, completed, post, thought
 from tricorn.chat.logs.redis import RedisLog, connect
-from tricorn.settings import SettingError, Settings
+from tricorn.chat.settings import ChatSettings as Settings
+from tricorn.settings import SettingError
 
 
 def log_at(path: str, **settings: Any) -> RedisLog:

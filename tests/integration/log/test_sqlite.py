@@ -24,7 +24,8 @@ from tricorn.chat.logs import conformance
 from tricorn.chat.logs.base import KEEP_EVERYTHING, Append, LeaseLost, Log, PastLost, Retention, Unavailable
 from tricorn.chat.logs.conformance import completed, post
 from tricorn.chat.logs.sqlite import SQLiteLog, connect
-from tricorn.settings import SettingError, Settings
+from tricorn.chat.settings import ChatSettings as Settings
+from tricorn.settings import SettingError
 
 NOBODY = 65534
 KILLS = 50
@@ -319,7 +320,7 @@ import trio
 from tricorn.chat.logs.base import Append
 from tricorn.chat.logs.conformance import post
 from tricorn.chat.logs.sqlite import connect
-from tricorn.settings import Settings
+from tricorn.chat.settings import ChatSettings as Settings
 
 async def write(log, conversation, first):
     epoch = (await log.open(conversation)).epoch

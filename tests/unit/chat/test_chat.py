@@ -16,7 +16,7 @@ from tricorn.chat import Chat, Run
 from tricorn.chat.chat import LOG_PATIENCE
 from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.quota import Quota
-from tricorn.settings import Settings
+from tricorn.chat.settings import ChatSettings as Settings
 
 Connect = Callable[..., Awaitable[Any]]
 

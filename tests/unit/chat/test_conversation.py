@@ -18,7 +18,7 @@ from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.protocol import AgentThinking
 from tricorn.chat.quota import Quota
 from tricorn.chat.run import Agent, Run
-from tricorn.settings import Settings
+from tricorn.chat.settings import ChatSettings as Settings
 
 
 class WatchedLog(MemoryLog):

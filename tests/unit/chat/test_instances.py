@@ -17,7 +17,7 @@ from tricorn.chat.chat import LOOK_AT_ONCE
 from tricorn.chat.logs.base import Append, Entry, LogState, Unavailable
 from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.protocol import AgentThinking
-from tricorn.settings import Settings
+from tricorn.chat.settings import ChatSettings as Settings
 
 LEASE = 15.0
 Connect = Callable[..., Awaitable[Any]]

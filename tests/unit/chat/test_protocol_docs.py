@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, get_args
 import msgspec
 import pytest
 
-from tricorn.chat import protocol
+from tricorn.chat import close_codes, protocol
 from tricorn.protocol import close
 
 PAGE = (Path(__file__).parents[3] / "docs" / "protocol.md").read_text()
@@ -91,5 +91,6 @@ def test_the_subprotocols_are_named() -> None:
 
 
 def test_every_close_code_is_described() -> None:
-    sent_or_seen = {code for code in vars(close).values() if isinstance(code, int)} - {close.NO_STATUS}
+    codes = [*vars(close).values(), *vars(close_codes).values()]
+    sent_or_seen = {code for code in codes if isinstance(code, int)} - {close.NO_STATUS}
     assert {int(code) for code in re.findall(r"^\| (?:none, )?(\d{4}) \|", PAGE, re.MULTILINE)} == sent_or_seen

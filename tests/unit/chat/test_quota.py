@@ -7,7 +7,7 @@ import gc
 from trio.testing import MockClock
 
 from tricorn.chat.quota import MINUTE, Quotas
-from tricorn.settings import Settings
+from tricorn.chat.settings import ChatSettings as Settings
 
 
 async def test_a_user_has_one_and_its_connections_are_counted() -> None:

@@ -17,7 +17,7 @@ from tricorn.chat.logs.base import Append, Entry, LogState
 from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.protocol import AgentThinking, Request
 from tricorn.chat.session import BATCH_BYTES, EVENTS_PER_TURN, decode
-from tricorn.settings import Settings
+from tricorn.chat.settings import ChatSettings as Settings
 
 Connect = Callable[..., Awaitable[Any]]
 

@@ -20,9 +20,9 @@ from trio_websocket import (
 )
 
 from tricorn.chat.backoff import Backoff
+from tricorn.chat.close_codes import DO_NOT_COME_BACK
 from tricorn.chat.protocol import SUBPROTOCOL, AnyEvent, Closing, Opened, Reply, Request, Welcome
 from tricorn.errors.reason import innermost, reason
-from tricorn.protocol.close import DO_NOT_COME_BACK
 
 CONNECT_TIMEOUT = 10.0  # seconds; for the handshake, and for the first message after it
 DISCONNECT_TIMEOUT = 2.0  # seconds

@@ -13,9 +13,9 @@ from tricorn.chat.logs.base import Entry, Log, PastLost, Unavailable
 from tricorn.chat.protocol import UserMessage
 from tricorn.chat.quota import Quota
 from tricorn.chat.run import LAST_WORDS, Agent
+from tricorn.chat.settings import ChatSettings
 from tricorn.errors.report import report, report_error
 from tricorn.metrics import WAITING
-from tricorn.settings import Settings
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds before a log that did not answer is asked again
 RECHECK = 1.0  # seconds at least between two looks whether somebody follows elsewhere
@@ -51,7 +51,7 @@ class Conversation:
     `over`: it takes no more posts, even where its task has not ended yet. `lost`: because the log has lost entries.
     """
 
-    def __init__(self, key: str, agent: Agent, log: Log, settings: Settings) -> None:
+    def __init__(self, key: str, agent: Agent, log: Log, settings: ChatSettings) -> None:
         self.key = key
         self.id = key.rpartition("/")[2]
         self.over = False

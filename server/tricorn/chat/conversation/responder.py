@@ -13,9 +13,9 @@ from tricorn.chat.conversation.state import Asked, OpenRun, completed_key
 from tricorn.chat.logs.base import Lease, LeaseLost, Log, PastLost, Unavailable
 from tricorn.chat.protocol import AgentCompleted, AnyEvent, ToolCompleted
 from tricorn.chat.run import TOOL_ENDED, Agent, Run, perform
+from tricorn.chat.settings import ChatSettings
 from tricorn.errors.report import report, report_error
 from tricorn.metrics import RUNS
-from tricorn.settings import Settings
 
 
 class Responder:
@@ -26,7 +26,7 @@ class Responder:
         may_hold: whether the lease may be this instance's. Without an answer of the log that is not known.
     """
 
-    def __init__(self, transcript: LogView, agent: Agent, log: Log, settings: Settings) -> None:
+    def __init__(self, transcript: LogView, agent: Agent, log: Log, settings: ChatSettings) -> None:
         self.run: Run | None = None
         self.may_hold = False
         self._transcript = transcript
