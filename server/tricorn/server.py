@@ -75,7 +75,7 @@ class Server:
         if app is not None or config is not None:
             app = app or upgrade_required
             self._http = Hypercorn(app, site.state_of(app), site.settings, site.metrics, config)
-        self._config = config
+        self._config = config if self._http is None else self._http.config
         self._poller = best_poller()
         tls = ssl_context or (config.create_ssl_context() if config is not None else None)
         self._acceptor = Acceptor(site, self._poller, self._http, tls)

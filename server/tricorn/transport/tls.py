@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from socket import SHUT_RD, SHUT_WR
-from ssl import MemoryBIO, SSLEOFError, SSLError, SSLWantReadError, SSLZeroReturnError
+from ssl import MemoryBIO, SSLError, SSLWantReadError, SSLZeroReturnError
 from typing import TYPE_CHECKING, Any
 
 from trio.lowlevel import checkpoint, wait_readable, wait_writable
@@ -71,7 +71,8 @@ class TlsSocket:
                 self.ready = True
                 return self._open()
             await wait_readable(self._socket)
-            self._fill(READ_SIZE)
+            if not self._fill(READ_SIZE):
+                raise ConnectionResetError("the client left the TLS handshake")
 
     @property
     def protocol(self) -> str | None:
@@ -89,8 +90,7 @@ class TlsSocket:
         return self._socket.fileno()
 
     def recv(self, size: int, /) -> bytes:
-        if not self._ended:
-            self._fill(size)
+        if not self._ended and self._fill(size):
             if opened := self._open():
                 return opened
             if not self._ended:
@@ -128,12 +128,15 @@ class TlsSocket:
 
     # Inside
 
-    def _fill(self, size: int) -> None:
+    def _fill(self, size: int) -> bool:
+        """Read; return False at the end. That need not be said in TLS too: RFC 6455 and HTTP say where they end.
+
+        OpenSSL is not told, since it would then send nothing either.
+        """
         data = self._socket.recv(size)
-        if data:
-            self._incoming.write(data)
-        else:
-            self._incoming.write_eof()
+        self._incoming.write(data)
+        self._ended = not data
+        return not self._ended
 
     def _open(self) -> bytes:
         """Decrypt all that came."""
@@ -144,10 +147,7 @@ class TlsSocket:
             self._ended = True
         except SSLWantReadError:
             pass
-        except (
-            SSLEOFError,
-            SSLZeroReturnError,
-        ):  # RFC 6455 and HTTP say where they end: who leaves out TLS's end is fine
+        except SSLZeroReturnError:
             self._ended = True
         except SSLError as error:
             self._ended = True

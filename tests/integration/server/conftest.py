@@ -18,7 +18,7 @@ from websockets.uri import parse_uri
 
 import tricorn
 from fixtures.client import Client, left_over
-from fixtures.hosts import HOSTS, Handler, Host, asgi, native
+from fixtures.hosts import HOSTS, NATIVE, Handler, Host, asgi, enter, native
 from tricorn.transport.poller import Epoll, PerSocket
 
 PATIENCE = 60  # seconds, for a whole test
@@ -77,16 +77,18 @@ class Server:
     """It is closed."""
     own: tricorn.Server = field(init=False)
     """The server itself, on the native host."""
+    host: Host = native
 
     @asynccontextmanager
     async def open(self, receive_buffer: int | None = None) -> AsyncGenerator[trio.SocketStream]:
         """A socket that has said nothing yet. `receive_buffer` bounds what it takes without reading, in bytes."""
-        socket = trio.socket.socket()
+        unix = isinstance(self.port, str)
+        socket = trio.socket.socket(trio.socket.AF_UNIX if unix else trio.socket.AF_INET)
         if receive_buffer:
             socket.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_RCVBUF, receive_buffer)
         with socket:
-            await socket.connect(("127.0.0.1", self.port))
-            yield trio.SocketStream(socket)
+            await socket.connect(self.port if unix else ("127.0.0.1", self.port))
+            yield await enter(self.host, trio.SocketStream(socket))
 
     @asynccontextmanager
     async def connect(
@@ -101,15 +103,16 @@ class Server:
 
     def client(self, stream: trio.SocketStream, path: str = "/", **options: Any) -> Client:
         """A client that has said nothing yet."""
-        uri = parse_uri(f"ws://127.0.0.1:{self.port}{path}")
+        port = 80 if isinstance(self.port, str) else self.port
+        uri = parse_uri(f"ws://127.0.0.1:{port}{path}")
         return Client(stream, ClientProtocol(uri, max_size=None, **options))
 
 
 @asynccontextmanager
 async def run_server(host: Host, handler: Handler, **options: Any) -> AsyncGenerator[Server]:
-    server = Server(0, trio.CancelScope())
+    server = Server(0, trio.CancelScope(), host=host)
 
-    if host is native:
+    if host in NATIVE:
         options["notice"] = partial(setattr, server, "own")
 
     async def serving(task_status: trio.TaskStatus[int]) -> None:

@@ -13,8 +13,12 @@ import h2.connection
 import h2.events
 import pytest
 import trio
+from hypercorn.config import Config
 from trio.testing import MockClock, wait_all_tasks_blocked
+from websockets.extensions.permessage_deflate import ClientPerMessageDeflateFactory
+from websockets.protocol import State
 
+from fixtures.clock import seconds
 from fixtures.handlers import echo
 from tricorn import Settings
 
@@ -88,25 +92,32 @@ async def test_a_head_and_a_body_in_pieces(served: Served) -> None:
         assert response.startswith(b"HTTP/1.1 200 ")
 
 
-async def test_http_2_by_prior_knowledge(served: Served) -> None:
-    async with served(echo, app=app) as server, server.open() as stream:
+async def test_http_2_without_tls_is_refused_in_its_own_words(served: Served, patient_clock: MockClock) -> None:
+    async with served(echo, app=app, settings=SETTINGS) as server, server.open() as stream:
         connection = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
         connection.initiate_connection()
-        for number, path in ((1, "/one"), (3, "/two")):
-            headers = {":method": "GET", ":path": path, ":scheme": "http", ":authority": "h"}
-            connection.send_headers(number, list(headers.items()), end_stream=True)
         await stream.send_all(connection.data_to_send())
-        bodies: dict[int, bytes] = {}
-        ended = 0
-        while ended < 2:
-            for event in connection.receive_data(await stream.receive_some()):
-                if isinstance(event, h2.events.ResponseReceived):
-                    assert dict(event.headers)[":status"] == "200"
-                if isinstance(event, h2.events.DataReceived):
-                    bodies[event.stream_id] = bodies.get(event.stream_id, b"") + event.data
-                ended += isinstance(event, h2.events.StreamEnded)
-            await stream.send_all(connection.data_to_send())
-        assert bodies == {1: b"GET /one ", 3: b"GET /two "}
+        events = connection.receive_data(await stream.receive_some())
+        assert isinstance(events[-1], h2.events.ConnectionTerminated)
+        assert events[-1].error_code == 13  # HTTP_1_1_REQUIRED
+        assert await stream.receive_some() == b""
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAMAAABk",
+        b"Upgrade: TLS/1.0",
+        b"Upgrade: websocket",
+    ],
+)
+async def test_other_upgrades_are_overlooked(served: Served, header: bytes) -> None:
+    """RFC 9110 §7.8. One of HTTP/1.0 is always."""
+    version = b"1.0" if header.endswith(b"websocket") else b"1.1"
+    async with served(echo, app=app) as server, server.open() as stream:
+        for _ in range(2 if version == b"1.1" else 1):
+            await stream.send_all(b"GET / HTTP/" + version + b"\r\nHost: h\r\n" + header + b"\r\n\r\n")
+            assert await responses(stream, 1) == b""
 
 
 async def test_an_app_that_raises_is_reported_and_harms_nobody(served: Served, records: Any) -> None:
@@ -120,38 +131,226 @@ async def test_an_app_that_raises_is_reported_and_harms_nobody(served: Served, r
         await still_works(server)
 
 
-async def test_an_upgrade_behind_another_request_reaches_the_handler(served: Served) -> None:
+# An upgrade after other requests
+
+
+async def responses(stream: trio.SocketStream, number: int, *, until: bytes = b"GET / ") -> bytes:
+    """Read so many responses to `GET /`; return what came after them."""
+    received = b""
+    for _ in range(number):
+        while until not in received:
+            data = await stream.receive_some()
+            assert data
+            received += data
+        assert received.startswith(b"HTTP/1.1 200 ")
+        received = received[received.index(until) + len(until) :]
+    return received
+
+
+async def upgraded(server: Any, stream: trio.SocketStream, before: bytes = b"") -> Any:
+    client = server.client(stream)
+    await stream.send_all(before + client.request())
+    client.protocol.receive_data(await responses(stream, before.count(b"GET / ")))
+    while client.protocol.state is State.CONNECTING:
+        client.protocol.receive_data(await stream.receive_some())
+        assert client.protocol.handshake_exc is None
+    client.response, *_ = client.protocol.events_received()
+    return client
+
+
+PAGE = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
+
+
+@pytest.mark.parametrize("pages", [1, 3])
+async def test_an_upgrade_after_other_requests_is_the_same(served: Served, records: Any, pages: int) -> None:
     async with served(echo, app=app, settings=Settings(ping_interval=inf)) as server:
         async with server.open() as stream:
-            await stream.send_all(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
-            assert (await stream.receive_some()).startswith(b"HTTP/1.1 200 ")
-            client = server.client(stream)
-            response = b""
-            await stream.send_all(client.request())
-            while b"HTTP/1.1 101 " not in response:
-                response += await stream.receive_some()
-            client.protocol.receive_data(response[response.index(b"HTTP/1.1 101 ") :])
-            await client.send("inside")
-            assert await client.receive() == "inside"
-            await client.close()
-            assert await client.closed() == (1000, "")
+            for _ in range(pages):
+                await stream.send_all(PAGE)
+                assert await responses(stream, 1) == b""
+            client = await upgraded(server, stream)
+            await client.send("inside", b"x" * 200_000)
+            assert [await client.receive() for _ in range(2)] == ["inside", b"x" * 200_000]
+            await client.close(4321, "bye")
+            assert await client.closed() == (4321, "bye")
+        await wait_all_tasks_blocked()
+        [record] = records.read("INFO")
+        assert (record["code"], record["reason"]) == (4321, "bye")
         await still_works(server)
 
 
-@pytest.mark.parametrize("behind", [b"GET / HTTP/1.1\r\nHost: h\r\n\r\n", b"\x81\x80\0\0\0\0", b"\0" * 100_000])
-async def test_whatever_follows_an_upgrade_behind_another_request_ends_that_connection_alone(
-    served: Served, records: Any, behind: bytes
+async def test_pipelined_requests_are_answered_in_order_and_then_the_upgrade(served: Served) -> None:
+    async with served(echo, app=app) as server, server.open() as stream:
+        client = await upgraded(server, stream, PAGE * 3)
+        await client.send("inside")
+        assert await client.receive() == "inside"
+
+
+async def test_an_upgrade_waits_for_the_answer_before_it(served: Served) -> None:
+    go_on = trio.Event()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"12")]})
+        await send({"type": "http.response.body", "body": b"GET /h", "more_body": True})
+        await go_on.wait()
+        await send({"type": "http.response.body", "body": b"GET / "})
+
+    async with served(echo, app=slow) as server, server.open() as stream:
+        client = server.client(stream)
+        await stream.send_all(PAGE + client.request())
+        assert await responses(stream, 1, until=b"GET /h") == b""
+        await wait_all_tasks_blocked()
+        assert not server.own.connections
+        go_on.set()
+        rest = b""
+        while b"101 " not in rest:
+            rest += await stream.receive_some()
+        assert rest.startswith(b"GET / HTTP/1.1 101 ")
+
+
+async def test_what_an_app_does_after_its_answer_delays_and_loses_nothing(served: Served) -> None:
+    go_on, done = trio.Event(), trio.Event()
+
+    async def with_a_task(scope: Any, receive: Any, send: Any) -> None:
+        await app(scope, receive, send)
+        await go_on.wait()
+        done.set()
+
+    async with served(echo, app=with_a_task) as server, server.open() as stream:
+        client = await upgraded(server, stream, PAGE)
+        await client.send("inside")
+        assert await client.receive() == "inside"
+        go_on.set()
+        await done.wait()
+        await client.send("still")
+        assert await client.receive() == "still"
+
+
+async def test_settings_apply_after_other_requests(served: Served) -> None:
+    """Hypercorn's codec compressed messages though `deflate` was off."""
+    async with served(echo, app=app) as server, server.open() as stream:
+        client = server.client(stream, extensions=[ClientPerMessageDeflateFactory()])
+        await stream.send_all(PAGE + client.request())
+        rest = await responses(stream, 1)
+        while b"\r\n\r\n" not in rest:
+            rest += await stream.receive_some()
+        assert rest.startswith(b"HTTP/1.1 101 ")
+        assert b"extensions" not in rest.lower()
+
+
+@pytest.mark.parametrize(
+    ("later", "status"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: h\r\n" + b"X: y\r\n" * 101 + b"\r\n", b"431"),
+        (b"GET / HTTP/1.1\r\nHost: h\r\nX: " + b"x" * 20_000 + b"\r\n\r\n", b"431"),
+        (b"nonsense\r\n\r\n", b"400"),
+        (
+            b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + PAGE,
+            b"400",
+        ),
+        (UPGRADE.replace(b"GET / ", b"GET /x "), b"404"),
+        (UPGRADE.replace(b"Version: 13", b"Version: 8"), b"426"),
+    ],
+)
+async def test_a_later_request_is_judged_like_the_first(served: Served, later: bytes, status: bytes) -> None:
+    for before in (b"", PAGE):
+        async with served({"/": echo}, app=app) as server, server.open() as stream:
+            await stream.send_all(before + later)
+            rest = await responses(stream, len(before) // len(PAGE))
+            with suppress(trio.BrokenResourceError):
+                while data := await stream.receive_some():
+                    rest += data
+            assert rest.startswith(b"HTTP/1.1 " + status)
+            assert rest.count(b"HTTP/1.1 ") == 1
+
+
+async def test_a_later_head_has_the_handshake_timeout_from_its_first_byte(
+    served: Served, patient_clock: MockClock
+) -> None:
+    settings = Settings(handshake_timeout=7, close_timeout=3)
+    async with served(echo, app=app, settings=settings) as server, server.open() as stream:
+        await stream.send_all(PAGE)
+        await responses(stream, 1)
+        await trio.sleep(4)
+        await stream.send_all(PAGE[:5])
+        async with seconds(7):
+            assert (await stream.receive_some()).startswith(b"HTTP/1.1 408 ")
+
+
+async def test_between_requests_there_is_hypercorns_keep_alive_timeout(
+    served: Served, patient_clock: MockClock
+) -> None:
+    config = Config.from_mapping(keep_alive_timeout=8)
+    async with served(echo, app=app, config=config, settings=SETTINGS) as server, server.open() as stream:
+        await stream.send_all(PAGE)
+        await responses(stream, 1)
+        async with seconds(8):
+            assert await stream.receive_some() == b""
+
+
+async def test_no_more_may_come_after_other_requests_than_there_is_room_for(served: Served) -> None:
+    async with served(echo, app=app, settings=Settings(max_connections=1)) as server, server.connect() as first:
+        async with server.open() as stream:
+            await stream.send_all(PAGE + UPGRADE)
+            assert (await responses(stream, 1) or await stream.receive_some()).startswith(b"HTTP/1.1 503 ")
+        await first.send("undisturbed")
+        assert await first.receive() == "undisturbed"
+
+
+@pytest.mark.parametrize("after", [PAGE, b"\x81\x00", b"\0" * 100_000])
+async def test_whatever_follows_an_upgrade_after_other_requests_ends_that_connection_alone(
+    served: Served, records: Any, after: bytes
 ) -> None:
     async with served(echo, app=app) as server, server.connect() as client:
         async with server.open() as stream:
-            await stream.send_all(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n" + UPGRADE + behind)
+            await stream.send_all(PAGE + UPGRADE + after)
+            received = b""
             with suppress(trio.BrokenResourceError):
-                while await stream.receive_some():
-                    pass
+                while data := await stream.receive_some():
+                    received += data
+            assert received.endswith(b"\x03\xea" + b"a frame from a client must be masked") or b"\x03\xea" in received
         await client.send("undisturbed")
         assert await client.receive() == "undisturbed"
         await still_works(server)
-        records.read("ERROR")
+
+
+async def test_a_body_that_stalls_is_given_up_after_the_stall_timeout(served: Served, patient_clock: MockClock) -> None:
+    async with served(echo, app=app, settings=SETTINGS) as server, server.open() as stream:
+        await stream.send_all(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nabc")
+        async with seconds(6):
+            with suppress(trio.BrokenResourceError):
+                assert await stream.receive_some() == b""
+
+
+async def test_a_response_to_a_request_that_is_not_read_arrives(served: Served, patient_clock: MockClock) -> None:
+    """Closed at once, the socket would take it back, since what came was not read."""
+
+    async def too_large(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        await send({"type": "http.response.start", "status": 413, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+
+    async with served(echo, app=too_large, settings=SETTINGS) as server, server.open() as stream:
+        await stream.send_all(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 5000000\r\n\r\n" + bytes(500_000))
+        await wait_all_tasks_blocked()
+        await stream.send_all(bytes(500_000))
+        assert (await stream.receive_some()).startswith(b"HTTP/1.1 413 ")
+        assert await stream.receive_some() == b""
+
+
+async def test_draining_closes_a_websocket_after_other_requests_with_1012(
+    served: Served, patient_clock: MockClock
+) -> None:
+    async with served(echo, app=app, settings=SETTINGS) as server, server.open() as stream:
+        client = await upgraded(server, stream, PAGE)
+        async with seconds(0):
+            server.scope.cancel()
+            assert (await client.closed())[0] == 1012
+            await server.over.wait()
+
+
+# Endings
 
 
 @pytest.mark.parametrize("path", [b"/flood", b"/hang"])

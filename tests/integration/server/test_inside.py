@@ -1,4 +1,4 @@
-"""WebSockets inside TLS and HTTP/2, which Hypercorn unwraps, and TLS on the server's own listener."""
+"""TLS on the server's own listener: the WebSockets in it are the native ones, and HTTP/2 is for pages."""
 
 from __future__ import annotations
 
@@ -12,32 +12,27 @@ from typing import Any
 import h2.config
 import h2.connection
 import h2.events
+import h2.exceptions
 import pytest
 import trio
-import trustme
 from hypercorn.config import Config
 from trio.testing import MockClock, wait_all_tasks_blocked
-from websockets.frames import Frame, Opcode
 
 from fixtures.clock import seconds
-from fixtures.handlers import echo, greet_and_sleep
-from tricorn import Disconnected, Settings, WebSocket
+from fixtures.handlers import echo
+from fixtures.hosts import TlsStream, authority, client_context, page, server_context
+from tricorn import Settings, WebSocket
+from tricorn.listening.accept import SPARE
 
 Served = Callable[..., AbstractAsyncContextManager[Any]]
 
-SETTINGS = Settings(stall_timeout=6, close_timeout=3, drain_timeout=10, ping_interval=inf)
-SILENT = Settings(ping_interval=inf)
-
-
-@pytest.fixture(scope="module")
-def authority() -> trustme.CA:
-    return trustme.CA()
+SETTINGS = Settings(stall_timeout=6, close_timeout=3, drain_timeout=10, handshake_timeout=5, ping_interval=inf)
 
 
 @pytest.fixture
-def config(authority: trustme.CA, tmp_path: Path) -> Config:
+def config(tmp_path: Path) -> Config:
     """Hypercorn's, with a certificate for 127.0.0.1."""
-    certificate = authority.issue_cert("127.0.0.1")
+    certificate = authority().issue_cert("127.0.0.1")
     chain = tmp_path / "chain.pem"
     key = tmp_path / "key.pem"
     for blob in certificate.cert_chain_pems:
@@ -47,100 +42,221 @@ def config(authority: trustme.CA, tmp_path: Path) -> Config:
 
 
 @asynccontextmanager
-async def encrypted(
-    server: Any, authority: trustme.CA, *protocols: str, receive_buffer: int | None = None
-) -> AsyncGenerator[trio.SSLStream[Any]]:
+async def encrypted(server: Any, *protocols: str, receive_buffer: int | None = None) -> AsyncGenerator[Any]:
     """A stream through TLS that has said nothing yet."""
-    context = ssl.create_default_context()
-    context.set_alpn_protocols(list(protocols))
-    authority.configure_trust(context)
     async with server.open(receive_buffer) as stream:
-        wrapped = trio.SSLStream(stream, context, server_hostname="127.0.0.1", https_compatible=True)
+        wrapped = TlsStream(stream, *protocols)
         await wrapped.do_handshake()
         yield wrapped
 
 
 class Multiplexed:
-    """A client of HTTP/2 with a WebSocket in a stream of it (RFC 8441)."""
+    """A client of HTTP/2."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
-        self._h2 = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
+        self.h2 = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
         self._events: list[Any] = []
 
-    async def start(self) -> None:
-        self._h2.initiate_connection()
+    async def start(self, window: int = 65535) -> None:
+        self.h2.local_settings.initial_window_size = window
+        self.h2.initiate_connection()
         await self.flush()
-        while not self._h2.remote_settings.enable_connect_protocol:
-            await self._receive()
+        await self.event(h2.events.RemoteSettingsChanged)
 
-    async def ask(self, path: str = "/", *headers: tuple[str, str]) -> tuple[int, str]:
-        """Ask for a WebSocket: the stream's number and the status."""
-        number = self._h2.get_next_available_stream_id()
-        request = [(":method", "CONNECT"), (":protocol", "websocket"), (":scheme", "https"), (":path", path)]
-        request += [(":authority", "127.0.0.1"), ("sec-websocket-version", "13"), *headers]
-        self._h2.send_headers(number, request)
+    async def ask(self, path: str = "/", method: str = "GET", *headers: tuple[str, str]) -> int:
+        """Ask for a page; return the stream's number."""
+        number = self.h2.get_next_available_stream_id()
+        request = [(":method", method), (":scheme", "https"), (":path", path), (":authority", "127.0.0.1"), *headers]
+        self.h2.send_headers(number, request, end_stream=method == "GET")
         await self.flush()
-        response = await self._event(h2.events.ResponseReceived)
-        return number, dict(response.headers)[":status"]
+        return number
 
-    async def send(self, number: int, opcode: Opcode, payload: bytes) -> None:
-        self._h2.send_data(number, Frame(opcode, payload).serialize(mask=True))
-        await self.flush()
-
-    async def receive(self) -> bytes:
-        """The next data."""
-        while True:
-            event = await self._event(h2.events.DataReceived)
-            if event.data:
-                return bytes(event.data)
+    async def status(self) -> str:
+        """The status of the next response."""
+        response = await self.event(h2.events.ResponseReceived)
+        return dict(response.headers)[":status"]
 
     async def flush(self) -> None:
-        await self._stream.send_all(self._h2.data_to_send())
+        await self._stream.send_all(self.h2.data_to_send())
 
-    async def _event(self, kind: type) -> Any:
+    async def event(self, kind: type) -> Any:
         while True:
             for event in self._events:
                 if isinstance(event, kind):
                     self._events.remove(event)
                     return event
-            await self._receive()
-
-    async def _receive(self) -> None:
-        data = await self._stream.receive_some()
-        assert data
-        self._events += self._h2.receive_data(data)
-        await self.flush()
+            data = await self._stream.receive_some()
+            assert data
+            self._events += self.h2.receive_data(data)
+            await self.flush()
 
 
-def text(payload: bytes) -> bytes:
-    return Frame(Opcode.TEXT, payload).serialize(mask=False)
+async def flood(scope: Any, receive: Any, send: Any) -> None:
+    """An app that sends more than anybody takes."""
+    if scope["type"] == "lifespan":
+        raise NotImplementedError
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": bytes(2**20)})
 
 
-def close(code: int) -> bytes:
-    return Frame(Opcode.CLOSE, code.to_bytes(2, "big")).serialize(mask=False)
+# WebSockets
 
 
-async def test_tls(served: Served, authority: trustme.CA, config: Config) -> None:
+async def test_the_request_is_known_to_be_secure(served: Served) -> None:
     seen: list[WebSocket] = []
 
     async def handler(ws: WebSocket) -> None:
         seen.append(ws)
         await echo(ws)
 
-    async with served({"/x": handler}, config=config, settings=SILENT, subprotocols=["b"]) as server:
-        async with encrypted(server, authority, "http/1.1") as stream:
-            client = server.client(stream, "/x?y", subprotocols=["a", "b"])
-            await stream.send_all(client.request())
-            await client.handshake()
-            assert client.protocol.subprotocol == "b"
-            await client.send("grüße", b"\0")
-            assert [await client.receive() for _ in range(2)] == ["grüße", b"\0"]
-            await client.close()
-            assert (await client.frame()).opcode is Opcode.CLOSE
-        [ws] = seen
-        assert (ws.request.path, ws.request.query, ws.subprotocol) == ("/x", "y", "b")
-        assert ws.request.peer[0] == "127.0.0.1"
+    async with served(handler, ssl_context=server_context(), settings=SETTINGS) as server, encrypted(server) as stream:
+        client = server.client(stream, "/x?y")
+        await stream.send_all(client.request())
+        await client.handshake()
+        await client.send("grüße", b"\0", b"x" * 300_000)
+        assert [await client.receive() for _ in range(3)] == ["grüße", b"\0", b"x" * 300_000]
+        await client.close()
+        assert await client.closed() == (1000, "")
+    [ws] = seen
+    assert (ws.request.path, ws.request.query, ws.request.secure, ws.request.certificate) == ("/x", "y", True, None)
+    assert ws.request.peer is not None
+    assert ws.request.peer[0] == "127.0.0.1"
+
+
+async def test_without_tls_the_request_is_not_secure(served: Served) -> None:
+    async def handler(ws: WebSocket) -> None:
+        await ws.send(f"{ws.request.secure} {ws.request.certificate}")
+
+    async with served(handler) as server, server.connect() as client:
+        assert await client.receive() == "False None"
+
+
+async def test_the_clients_certificate_reaches_the_handler(served: Served) -> None:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority().issue_cert("127.0.0.1").configure_cert(context)
+    authority().configure_trust(context)
+    context.verify_mode = ssl.CERT_REQUIRED
+
+    async def handler(ws: WebSocket) -> None:
+        assert ws.request.certificate is not None
+        await ws.send(str(ws.request.certificate["subjectAltName"]))
+
+    async with served(handler, ssl_context=context) as server, server.open() as stream:
+        ours = client_context()
+        authority().issue_cert("client@example.org").configure_cert(ours)
+        wrapped = trio.SSLStream(stream, ours, server_hostname="127.0.0.1", https_compatible=True)
+        client = server.client(wrapped)
+        await wrapped.send_all(client.request())
+        await client.handshake()
+        assert await client.receive() == "(('email', 'client@example.org'),)"
+
+
+async def test_settings_apply_inside_tls(served: Served) -> None:
+    """Hypercorn's codec compressed messages though `deflate` was off."""
+    async with served(echo, ssl_context=server_context(), settings=SETTINGS) as server, encrypted(server) as stream:
+        client = server.client(stream, extensions=None)
+        head = client.request().replace(b"\r\n\r\n", b"\r\nSec-WebSocket-Extensions: permessage-deflate\r\n\r\n")
+        await stream.send_all(head)
+        response = await stream.receive_some()
+        assert response.startswith(b"HTTP/1.1 101 ")
+        assert b"extensions" not in response.lower()
+
+
+async def test_messages_right_after_the_request(served: Served) -> None:
+    """They may be in one record with it, which no poller tells of again."""
+    async with served(echo, ssl_context=server_context(), settings=SETTINGS) as server, encrypted(server) as stream:
+        client = server.client(stream)
+        head = client.request()
+        client.protocol.state = client.protocol.state.OPEN
+        client.protocol.send_text(b"early")
+        frame = b"".join(client.protocol.data_to_send())
+        client.protocol.state = client.protocol.state.CONNECTING
+        await stream.send_all(head + frame)
+        await client.handshake()
+        assert await client.receive() == "early"
+
+
+async def test_the_end_is_said_in_tls_too(served: Served) -> None:
+    """close_notify, RFC 8446 §6.1: without it, this client raises."""
+    async with served(echo, ssl_context=server_context(), settings=SETTINGS) as server, server.open() as stream:
+        wrapped = trio.SSLStream(stream, client_context(), server_hostname="127.0.0.1", https_compatible=False)
+        client = server.client(wrapped)
+        await wrapped.send_all(client.request())
+        await client.handshake()
+        await client.close()
+        assert (await client.frame()).data == b"\x03\xe8"
+        assert await wrapped.receive_some() == b""
+
+
+async def test_a_peer_that_only_says_the_end_in_tls_is_gone(served: Served, records: Any) -> None:
+    ended = trio.Event()
+    received = []
+
+    async def handler(ws: WebSocket) -> None:
+        await ws.send("hello")
+        received.extend([message async for message in ws])
+        ended.set()
+
+    async with served(handler, ssl_context=server_context(), settings=SETTINGS) as server, server.open() as stream:
+        wrapped = trio.SSLStream(stream, client_context(), server_hostname="127.0.0.1", https_compatible=True)
+        client = server.client(wrapped)
+        await wrapped.send_all(client.request())
+        await client.handshake()
+        assert await client.receive() == "hello"
+        client.protocol.send_text(b"last")
+        with suppress(ssl.SSLError):
+            wrapped._ssl_object.write(b"".join(client.protocol.data_to_send()))
+            wrapped._ssl_object.unwrap()
+        await stream.send_all(wrapped._outgoing.read())  # in one piece, and no FIN
+        await ended.wait()
+    assert received == ["last"]
+    assert [record["code"] for record in records.read("INFO")] == [1006]
+
+
+# Handshakes
+
+
+async def test_silent_sockets_count_as_handshakes_and_are_closed_in_time(
+    served: Served, patient_clock: MockClock
+) -> None:
+    settings = Settings(handshake_timeout=5, max_handshakes=2)
+    async with (
+        served(echo, ssl_context=server_context(), settings=settings) as server,
+        server.open() as silent,
+        server.open() as other,
+    ):
+        await wait_all_tasks_blocked()
+        async with server.open() as third:
+            assert await third.receive_some() == b""
+        async with seconds(5):
+            assert await silent.receive_some() == b""
+            assert await other.receive_some() == b""
+        async with encrypted(server) as stream:
+            await stream.send_all(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+            assert (await stream.receive_some()).startswith(b"HTTP/1.1 426 ")
+    assert server.own.metrics.limit_hits.values["max_handshakes"] == 1
+
+
+async def test_half_a_head_inside_tls_gets_408(served: Served, patient_clock: MockClock) -> None:
+    async with served(echo, ssl_context=server_context(), settings=SETTINGS) as server, encrypted(server) as stream:
+        await stream.send_all(b"GET / HTTP/1.1\r\n")
+        async with seconds(5):
+            assert (await stream.receive_some()).startswith(b"HTTP/1.1 408 ")
+
+
+async def test_what_is_no_tls_harms_nobody(served: Served) -> None:
+    async with served(echo, ssl_context=server_context(), settings=SETTINGS) as server:
+        for nonsense in (b"GET / HTTP/1.1\r\nHost: h\r\n\r\n", b"\x16\x03\x01" + bytes(1000), bytes(100_000)):
+            async with server.open() as stream:
+                with suppress(trio.BrokenResourceError):
+                    await stream.send_all(nonsense)
+                    await stream.send_eof()
+                    while await stream.receive_some():
+                        pass
+        async with encrypted(server) as stream:
+            await stream.send_all(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+            assert (await stream.receive_some()).startswith(b"HTTP/1.1 426 ")
 
 
 @pytest.mark.parametrize(
@@ -148,9 +264,9 @@ async def test_tls(served: Served, authority: trustme.CA, config: Config) -> Non
     [("/x", {}, b"404 "), ("/", {"origin": "https://else.where"}, b"403 "), ("/", {"host": "a b"}, b"400 ")],
 )
 async def test_who_is_not_let_in(
-    served: Served, authority: trustme.CA, config: Config, path: str, headers: dict[str, str], status: bytes
+    served: Served, config: Config, path: str, headers: dict[str, str], status: bytes
 ) -> None:
-    async with served({"/": echo}, config=config) as server, encrypted(server, authority, "http/1.1") as stream:
+    async with served({"/": echo}, config=config) as server, encrypted(server, "http/1.1") as stream:
         head = {
             "host": "127.0.0.1",
             "upgrade": "websocket",
@@ -164,151 +280,154 @@ async def test_who_is_not_let_in(
         assert (await stream.receive_some()).startswith(b"HTTP/1.1 " + status)
 
 
-async def test_a_request_inside_tls(served: Served, authority: trustme.CA, config: Config) -> None:
-    async with served(echo, config=config) as server, encrypted(server, authority, "http/1.1") as stream:
-        await stream.send_all(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
-        assert (await stream.receive_some()).startswith(b"HTTP/1.1 426 ")
+async def test_another_name_than_those_of_the_config_is_refused(served: Served, config: Config) -> None:
+    config.server_names = ["right.example"]
+    async with served(echo, config=config, app=page) as server:
+        for name, status in (("right.example", b"200"), ("wrong.example", b"421")):
+            async with encrypted(server) as stream:
+                await stream.send_all(f"GET / HTTP/1.1\r\nHost: {name}\r\n\r\n".encode())
+                assert (await stream.receive_some()).startswith(b"HTTP/1.1 " + status)
+        async with encrypted(server) as stream:
+            await stream.send_all(server.client(stream).request())
+            assert (await stream.receive_some()).startswith(b"HTTP/1.1 421 ")
 
 
-async def test_http_2_is_chosen_in_the_handshake_and_carries_websockets(
-    served: Served, authority: trustme.CA, config: Config
-) -> None:
-    async with (
-        served(echo, config=config, settings=SILENT) as server,
-        encrypted(server, authority, "h2", "http/1.1") as stream,
-    ):
+# HTTP/2
+
+
+async def test_http_2_serves_pages_and_offers_no_websockets(served: Served, config: Config) -> None:
+    async with served(echo, config=config, app=page) as server, encrypted(server, "h2", "http/1.1") as stream:
         assert stream.selected_alpn_protocol() == "h2"
         client = Multiplexed(stream)
         await client.start()
-        one, status = await client.ask()
-        other, _ = await client.ask()
-        assert status == "200"
-        for number, payload in ((one, b"one"), (other, b"other")):
-            await client.send(number, Opcode.TEXT, payload)
-            assert await client.receive() == text(payload)
-        assert (await client.ask("/", ("origin", "https://else.where")))[1] == "403"
-        assert await client.receive() == b"pages of this origin may not connect\n"
-        await client.send(one, Opcode.CLOSE, b"\x03\xe8")
-        assert await client.receive() == close(1000)
+        assert not client.h2.remote_settings.enable_connect_protocol
+        for _ in range(3):
+            await client.ask()
+            assert await client.status() == "200"
+        await client.ask("/", "CONNECT", (":protocol", "websocket"), ("sec-websocket-version", "13"))
+        assert await client.status() == "403"
 
 
-async def test_http_2_without_tls_carries_websockets(served: Served) -> None:
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        raise NotImplementedError
-
-    async with served(echo, app=app, settings=SILENT) as server, server.open() as stream:
+async def test_http_2_without_an_app_is_refused(served: Served) -> None:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority().issue_cert("127.0.0.1").configure_cert(context)
+    context.set_alpn_protocols(["h2"])
+    async with served(echo, ssl_context=context) as server, encrypted(server, "h2") as stream:
         client = Multiplexed(stream)
         await client.start()
-        number, _ = await client.ask()
-        await client.send(number, Opcode.TEXT, b"hello")
-        assert await client.receive() == text(b"hello")
+        assert (await client.event(h2.events.ConnectionTerminated)).error_code == 13  # HTTP_1_1_REQUIRED
 
 
-async def test_they_are_told_when_the_server_ends(
-    served: Served, authority: trustme.CA, config: Config, patient_clock: MockClock
-) -> None:
-    options = {"config": config, "settings": SETTINGS}
-    async with served(greet_and_sleep, **options) as server, encrypted(server, authority, "http/1.1") as stream:
-        client = server.client(stream)
-        await stream.send_all(client.request())
-        await client.handshake()
-        assert await client.receive() == "hello"
-        async with seconds(0):
-            server.scope.cancel()
-            assert (await client.frame()).data == b"\x03\xf4"
-            await server.over.wait()
+async def test_a_closed_window_has_the_stall_timeout(served: Served, config: Config, patient_clock: MockClock) -> None:
+    """Pings in between do not prolong it."""
+    async with served(echo, config=config, app=flood, settings=SETTINGS) as server, encrypted(server, "h2") as stream:
+        client = Multiplexed(stream)
+        await client.start(window=0)
+        for _ in range(100):
+            await client.ask()
+        async with seconds(6, 2), trio.open_nursery() as nursery:
 
+            async def ping() -> None:
+                with suppress(trio.BrokenResourceError):
+                    while True:
+                        client.h2.ping(bytes(8))
+                        await client.flush()
+                        await trio.sleep(1)
 
-async def test_they_are_told_also_where_draining_takes_all_its_time(
-    served: Served, authority: trustme.CA, config: Config, patient_clock: MockClock
-) -> None:
-    options = {"config": config, "settings": SETTINGS, "drain": trio.sleep_forever}
-    async with served(greet_and_sleep, **options) as server, encrypted(server, authority, "http/1.1") as stream:
-        client = server.client(stream)
-        await stream.send_all(client.request())
-        await client.handshake()
-        assert await client.receive() == "hello"
-        async with seconds(7):
-            server.scope.cancel()
-            assert (await client.frame()).data == b"\x03\xf4"
-            await server.over.wait()
-
-
-async def test_who_reads_nothing_is_given_up(
-    served: Served, authority: trustme.CA, config: Config, patient_clock: MockClock, records: Any
-) -> None:
-    ended = trio.Event()
-
-    async def flood(ws: WebSocket) -> None:
-        try:
-            await ws.send(bytes(2**24))
-            await ws.send("waits")
-        except Disconnected:
-            ended.set()
-            raise
-
-    async with served(flood, config=config, settings=SETTINGS) as server:
-        # A buffer that does not grow: the kernel would take more a moment later, when the clock has jumped already.
-        async with encrypted(server, authority, "http/1.1", receive_buffer=4096) as stream:
-            client = server.client(stream)
-            await stream.send_all(client.request())
-            await ended.wait()
-            assert 6 <= trio.current_time() <= 10
-        await wait_all_tasks_blocked()
-    [record] = records.read("INFO")
-    assert record["code"] == 4001
-
-
-async def test_what_is_no_tls_harms_nobody(served: Served, authority: trustme.CA, config: Config) -> None:
-    async with served(echo, config=config) as server:
-        async with server.open() as stream:
-            await stream.send_all(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+            nursery.start_soon(ping)
             with suppress(trio.BrokenResourceError):
                 while await stream.receive_some():
                     pass
-        async with encrypted(server, authority, "http/1.1") as stream:
-            await stream.send_all(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
-            assert (await stream.receive_some()).startswith(b"HTTP/1.1 426 ")
+            nursery.cancel_scope.cancel()
 
 
-async def test_the_lifespan_of_an_app(served: Served) -> None:
-    seen: list[str] = []
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        assert scope["type"] == "lifespan"
-        for _ in range(2):
-            phase = (await receive())["type"]
-            seen.append(phase)
-            await send({"type": f"{phase}.complete"})
-
-    async with served(echo, app=app) as server:
-        assert seen == ["lifespan.startup"]
-        async with server.connect() as client:
-            server.scope.cancel()
-            await client.closed()
-    assert seen == ["lifespan.startup", "lifespan.shutdown"]
-
-
-async def test_an_app_that_does_not_start_up_ends_the_start(served: Served) -> None:
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        await receive()
-        await send({"type": "lifespan.startup.failed", "message": "no database"})
-
-    with pytest.RaisesGroup(
-        pytest.RaisesExc(Exception, match="no database"), flatten_subgroups=True, allow_unwrapped=True
-    ):
-        async with served(echo, app=app):
-            pass
-
-
-async def test_an_app_that_does_not_shut_down_has_what_is_left_of_the_time(
-    served: Served, patient_clock: MockClock
+async def test_a_request_that_is_not_finished_has_the_stall_timeout(
+    served: Served, config: Config, patient_clock: MockClock
 ) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        await receive()
-        await send({"type": "lifespan.startup.complete"})
-        await trio.sleep_forever()
+        assert scope["type"] == "http"
+        while (await receive()).get("more_body"):
+            pass
 
-    async with served(echo, app=app, settings=SETTINGS) as server, seconds(10):
-        server.scope.cancel()
-        await server.over.wait()
+    async with served(echo, config=config, app=app, settings=SETTINGS) as server, encrypted(server, "h2") as stream:
+        client = Multiplexed(stream)
+        await client.start()
+        await client.ask("/", "POST")
+        async with seconds(6, 2):
+            with suppress(trio.BrokenResourceError, AssertionError):
+                await client.event(h2.events.ConnectionTerminated)
+
+
+async def test_an_idle_connection_has_hypercorns_keep_alive_timeout(
+    served: Served, config: Config, patient_clock: MockClock
+) -> None:
+    config.keep_alive_timeout = 7
+    async with served(echo, config=config, app=page, settings=SETTINGS) as server, encrypted(server, "h2") as stream:
+        client = Multiplexed(stream)
+        await client.start()
+        await client.ask()
+        assert await client.status() == "200"
+        async with seconds(7):
+            with suppress(AssertionError):
+                await client.event(h2.events.ConnectionTerminated)
+
+
+async def test_connections_that_hold_pages_keep_no_websocket_out(served: Served, config: Config) -> None:
+    settings = Settings(max_connections=2)
+    async with served(echo, config=config, app=flood, settings=settings) as server, trio.open_nursery() as nursery:
+
+        async def hold(task_status: trio.TaskStatus[None]) -> None:
+            async with encrypted(server, "h2") as stream:
+                client = Multiplexed(stream)
+                with suppress(trio.BrokenResourceError, h2.exceptions.ProtocolError, AssertionError):
+                    await client.start(window=0)
+                    await client.ask()
+                task_status.started()
+                await trio.sleep_forever()
+
+        for _ in range(settings.max_connections + SPARE):
+            await nursery.start(hold)
+        async with encrypted(server) as stream:
+            client = server.client(stream)
+            await stream.send_all(client.request())
+            await client.handshake()
+            await client.send("in")
+            assert await client.receive() == "in"
+        nursery.cancel_scope.cancel()
+
+
+async def test_too_many_frames_of_http_2_end_the_connection(
+    served: Served, config: Config, mock_clock: MockClock
+) -> None:
+    settings = Settings(messages_per_second=10)
+    async with served(echo, config=config, app=page, settings=settings) as server, encrypted(server, "h2") as stream:
+        client = Multiplexed(stream)
+        await client.start()
+        for _ in range(101):
+            client.h2.ping(bytes(8))
+        await client.flush()
+        assert (await client.event(h2.events.ConnectionTerminated)).error_code == 11  # ENHANCE_YOUR_CALM
+    assert server.own.metrics.limit_hits.values["messages_per_second"] == 1
+
+
+async def test_draining_ends_idle_http_2_at_once(served: Served, config: Config, patient_clock: MockClock) -> None:
+    async with served(echo, config=config, app=page, settings=SETTINGS) as server, encrypted(server, "h2") as stream:
+        client = Multiplexed(stream)
+        await client.start()
+        await client.ask()
+        assert await client.status() == "200"
+        async with seconds(0):
+            server.scope.cancel()
+            assert (await client.event(h2.events.ConnectionTerminated)).error_code == 0
+            await server.over.wait()
+
+
+async def test_draining_bounds_what_http_2_has_going(served: Served, config: Config, patient_clock: MockClock) -> None:
+    async with served(echo, config=config, app=flood, settings=SETTINGS) as server, encrypted(server, "h2") as stream:
+        client = Multiplexed(stream)
+        await client.start(window=0)
+        await client.ask()
+        await wait_all_tasks_blocked()
+        async with seconds(0, 7):
+            server.scope.cancel()
+            await server.over.wait()

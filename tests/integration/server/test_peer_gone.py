@@ -36,6 +36,8 @@ async def end_stream(client: Any) -> None:
 
 
 async def reset(client: Any) -> None:
+    if client.address is None:
+        pytest.skip("a Unix socket knows no RST")
     client.reset()
 
 
