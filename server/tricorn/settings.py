@@ -174,10 +174,13 @@ class Settings:
     """
 
     messages_per_second: Limit = 10000
-    """Messages from one connection. Ten seconds' worth may come at once; then the close code is 4003."""
+    """Messages from one connection, or frames of any other kind: fragments, pings, pongs, and HTTP/2's.
+
+    Ten seconds' worth may come at once; then the close code is 4003.
+    """
 
     bytes_per_second: Limit = 67108864
-    """Bytes from one connection, as they come over the wire, in the same way."""
+    """Bytes from one connection, those of compressed messages after decompression, in the same way."""
 
     origins: Origins = ()
     """Origins whose pages may connect, besides the server's own; `tricorn.protocol.origin` has the patterns."""

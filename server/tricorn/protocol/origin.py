@@ -88,15 +88,12 @@ def is_allowed(origin: str | None, host: str, patterns: Iterable[str]) -> bool:
 
 def _matches(origin: _Parts, pattern: str) -> bool:
     wanted = _split(pattern)
-    return (
-        wanted is not None
-        and origin.scheme == wanted.scheme
-        and wanted.port in (origin.port, ANY)
-        and (
-            origin.host == wanted.host
-            or (wanted.host.startswith(_SUBDOMAINS) and origin.host.endswith(wanted.host.removeprefix(ANY)))
-        )
-    )
+    if wanted is None or origin.scheme != wanted.scheme or wanted.port not in (origin.port, ANY):
+        return False
+    if wanted.host.startswith(_SUBDOMAINS):
+        subdomain = origin.host.removesuffix(wanted.host.removeprefix(ANY))
+        return subdomain not in ("", origin.host)
+    return origin.host == wanted.host
 
 
 @lru_cache(1000)

@@ -56,6 +56,7 @@ class Receiver:
         closed: the peer's close frame.
         violation: what the peer did wrong, as the close to answer with.
         frames: how many frames the last call began.
+        inflated: how many bytes it inflated.
         more: the last call left frames for the next one: call it again with no data before you read on.
         left: how many bytes of the current frame's payload have not come.
     """
@@ -64,7 +65,6 @@ class Receiver:
         "_buffer",
         "_control",
         "_fin",
-        "_inflated",
         "_inflater",
         "_inflating",
         "_mask",
@@ -77,6 +77,7 @@ class Receiver:
         "awaited",
         "closed",
         "frames",
+        "inflated",
         "left",
         "more",
         "pings",
@@ -91,6 +92,7 @@ class Receiver:
         self.closed: Close | None = None
         self.violation: Close | None = None
         self.frames = 0
+        self.inflated = 0
         self.more = False
         self.left = 0
         self._max = max_message_bytes
@@ -103,7 +105,6 @@ class Receiver:
         self._message = Opcode.CONTINUATION  # of the message on its way: TEXT, BINARY, or CONTINUATION for none
         self._inflating: Inflater | None = None  # if that message is compressed
         self._received = 0  # bytes of that message, inflated
-        self._inflated = 0  # bytes that this call has inflated
         self._payload = bytearray()  # of that message, inflated
         self._utf8: IncrementalDecoder | None = None  # checks text that comes in pieces; made with the first of it
 
@@ -128,7 +129,7 @@ class Receiver:
 
     def _receive(self, data: bytes, messages: list[Message]) -> None:
         self._buffer = b""
-        self._inflated = position = frames = 0
+        self.inflated = position = frames = 0
         size = len(data)
         if self.left:
             position = self._go_on(data, 0, messages)
@@ -170,11 +171,11 @@ class Receiver:
             position = self._go_on(data, start, messages)
             if self.closed is not None:
                 return
-            if self._inflated > INFLATED_AT_ONCE:
+            if self.inflated > INFLATED_AT_ONCE:
                 break
         self.frames = frames
         self._buffer = data[position:]
-        self.more = position < size and (frames == FRAMES_AT_ONCE or self._inflated > INFLATED_AT_ONCE)
+        self.more = position < size and (frames == FRAMES_AT_ONCE or self.inflated > INFLATED_AT_ONCE)
 
     def _check(self, first: int, length: int) -> None:
         """Refuse what §5.2, §5.4 and §5.5 forbid in the first two bytes of a frame."""
@@ -215,7 +216,7 @@ class Receiver:
             payload = self._inflating.inflate(payload, room + 1, last=finished)
             if len(payload) > room:
                 raise self._too_big()
-            self._inflated += len(payload)
+            self.inflated += len(payload)
         self._received += len(payload)
         if self._message == Opcode.TEXT:
             if self._utf8 is None:

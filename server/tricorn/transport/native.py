@@ -389,8 +389,10 @@ class NativeTransport:
         if codec.pongs:
             self._take_pongs(codec.pongs)
         over = codec.closed or codec.violation
-        if over is None and (too_fast := self._rate_limit.exceeded(codec.frames, len(data))) and not self._closing:
-            over = codec.violation = too_fast  # from here on nothing that comes is looked at
+        if over is None:
+            too_fast = self._rate_limit.exceeded(codec.frames, codec.inflated or len(data))
+            if too_fast is not None and not self._closing:
+                over = codec.violation = too_fast  # from here on nothing that comes is looked at
         if over is not None:
             if over.code == TOO_BIG and over is codec.violation and not self._closing:
                 self._metrics.limit_hits.add("max_message_bytes")

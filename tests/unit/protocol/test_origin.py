@@ -7,7 +7,9 @@ from http import HTTPStatus
 import pytest
 
 from tricorn.protocol.handshake import check_origin, check_upgrade
+from tricorn.protocol.origin import check_pattern
 from tricorn.request import Refuse, Request
+from tricorn.settings import SettingError, Settings
 
 HANDSHAKE = {
     "upgrade": "websocket",
@@ -85,3 +87,98 @@ def test_the_list_is_taken_literally() -> None:
     ):
         with pytest.raises(Refuse):
             knock("example.org", origin, ("https://app.example",))
+
+
+# Patterns
+
+
+@pytest.mark.parametrize(
+    ("pattern", "origins"),
+    [
+        ("https://*.example.com", ["https://a.example.com", "https://a.b.example.com", "https://a.example.com:443"]),
+        ("http://localhost:*", ["http://localhost", "http://localhost:5173", "http://localhost:80"]),
+        ("https://*.example.com:*", ["https://a.example.com", "https://a.example.com:8443"]),
+        ("https://example.com:443", ["https://example.com", "https://example.com:443"]),
+        ("http://example.com:80", ["http://example.com"]),
+        ("https://example.com", ["https://example.com:443"]),
+        ("http://[::1]:8080", ["http://[::1]:8080"]),
+        ("capacitor://localhost", ["capacitor://localhost"]),
+        ("tauri://localhost", ["tauri://localhost"]),
+        (
+            "chrome-extension://abcdefghijklmnopabcdefghijklmnop",
+            ["chrome-extension://abcdefghijklmnopabcdefghijklmnop"],
+        ),
+        ("null", ["null"]),
+        ("*", ["null", "https://any.example", "capacitor://localhost"]),
+    ],
+)
+def test_a_pattern_lets_in(pattern: str, origins: list[str]) -> None:
+    check_pattern(pattern)
+    for origin in origins:
+        knock("server.example", origin, ("https://first.example", pattern))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "origins"),
+    [
+        (
+            "https://*.example.com",
+            [
+                "https://example.com",
+                "https://.example.com",
+                "https://evilexample.com",
+                "https://a.example.com.evil.net",
+                "http://a.example.com",
+                "https://a.example.com:8443",
+                "https://*.example.com.evil.net",
+                "https://a@b.example.com",
+                "https://a.example.com/",
+                "null",
+            ],
+        ),
+        (
+            "http://localhost:*",
+            ["https://localhost", "http://localhost.evil.net", "http://a.localhost", "http://localhost:x"],
+        ),
+        ("capacitor://localhost", ["http://localhost", "capacitor://localhost:1", "capacitor://other"]),
+        ("https://example.com", ["null", "https://example.com:80"]),
+    ],
+)
+def test_a_pattern_keeps_out(pattern: str, origins: list[str]) -> None:
+    for origin in origins:
+        with pytest.raises(Refuse):
+            knock("server.example", origin, (pattern,))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "why"),
+    [
+        ("example.org", "must be an origin"),
+        ("https://", "must be an origin"),
+        ("https://a.example/", "must be an origin"),
+        ("https://a.example/chat", "must be an origin"),
+        ("https://user@a.example", "must be an origin"),
+        ("https://a b", "must be an origin"),
+        ("", "must be an origin"),
+        ("Null", "must be an origin"),
+        ("HTTPS://a.example", "must be an origin"),
+        ("https://A.example", "browsers write this host as a.example"),
+        ("https://bücher.example", "browsers write this host as xn--bcher-kva.example"),
+        ("http://[0:0::1]", r"browsers write this host as \[::1\]"),
+        ("http://127.1", "there is no such host"),
+        ("http://[nonsense]", "must be an origin"),
+        ("https://a.*.example", "whole subdomains"),
+        ("https://*", "whole subdomains"),
+        ("https://a*.example", "whole subdomains"),
+        ("https://a.example:0443", "the port"),
+        ("https://a.example:65536", "the port"),
+        ("ws://a.example", "http://"),
+        ("wss://a.example", "https://"),
+        ("file://a", "null"),
+    ],
+)
+def test_a_pattern_that_no_browser_can_match_is_refused(pattern: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        check_pattern(pattern)
+    with pytest.raises(SettingError, match="origins="):
+        Settings(origins=(pattern,))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import chain, pairwise
 from sys import getsizeof
 from typing import NamedTuple
+from zlib import DEFLATED, Z_SYNC_FLUSH, compressobj
 
 import pytest
 from hypothesis import given, settings
@@ -27,8 +28,9 @@ from tricorn.protocol.close import (
     Close,
     may_be_sent,
 )
-from tricorn.protocol.frames import Opcode, close_frame, frame
-from tricorn.protocol.receiver import Message, Receiver
+from tricorn.protocol.deflate import Agreement, Inflater
+from tricorn.protocol.frames import RSV1, Opcode, close_frame, frame
+from tricorn.protocol.receiver import FRAMES_AT_ONCE, Message, Receiver
 
 LIMIT = 1 << 20
 TEXT, BINARY, CONTINUATION = FIN | Opcode.TEXT, FIN | Opcode.BINARY, FIN | Opcode.CONTINUATION
@@ -383,6 +385,69 @@ def test_pongs_are_kept_that_are_awaited() -> None:
     receiver.awaited = {b"one": 1, b"two": 2}
     receiver.receive_data(masked(PONG, b"two") + masked(PONG) + masked(PONG, b"three") + masked(PONG, b"one"))
     assert receiver.pongs == [b"two", b"one"]
+
+
+@pytest.mark.parametrize("opcode", [Opcode.TEXT, Opcode.BINARY])
+@pytest.mark.parametrize("size", [1, 16, 125])
+def test_an_unfinished_message_costs_its_bytes(opcode: Opcode, size: int) -> None:
+    """Kept piece by piece, fragments of 16 bytes took five times their size."""
+    receiver = Receiver(LIMIT)
+    before = size_of(receiver)
+    total = LIMIT // 2
+    receiver.receive_data(masked(opcode, b"x" * size))
+    fragment = masked(Opcode.CONTINUATION, b"x" * size)
+    for _ in range(total // size - 1):
+        receiver.receive_data(fragment)
+    assert receiver.violation is None
+    assert size_of(receiver) - before < 1.25 * total + 500
+    [message] = receiver.receive_data(masked(CONTINUATION))
+    assert len(message) == total // size * size
+
+
+# Turns
+
+
+@pytest.mark.parametrize("frame", [masked(TEXT, b"hi"), masked(BINARY), masked(PING), masked(PONG, b"x")])
+def test_a_call_works_through_so_many_frames_and_no_more(frame: bytes) -> None:
+    receiver = Receiver(LIMIT)
+    receiver.receive_data(frame * 1000)
+    begun = [receiver.frames]
+    while receiver.more:
+        receiver.receive_data(b"")
+        begun.append(receiver.frames)
+    assert begun == [*[FRAMES_AT_ONCE] * (1000 // FRAMES_AT_ONCE), 1000 % FRAMES_AT_ONCE]
+
+
+def test_nothing_is_lost_between_turns() -> None:
+    receiver = Receiver(LIMIT)
+    frames = [masked(TEXT, b"%d" % number) for number in range(300)]
+    received = receiver.receive_data(b"".join(frames)[:-3])
+    while receiver.more:
+        received += receiver.receive_data(b"")
+    received += receiver.receive_data(b"".join(frames)[-3:])
+    assert received == [str(number) for number in range(300)]
+    assert not receiver.more
+
+
+def test_a_frame_that_is_not_complete_leaves_nothing_to_do() -> None:
+    receiver = Receiver(LIMIT)
+    receiver.receive_data(masked(PING) * FRAMES_AT_ONCE)
+    assert not receiver.more
+    receiver.receive_data(masked(PING) * FRAMES_AT_ONCE + masked(PING)[:1])
+    assert receiver.more
+    receiver.receive_data(b"")
+    assert (receiver.more, receiver.frames) == (False, 0)
+
+
+def test_a_call_inflates_so_much_and_the_rest_of_its_message() -> None:
+    zlib = compressobj(9, DEFLATED, -12)
+    deflated = (zlib.compress(bytes(60_000)) + zlib.flush(Z_SYNC_FLUSH))[:-4]
+    receiver = Receiver(LIMIT, Inflater(Agreement(False, False, 12, 12)))
+    messages = receiver.receive_data(masked(BINARY | RSV1, deflated) * 10)
+    assert (len(messages), receiver.inflated, receiver.more) == (2, 120_000, True)
+    while receiver.more:
+        messages += receiver.receive_data(b"")
+    assert len(messages) == 10
 
 
 # Properties

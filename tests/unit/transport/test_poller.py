@@ -13,7 +13,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from tricorn.transport.poller import Epoll, PerSocket, best_poller
+from tricorn.transport.poller import RESUMED_AT_ONCE, Epoll, PerSocket, best_poller
 
 KINDS = [pytest.param(Epoll, marks=pytest.mark.skipif(not hasattr(select, "epoll"), reason="no epoll")), PerSocket]
 
@@ -50,6 +50,10 @@ class Owner:
 
     def flush(self) -> None:
         self.note("flush")
+
+    def resume(self) -> None:
+        self.note("resume")
+        self.readiness.resume_soon(self)
 
     def note(self, what: object) -> None:
         if self.error is not None:
@@ -239,3 +243,21 @@ def test_best(monkeypatch: pytest.MonkeyPatch) -> None:
         assert isinstance(best_poller(), Epoll)
     monkeypatch.setattr(sys, "platform", "darwin")
     assert isinstance(best_poller(), PerSocket)
+
+
+async def test_whoever_has_much_to_do_gets_turns_and_keeps_nobody_waiting(nursery: trio.Nursery) -> None:
+    poller = PerSocket()
+    await nursery.start(poller.run)
+    pairs = [socket.socketpair() for _ in range(3 * RESUMED_AT_ONCE + 1)]
+    owners = [Owner(poller, ours, wants_read=False) for ours, _ in pairs]
+    for owner in owners:
+        poller.resume_soon(owner)
+    for tick in range(1, 40):
+        await trio.lowlevel.checkpoint()
+        turns = [len(owner.told) for owner in owners]
+        assert (tick - 1) * RESUMED_AT_ONCE <= sum(turns) <= (tick + 1) * RESUMED_AT_ONCE
+        assert max(turns) - min(turns) <= 1
+    nursery.cancel_scope.cancel()
+    for pair in pairs:
+        for each in pair:
+            each.close()
