@@ -40,6 +40,7 @@ class Reaper(Protocol):
 
 LITTLE = 8192  # bytes
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.2  # seconds between two looks at what the peer has confirmed
+IN_VAIN_MAX = 1000  # messages
 LATER_CAUSES = 10  # that are kept; the first cause always is
 
 Handed = TypeVar("Handed")
@@ -170,12 +171,12 @@ class Connection:
         "_flushes",
         "_flushing",
         "_fragmenting",
+        "_in_vain",
         "_later_causes",
         "_metrics",
         "_reaper",
         "_received",
         "_reported",
-        "_sends_in_vain",
         "_sent",
         "_stall_timeout",
         "_turn",
@@ -211,7 +212,7 @@ class Connection:
         self._stall_timeout = settings.stall_timeout
         self._metrics = metrics
         self._reaper = reaper
-        self._sends_in_vain = False  # a task sends to a peer that is gone, and has not been told
+        self._in_vain = 0  # messages sent to a peer that is gone, before the handler is told
         self._flushes = False  # what is unsent goes out before the close frame
         self._flushing: CancelScope | None = None
         self._turn: StrictFIFOLock | None = None  # of the tasks that send, as soon as one had to wait
@@ -296,7 +297,7 @@ class Connection:
         `close_timeout`; one that is busy elsewhere is cancelled.
         """
         waits = self.receiver.waiting is not None
-        sends = self._sends_in_vain or (self._turn is not None and self._turn.locked())
+        sends = self._in_vain > 0 or (self._turn is not None and self._turn.locked())
         if not self._end(cause):
             return
         self.receiver.wake()
@@ -386,9 +387,12 @@ class Connection:
         return sent
 
     def _sent_in_vain(self) -> bool:
-        """Raise Disconnected, but not before it is certain why, and all that came before was received."""
-        if self.cause is None or self.inbox:
-            self._sends_in_vain = True
+        """Raise Disconnected, but not before it is certain why, and all that came before was received.
+
+        A handler that sends on and on and receives nothing is told as well.
+        """
+        self._in_vain += 1
+        if self.cause is None or (self.inbox and self._in_vain < IN_VAIN_MAX):
             return True
         self.tell()
         raise Disconnected(*self.cause)
