@@ -132,7 +132,7 @@ class Measured:
             tracemalloc.start()
             held = [chat.conversation(f"bench/{self._run}-rest-{n}") for n in range(RESTING)]
             for conversation in held:
-                await conversation.open()
+                await conversation.view.open()
             await trio.testing.wait_all_tasks_blocked(0.01)
             self.note("at rest: KiB", tracemalloc.get_traced_memory()[0] / RESTING / 1024)
             tracemalloc.stop()

@@ -22,7 +22,7 @@ from tricorn.errors.report import report
 from tricorn.errors.streams import recorded
 from tricorn.listening.binds import listen
 from tricorn.listening.site import Site
-from tricorn.metrics import ProcessMetrics, ServerMetrics, total
+from tricorn.metrics import Metrics, ProcessMetrics, ServerMetrics, total
 from tricorn.server import Server, serve_until_signal
 from tricorn.service.auth import Tokens
 from tricorn.service.bind import bind_or_explain, show_address
@@ -128,7 +128,7 @@ async def _serve_chat(
         drain=chat.drain,
         config=config,
     )
-    counted = [server.metrics, chat.metrics, ProcessMetrics()]
+    counted: list[Metrics] = [server.metrics, chat.metrics, ProcessMetrics()]
     async with trio.open_nursery() as support:
         await _show_metrics(support, for_metrics, metrics_page(counted, of_this_process(counted)), settings, say)
         async with trio.open_nursery() as serving:
@@ -154,7 +154,7 @@ async def supervise(command: Sequence[str], settings: ServiceSettings, *, config
             supervisor = Supervisor(
                 command, settings.workers, reserved, drain_timeout=settings.drain_timeout, counted=[process]
             )
-            described = [ServerMetrics(), ChatMetrics(), process, supervisor.metrics]
+            described: list[Metrics] = [ServerMetrics(), ChatMetrics(), process, supervisor.metrics]
             page = metrics_page(described, supervisor.scrape)
             await _show_metrics(support, for_metrics, page, settings, say)
             status = await supervisor.run(partial(_announce, settings, config, say))

@@ -134,7 +134,7 @@ async def test_who_was_thought_dead_says_nothing_more(
     check(events)
     assert not went_on.is_set()
     assert [event["outcome"] for event in events if "outcome" in event] == ["interrupted"]
-    assert "another instance answers in this conversation now" in capfd.readouterr().err
+    assert "another instance has taken over a conversation" in capfd.readouterr().err
 
 
 async def test_a_run_is_cancelled_from_another_instance(connect: Connect) -> None:

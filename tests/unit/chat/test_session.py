@@ -15,7 +15,7 @@ import trio.testing
 from tricorn.chat import SUBPROTOCOLS, Chat, Run
 from tricorn.chat.logs.base import Append, Entry, LogState
 from tricorn.chat.logs.memory import MemoryLog
-from tricorn.chat.protocol import AgentThinking, Request
+from tricorn.chat.protocol import AgentThinking, ClientRequest
 from tricorn.chat.session import BATCH_BYTES, EVENTS_PER_TURN, decode
 from tricorn.chat.settings import ChatSettings as Settings
 
@@ -136,7 +136,7 @@ def test_unknown_fields_are_ignored() -> None:
 
 
 def test_every_request_is_known() -> None:
-    for request in Request.__args__:
+    for request in ClientRequest.__args__:
         tag = request.__struct_config__.tag
         error = decode(json.dumps({"type": tag, "conversation": 5, "token": 5}))
         assert tag == "ping" or error.code == "malformed"  # type: ignore[union-attr]
