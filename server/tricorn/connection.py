@@ -7,7 +7,7 @@ from secrets import token_hex
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import trio
-from trio import StrictFIFOLock, current_effective_deadline, current_time, move_on_after
+from trio import Event, StrictFIFOLock, current_effective_deadline, current_time, move_on_after
 
 from tricorn.errors.report import report, report_error, trace_id
 from tricorn.metrics import Totals
@@ -173,7 +173,7 @@ class Connection:
         self._metrics = metrics
         self._turn: StrictFIFOLock | None = None  # of the tasks that send, as soon as one had to wait
         self._fragmenting = False  # who has the turn sends a fragmented message
-        self._ended: trio.Event | None = None  # if somebody waits for it
+        self._ended: Event | None = None  # if somebody waits for it
         # For the record of its end.
         self._began = self._ending_since = current_time()
         self._received = self._sent = 0
@@ -261,7 +261,7 @@ class Connection:
         self._end(cause)
         self.stop()
         if self._ended is None:
-            self._ended = trio.Event()
+            self._ended = Event()
             if self.phase is Phase.CLOSED:
                 self._ended.set()
         await self._ended.wait()

@@ -34,7 +34,7 @@ class _Counted(Collector):
         self._numbers = {**numbers.grown, **numbers.current}
 
     def collect(self) -> Iterator[Metric]:
-        for metric in self._metrics:
+        for metric in {metric.name: metric for metric in self._metrics}.values():  # two sets may have one in common
             labels = [metric.label] if metric.label else []
             if isinstance(metric, Histogram):
                 yield self._histogram(metric, labels)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from tricorn.chat import SUBPROTOCOLS, Chat
+from tricorn.chat import SUBPROTOCOLS, Chat, close_codes
 from tricorn.chat.identity import Everybody, ThisMachine
 from tricorn.chat.logs import connect
 from tricorn.chat.metrics import ChatMetrics
@@ -128,6 +128,8 @@ async def _serve_chat(
         drain=chat.drain,
         config=config,
     )
+    for code in close_codes.KNOWN:
+        server.metrics.know_code(code)
     counted: list[Metrics] = [server.metrics, chat.metrics, ProcessMetrics()]
     async with trio.open_nursery() as support:
         await _show_metrics(support, for_metrics, metrics_page(counted, of_this_process(counted)), settings, say)

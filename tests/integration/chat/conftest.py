@@ -28,7 +28,7 @@ from tricorn.chat.identity import Gate
 from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.metrics import ChatMetrics
 from tricorn.chat.protocol import BATCH_SUBPROTOCOL, SUBPROTOCOL
-from tricorn.chat.settings import ChatSettings as Settings
+from tricorn.chat.settings import ChatSettings
 from tricorn.service.pages import pages
 
 PATIENCE = 120  # seconds, for a whole test
@@ -185,7 +185,7 @@ async def chat_server(
             )
 
     with trio.fail_after(PATIENCE):
-        async with Chat(agent, Settings(**settings), log, gate) as chat, trio.open_nursery() as nursery:
+        async with Chat(agent, ChatSettings(**settings), log, gate) as chat, trio.open_nursery() as nursery:
             port = await nursery.start(serving)
             yield Server(port, log, scope, ended, chat.metrics)
             scope.cancel()

@@ -19,7 +19,7 @@ from tricorn.chat.metrics import ChatMetrics
 from tricorn.chat.protocol import AgentThinking
 from tricorn.chat.quota import Quota
 from tricorn.chat.run import Agent, Run
-from tricorn.settings import Settings
+from tricorn.chat.settings import ChatSettings
 from tricorn.waiter import Waiter
 
 
@@ -62,7 +62,7 @@ def log() -> WatchedLog:
 @pytest.fixture
 def begin(nursery: trio.Nursery, log: WatchedLog) -> Callable[..., Conversation]:
     def begin(agent: Agent, **settings: Any) -> Conversation:
-        conversation = Conversation("c", agent, log, Settings(**settings), ChatMetrics())
+        conversation = Conversation("c", agent, log, ChatSettings(**settings), ChatMetrics())
         nursery.start_soon(conversation.live)
         return conversation
 
@@ -73,7 +73,7 @@ Begin = Callable[..., Conversation]
 
 
 def local() -> Quota:
-    return Quota("local", Settings())
+    return Quota("local", ChatSettings())
 
 
 async def events(log: MemoryLog) -> list[dict[str, Any]]:
@@ -287,7 +287,7 @@ async def test_who_has_too_many_posts_waiting_is_refused_until_one_is_answered(b
         await conversation.post("p2", "x", ann)
     assert caught.value.limit == "user_runs"
     assert await conversation.post("p0", "x", ann) == seq  # it is in the log
-    await conversation.post("of another", "x", Quota("bob", Settings()))
+    await conversation.post("of another", "x", Quota("bob", ChatSettings()))
     await trio.testing.wait_all_tasks_blocked()
     assert await conversation.cancel(next(event["run"] for event in await events(log) if "run" in event))
     await trio.testing.wait_all_tasks_blocked()
@@ -324,7 +324,7 @@ async def test_what_is_not_posted_does_not_count(
 
 
 async def test_its_cancellation_does_the_same(log: WatchedLog) -> None:
-    conversation = Conversation("c", sleeper, log, Settings(), ChatMetrics())
+    conversation = Conversation("c", sleeper, log, ChatSettings(), ChatMetrics())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(conversation.live)
         for n in range(2):

@@ -21,7 +21,7 @@ from tricorn.chat.execution import Execution
 from tricorn.chat.logs.base import Append
 from tricorn.chat.metrics import ChatMetrics
 from tricorn.chat.protocol import UserMessage
-from tricorn.settings import Settings
+from tricorn.chat.settings import ChatSettings
 
 
 class Asked(NamedTuple):
@@ -38,7 +38,7 @@ class Asked(NamedTuple):
 
     def execution(self, message: str) -> Execution:
         post = UserMessage(conversation="home", seq=1, at=0.0, id="post", user="local", text=message)
-        return Execution(post, None, self, Settings(run_timeout=inf, event_bytes=100_000), ChatMetrics())
+        return Execution(post, None, self, ChatSettings(run_timeout=inf, event_bytes=100_000), ChatMetrics())
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self.events if event["type"] == kind]

@@ -7,11 +7,11 @@ import gc
 from trio.testing import MockClock
 
 from tricorn.chat.quota import MINUTE, Quotas
-from tricorn.chat.settings import ChatSettings as Settings
+from tricorn.chat.settings import ChatSettings
 
 
 async def test_a_user_has_one_and_its_connections_are_counted() -> None:
-    quotas = Quotas(Settings(user_connections=2), per_user=True)
+    quotas = Quotas(ChatSettings(user_connections=2), per_user=True)
     ann = quotas.enter("ann")
     assert ann is not None
     assert quotas.enter("ann") is ann
@@ -24,7 +24,7 @@ async def test_a_user_has_one_and_its_connections_are_counted() -> None:
 
 async def test_it_is_kept_for_a_minute_and_then_forgotten(mock_clock: MockClock) -> None:
     """So that coming back does not fill a bucket, and those who are gone cost no memory."""
-    quotas = Quotas(Settings(posts_per_minute=1), per_user=True)
+    quotas = Quotas(ChatSettings(posts_per_minute=1), per_user=True)
     ann = quotas.enter("ann")
     assert ann is not None
     assert ann.posts.take() == 0
@@ -44,7 +44,7 @@ async def test_it_is_kept_for_a_minute_and_then_forgotten(mock_clock: MockClock)
 
 
 async def test_a_run_keeps_it(mock_clock: MockClock) -> None:
-    quotas = Quotas(Settings(), per_user=True)
+    quotas = Quotas(ChatSettings(), per_user=True)
     ann = quotas.enter("ann")
     assert ann is not None
     ann.runs += 1
@@ -61,7 +61,7 @@ async def test_a_run_keeps_it(mock_clock: MockClock) -> None:
 
 
 async def test_where_nobody_says_who_they_are_each_connection_has_its_own() -> None:
-    quotas = Quotas(Settings(user_connections=1), per_user=False)
+    quotas = Quotas(ChatSettings(user_connections=1), per_user=False)
     first, second = quotas.enter("local"), quotas.enter("local")
     assert first is not second
     assert None not in (first, second)

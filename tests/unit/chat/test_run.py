@@ -16,8 +16,8 @@ from tricorn.chat.logs.base import Append
 from tricorn.chat.metrics import ChatMetrics
 from tricorn.chat.protocol import UserMessage
 from tricorn.chat.run import Agent, Run
+from tricorn.chat.settings import ChatSettings
 from tricorn.chat.tools import ToolError
-from tricorn.settings import Settings
 
 
 class Events(list[dict[str, Any]]):
@@ -70,7 +70,7 @@ NewExecution = Callable[..., Execution]
 
 def execute(events: Events, seconds: float = 300) -> Execution:
     post = UserMessage(conversation="c", seq=1, at=0.0, id="post-1", user="local", text="hello")
-    return Execution(post, None, events, Settings(run_timeout=seconds, event_bytes=10_000), ChatMetrics())
+    return Execution(post, None, events, ChatSettings(run_timeout=seconds, event_bytes=10_000), ChatMetrics())
 
 
 async def perform(execution: Execution, agent: Agent) -> None:
