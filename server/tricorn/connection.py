@@ -7,7 +7,7 @@ from secrets import token_hex
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import trio
-from trio import CancelScope, StrictFIFOLock, current_effective_deadline, current_time, move_on_after, sleep
+from trio import CancelScope, Event, StrictFIFOLock, current_effective_deadline, current_time, move_on_after, sleep
 
 from tricorn.errors.failures import PASSING, leaves, passing
 from tricorn.errors.report import report, report_error, trace_id
@@ -217,7 +217,7 @@ class Connection:
         self._flushing: CancelScope | None = None
         self._turn: StrictFIFOLock | None = None  # of the tasks that send, as soon as one had to wait
         self._fragmenting = False  # who has the turn sends a fragmented message
-        self._ended: trio.Event | None = None  # if somebody waits for it
+        self._ended: Event | None = None  # if somebody waits for it
         # For the record of its end.
         self._began = self._ending_since = current_time()
         self._received = self._sent = 0
@@ -336,7 +336,7 @@ class Connection:
             self._flushes = True
         self.stop()
         if self._ended is None:
-            self._ended = trio.Event()
+            self._ended = Event()
             if self.phase is Phase.CLOSED:
                 self._ended.set()
         await self._ended.wait()
