@@ -102,8 +102,11 @@ def _bind_unix(path: str) -> socket.socket:
     try:
         return _UnixListener(path)
     except OSError as error:
-        if error.errno != EADDRINUSE or not _is_left_over(path):
+        if error.errno != EADDRINUSE:
             raise
+        in_use = error
+    if not _is_left_over(path):
+        raise in_use
     os.unlink(path)
     return _UnixListener(path)
 

@@ -40,6 +40,7 @@ MAX_PROBE_TIME = 32767  # seconds, Linux
 
 # Where the kernel tells of half a stream that ended, and can be told when to ask; elsewhere it shows in reading on.
 LINUX = platform == "linux"
+TCP_INFO = socket.IPPROTO_TCP, socket.TCP_INFO if LINUX else 0
 BYTES_ACKED = slice(120, 128)  # tcpi_bytes_acked in Linux's struct tcp_info
 
 
@@ -406,7 +407,7 @@ class AsgiTransport:
     def _see_progress(self, sock: socket.socket) -> None:
         """Of a long message the peer may take a part at a time: the kernel knows how many bytes it has confirmed."""
         if LINUX:
-            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, BYTES_ACKED.stop)
+            info = sock.getsockopt(*TCP_INFO, BYTES_ACKED.stop)
             taken = int.from_bytes(info[BYTES_ACKED], byteorder)
             self._progress = self._progress or taken != self._taken
             self._taken = taken
