@@ -8,25 +8,38 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
 from tricorn.errors.audit.source import (
     Annotated,
     Class,
-    Definition,
     Function,
+    Given,
     Imported,
     Module,
     Scope,
     bound_by,
+    code,
     inner_scope,
     own_nodes,
+    parameters,
     read,
 )
 
 FAILURES = ("Error", "Exception", "ExceptionGroup", "Warning", "Exit", "Interrupt")  # how exceptions are named
 TRANSPARENT = {"Annotated", "ClassVar", "Final", "NotRequired", "Optional", "Required", "Union"}
+WRAPPING = {
+    "cache",
+    "cached_property",
+    "classmethod",
+    "lru_cache",
+    "partial",
+    "partialmethod",
+    "property",
+    "staticmethod",
+}
 INSTALLED = {"site-packages", "dist-packages"}  # there, what stands in the same directory is other people's
 
 
@@ -53,6 +66,7 @@ class Program:
 
     def __init__(self, files: list[Path]) -> None:
         self._modules: dict[Path, Module] = {}
+        self._files: dict[tuple[Path, str], Path | None] = {}
         self._known: dict[ast.expr, tuple[Origin, ...]] = {}
         self._resolving: set[ast.expr | tuple[Scope, str]] = set()  # names may refer to each other in a circle
         self._anonymous: dict[ast.expr, Function] = {}
@@ -68,6 +82,12 @@ class Program:
             for cls in module.classes:
                 for name in cls.methods:
                     self._having[name].append(cls)
+        for module in self.modules:
+            for scope, nodes in code(module):
+                for node in nodes:
+                    if isinstance(node, ast.Call) and (node.args or node.keywords):
+                        self._give(node, scope)
+        self._known.clear()  # more is known now
 
     @property
     def modules(self) -> list[Module]:
@@ -78,8 +98,32 @@ class Program:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 for _, imported in bound_by(node, module):
                     for name in (imported.module, f"{imported.module}.{imported.name}"):
-                        if path := _own_file(module, name):
+                        if path := self._own_file(module, name):
                             yield path
+
+    def _give(self, call: ast.Call, scope: Scope) -> None:
+        """Let the parameters of what is called know what they are given: it may be a function."""
+        for origin in self.origins(call.func, scope):
+            functions = [origin] if isinstance(origin, Function) else []
+            fields: list[str] = []
+            if isinstance(origin, Class):
+                functions = list(self.methods(origin, "__init__"))
+                fields = [name for each in reversed(self._line(origin)) for name in each.attributes]
+            for function in functions:
+                names = [each.arg for each in parameters(function.node.args)]
+                for name, node in _given(call, names[names[:1] in (["self"], ["cls"]) :]):
+                    function.scope.names[name].append(Given(node, scope))
+            if isinstance(origin, Class) and not functions:  # a dataclass, or the like
+                for name, node in _given(call, fields):
+                    origin.attributes.setdefault(name, []).append((Given(node, scope), scope))
+
+    def _own_file(self, module: Module, name: str) -> Path | None:
+        """The file of a module, if it belongs to the same program as the module that imports it."""
+        if INSTALLED.isdisjoint(module.root.parts) or name.split(".")[0] == module.name.split(".")[0]:
+            if (module.root, name) not in self._files:
+                self._files[module.root, name] = _file(module.root, name)
+            return self._files[module.root, name]
+        return None
 
     # What an expression refers to
 
@@ -112,6 +156,8 @@ class Program:
                 ]
             case ast.Call(func=ast.Name(id="super")) if scope.owner is not None:
                 return map(Instance, self._bases(scope.owner))
+            case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name), args=[*given]) if name in WRAPPING:
+                return self._functions(given, scope)
             case ast.Call(func=function) | ast.Await(value=ast.Call(func=function)):
                 awaited = isinstance(node, ast.Await)
                 return [each for made in self.origins(function, scope) for each in self._results(made, awaited)]
@@ -156,13 +202,19 @@ class Program:
                     yield source
                 case Imported():
                     yield from self._imported(source, scope.module)
-                case Annotated():
-                    yield from self._declared(source.annotation, scope)
                 case _:
-                    yield from self.origins(source, scope)
+                    yield from self._valued(source, scope)
+
+    def _valued(self, source: ast.expr | Annotated | Given, scope: Scope) -> Iterable[Origin]:
+        match source:
+            case Annotated():
+                return self._declared(source.annotation, scope)
+            case Given():
+                return self._functions([source.node], source.scope)
+        return self.origins(source, scope)
 
     def _imported(self, imported: Imported, importer: Module) -> Iterable[Origin]:
-        path = _own_file(importer, imported.module)
+        path = self._own_file(importer, imported.module)
         module = None if path is None else self._modules.get(path)
         origin: Origin = External(imported.module) if module is None else module
         return [origin] if imported.name is None else self._members(origin, imported.name)
@@ -205,7 +257,7 @@ class Program:
                 if node.returns is not None:
                     yield from self._declared(node.returns, origin.scope)
                 runs_later = isinstance(node, ast.AsyncFunctionDef) and not awaited
-                if not node.decorator_list and (runs_later or is_generator(node)):
+                if not node.decorator_list and (runs_later or origin.is_generator):
                     yield origin
 
     def _members(self, origin: Origin, name: str) -> Iterable[Origin]:
@@ -215,7 +267,7 @@ class Program:
             case Module():
                 if name in origin.scope.names:
                     return self._named(name, origin.scope)
-                path = _own_file(origin, f"{origin.name}.{name}")
+                path = self._own_file(origin, f"{origin.name}.{name}")
                 return [self._modules[path]] if path in self._modules else []
             case Class() | Instance():
                 cls = origin if isinstance(origin, Class) else origin.of
@@ -240,15 +292,21 @@ class Program:
     def _attributes(self, cls: Class, name: str) -> Iterator[Origin]:
         for each in self._line(cls):
             for node, scope in each.attributes.get(name, []):
-                if isinstance(node, Annotated):
-                    yield from self._declared(node.annotation, scope)
-                else:
-                    yield from self.origins(node, scope)
+                yield from self._valued(node, scope)
 
     def methods(self, cls: Class, *names: str) -> Iterator[Function]:
         """Those of the methods that the class has."""
         for name in names:
             yield from next((each.methods[name] for each in self._line(cls) if name in each.methods), ())
+
+    def makers(self, cls: Class) -> Iterator[Function]:
+        """What making an object runs, and what makes the values of its fields."""
+        yield from self.methods(cls, "__new__", "__init__", "__post_init__")
+        for each in self._line(cls):
+            for node, scope in (pair for several in each.attributes.values() for pair in several):
+                if isinstance(node, ast.Call):
+                    factories = [keyword.value for keyword in node.keywords if (keyword.arg or "").endswith("factory")]
+                    yield from (made for made in self._functions(factories, scope) if isinstance(made, Function))
 
     def special_methods(self, cls: Class) -> Iterator[Function]:
         """The methods that Python calls for an object by itself, but for those of making, entering and calling it."""
@@ -320,14 +378,16 @@ NOT_IN_USE = {
 }
 
 
+def _given(call: ast.Call, names: list[str]) -> Iterator[tuple[str, ast.expr]]:
+    """What a call gives to these parameters, but for what it unpacks."""
+    yield from zip(names, takewhile(lambda each: not isinstance(each, ast.Starred), call.args), strict=False)
+    yield from ((each.arg, each.value) for each in call.keywords if each.arg in names)
+
+
 def is_in(scope: Scope | None, around: Scope) -> bool:
     while scope is not None and scope is not around:
         scope = scope.parent
     return scope is not None
-
-
-def is_generator(node: Definition) -> bool:
-    return any(isinstance(each, ast.Yield | ast.YieldFrom) for each in own_nodes(node.body))
 
 
 def is_property(origin: Origin) -> bool:
@@ -381,10 +441,3 @@ def _file(directory: Path, name: str) -> Path | None:
     *packages, last = name.split(".")
     parent = directory.joinpath(*packages)
     return next((path for path in (parent / last / "__init__.py", parent / f"{last}.py") if path.is_file()), None)
-
-
-def _own_file(module: Module, name: str) -> Path | None:
-    """The file of a module, if it belongs to the same program as the module that imports it."""
-    if INSTALLED.isdisjoint(module.root.parts) or name.split(".")[0] == module.name.split(".")[0]:
-        return _file(module.root, name)
-    return None

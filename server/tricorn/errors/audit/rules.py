@@ -19,16 +19,15 @@ from tricorn.errors.audit.flow import Bound, Flow, is_fact, suppresses, surely_b
 from tricorn.errors.audit.names import BUILTINS, unbound
 from tricorn.errors.audit.program import External, Instance, Program, is_module
 from tricorn.errors.audit.source import (
-    COMPREHENSIONS,
     Class,
-    Definition,
     Function,
     Module,
     Scope,
     binds,
+    code,
     inner_scope,
-    own_nodes,
     parameters,
+    run_by,
     stored,
 )
 
@@ -50,14 +49,23 @@ REGISTERING = {
 HOOKS = {"sys.excepthook", "sys.unraisablehook", "threading.excepthook"}
 # Expressions that call special methods of what is in them.
 USING = (
-    *(ast.AugAssign, ast.Await, ast.BinOp, ast.BoolOp, ast.Compare, ast.FormattedValue, ast.IfExp, ast.Starred),
+    *(
+        ast.Assert,
+        ast.AugAssign,
+        ast.Await,
+        ast.BinOp,
+        ast.BoolOp,
+        ast.Compare,
+        ast.FormattedValue,
+        ast.IfExp,
+        ast.Starred,
+    ),
     *(ast.Subscript, ast.UnaryOp, ast.YieldFrom, ast.comprehension),
 )
 LAZY = {"sys.set_lazy_imports", "sys.set_lazy_imports_filter", "importlib.util.LazyLoader"}
 EAGER = {"none", "normal"}  # "none" was removed before Python 3.15 was released
 IMPORTING = {"__import__", "__lazy_import__", "exec", "eval"}
 ENTERED = ("__enter__", "__exit__", "__aenter__", "__aexit__")
-MADE = ("__new__", "__init__", "__post_init__")
 ENVIRONMENT = {"os.environ", "os.environb", "os.getenv", "os.getenvb", "os.putenv", "os.unsetenv"}
 IMPORT = ("importlib", "pkgutil", "runpy", "warnings")
 LOCK = (
@@ -102,10 +110,9 @@ def audit(files: Sequence[Path]) -> list[Finding]:
 def _imports(module: Module) -> Iterator[Finding]:
     for node, where in _imports_in(module.tree.body, None):
         if where is not None:
-            name = ast.unparse(node)
-            yield Finding(
-                _shown(module), node.lineno, "E1", f"`{name}` {where}; import it always, at the top of the module"
-            )
+            name = "lazy " * is_lazy(node) + ast.unparse(node).removeprefix("lazy ")
+            message = f"`{name}` {where}; import it always, at the top of the module"
+            yield Finding(_shown(module), node.lineno, "E1", message)
 
 
 def _imports_in(
@@ -145,12 +152,12 @@ def is_lazy(node: ast.Import | ast.ImportFrom) -> bool:
 
 def _lazy(module: Module, program: Program) -> Iterator[Finding]:
     """What makes imports lazy that do not say so (PEP 810)."""
-    for scope, nodes in _code(module):
+    for scope, nodes in code(module):
         for node in nodes:
             what = ""
             match node:
                 case ast.Name(id="__lazy_modules__") | ast.Attribute(attr="__lazy_modules__"):
-                    what = "__lazy_modules__"
+                    what = ast.unparse(node)
                 case ast.Call(args=arguments, keywords=keywords):
                     called = {each.name for each in program.origins(node.func, scope) if isinstance(each, External)}
                     if called & LAZY and not (arguments and _is_eager(arguments[0])):
@@ -189,33 +196,13 @@ def _environment(module: Module, program: Program) -> Iterator[Finding]:
     if module.path.name == "settings.py":
         return
     for function in module.functions:
-        for node in _run_by(function):
+        for node in run_by(function):
             if isinstance(node, ast.Name | ast.Attribute):
                 for origin in program.origins(node, function.scope):
                     if isinstance(origin, External) and origin.name in ENVIRONMENT:
                         instead = "read it once, in settings.py or at module level"
                         message = f"{origin.name} is used in {function.node.name}(), whenever that runs; {instead}"
                         yield Finding(_shown(module), node.lineno, "E7", message)
-
-
-def _run_by(function: Function) -> Iterator[ast.AST]:
-    """What calling a function evaluates, and the lambdas in it."""
-    for node in own_nodes(function.node.body):
-        yield node
-        if isinstance(node, Definition):
-            for each in [*node.decorator_list, *node.args.defaults, *filter(None, node.args.kw_defaults)]:
-                yield from ast.walk(each)
-        elif isinstance(node, ast.Lambda | COMPREHENSIONS):
-            yield from (each for child in ast.iter_child_nodes(node) for each in ast.walk(child))
-
-
-def _code(module: Module) -> Iterator[tuple[Scope, Iterator[ast.AST]]]:
-    """All that can run in a module, each with the scope in which it is evaluated."""
-    yield module.scope, own_nodes(module.tree.body)
-    for cls in module.classes:
-        yield cls.scope, own_nodes(cls.node.body)
-    for function in module.functions:
-        yield function.scope, _run_by(function)
 
 
 # E2
@@ -267,10 +254,13 @@ class _ErrorPath:
 
     def _find_registered(self, module: Module) -> None:
         """Look for functions that are handed to something that calls them when something ends or fails."""
-        for scope, nodes in _code(module):
+        for scope, nodes in code(module):
             for node in nodes:
                 given: list[ast.expr] = []
                 match node:
+                    case ast.Call(func=ast.Name(id="closing" | "aclosing" as name), args=[value]):
+                        method = "close" if name == "closing" else "aclose"
+                        given = [ast.copy_location(ast.Attribute(value, method, ast.Load()), node)]
                     case ast.Call(func=func, args=args, keywords=keywords) if self._registers(func, scope):
                         given = [*args, *(keyword.value for keyword in keywords)]
                     case ast.Assign(targets=[ast.Attribute() as hook], value=value):
@@ -297,7 +287,7 @@ class _ErrorPath:
                 case Function():
                     yield from self._program.implementations(origin)
                 case Class():
-                    yield from self._program.methods(origin, *MADE)
+                    yield from self._program.makers(origin)
                 case Instance(cls):
                     yield from self._program.methods(cls, "__call__")
 
@@ -352,7 +342,8 @@ class _ErrorPath:
             case ast.Call(func=used) | ast.withitem(context_expr=used):
                 if self._see_use(step, scope, node, used):
                     children.remove(used)
-        if isinstance(node, USING):
+        unpacks = isinstance(node, ast.Assign) and any(isinstance(each, ast.Tuple | ast.List) for each in node.targets)
+        if unpacks or isinstance(node, USING):
             for child in children:
                 self._see_special(step, scope, child)
         for child in children:

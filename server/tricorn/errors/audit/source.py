@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from tokenize import COMMENT, DEDENT, ENCODING, INDENT, NEWLINE, NL, TokenError, TokenInfo, tokenize
@@ -30,6 +31,13 @@ class Annotated(NamedTuple):
     annotation: ast.expr
 
 
+class Given(NamedTuple):
+    """What a call gives to a parameter."""
+
+    node: ast.expr
+    scope: Scope
+
+
 @dataclass(eq=False)
 class Scope:
     """The names of a module, a function, a lambda or a comprehension, each with what may have been bound to it."""
@@ -37,7 +45,7 @@ class Scope:
     module: Module
     parent: Scope | None
     owner: Class | None = None  # the class whose method this is
-    names: dict[str, list[ast.expr | Imported | Annotated | Function | Class]] = field(default_factory=dict)
+    names: dict[str, list[Source]] = field(default_factory=dict)
 
     def find(self, name: str) -> Scope | None:
         """The scope in which `name` is bound; None where it is in no scope, as builtins are."""
@@ -52,6 +60,10 @@ class Function:
     node: Definition
     scope: Scope
 
+    @cached_property
+    def is_generator(self) -> bool:
+        return any(isinstance(each, ast.Yield | ast.YieldFrom) for each in own_nodes(self.node.body))
+
 
 @dataclass(eq=False)
 class Class:
@@ -59,7 +71,10 @@ class Class:
     scope: Scope  # the one it stands in
     methods: dict[str, list[Function]] = field(default_factory=dict)  # several: a getter and a setter, two platforms
     # What is assigned to an attribute of the class or of its objects, each with the scope that it is evaluated in.
-    attributes: dict[str, list[tuple[ast.expr | Annotated, Scope]]] = field(default_factory=dict)
+    attributes: dict[str, list[tuple[ast.expr | Annotated | Given, Scope]]] = field(default_factory=dict)
+
+
+Source = ast.expr | Imported | Annotated | Given | Function | Class
 
 
 @dataclass(eq=False)
@@ -137,7 +152,7 @@ def _fill(scope: Scope, body: list[ast.stmt], owner: Class | None = None) -> Non
     """Enter what statements bind, and the functions and classes that stand in them. `owner`: they are of its body."""
     module = scope.module
     elsewhere: set[str] = set()
-    names: dict[str, list[ast.expr | Imported | Annotated | Function | Class]] = {}
+    names: dict[str, list[Source]] = {}
     for node in own_nodes(body):
         match node:
             case ast.FunctionDef() | ast.AsyncFunctionDef():
@@ -176,7 +191,8 @@ def _fill(scope: Scope, body: list[ast.stmt], owner: Class | None = None) -> Non
                 for name in binds(node):
                     names.setdefault(name, [])
     if owner is None:  # the names of a class body are nobody's but its own
-        scope.names.update((name, sources) for name, sources in names.items() if name not in elsewhere)
+        for name in names.keys() - elsewhere:
+            scope.names[name] = [*scope.names.get(name, ()), *names[name]]  # a parameter may be bound again
 
 
 def _pairs(target: ast.expr, value: ast.expr) -> Iterator[tuple[ast.expr, ast.expr]]:
@@ -208,6 +224,26 @@ def own_nodes(nodes: Sequence[ast.AST]) -> Iterator[ast.AST]:
         yield node
         if not isinstance(node, CLOSED):
             waiting += reversed([*ast.iter_child_nodes(node)])
+
+
+def run_by(function: Function) -> Iterator[ast.AST]:
+    """What calling a function evaluates, and the lambdas in it."""
+    for node in own_nodes(function.node.body):
+        yield node
+        if isinstance(node, Definition):
+            for each in [*node.decorator_list, *node.args.defaults, *filter(None, node.args.kw_defaults)]:
+                yield from ast.walk(each)
+        elif isinstance(node, ast.Lambda | COMPREHENSIONS):
+            yield from (each for child in ast.iter_child_nodes(node) for each in ast.walk(child))
+
+
+def code(module: Module) -> Iterator[tuple[Scope, Iterator[ast.AST]]]:
+    """All that can run in a module, each with the scope in which it is evaluated."""
+    yield module.scope, own_nodes(module.tree.body)
+    for cls in module.classes:
+        yield cls.scope, own_nodes(cls.node.body)
+    for function in module.functions:
+        yield function.scope, run_by(function)
 
 
 def binds(node: ast.AST) -> list[str]:
