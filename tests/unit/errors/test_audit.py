@@ -399,6 +399,7 @@ UNBOUND = {
     "deleted": "x = 1\ndel x\ndef f(): return x",
     "deleted in a function": "def f():\n  x = 1\n  del x\n  return x",
     "del of an unbound name": "def f():\n  del x",
+    "del of another scope's name": "def f():\n  x = 1\n  class C:\n    del x",
     "after an except": "try: pass\nexcept OSError as x: pass\nprint(x)",
     "after an except in a loop": "for _ in ():\n  try: pass\n  except OSError as x: pass\n  print(x)",
     "augmented": "x += 1",
@@ -420,6 +421,7 @@ NOT_UNBOUND = {
     "global and deleted in functions": "def f():\n  global x\n  x = 1\ndef g():\n"
     "  global x\n  del x\ndef h(): return x",
     "nonlocal in a function": "def f():\n  x: int\n  def g():\n    nonlocal x\n    x = 1\n  g()\n  return x",
+    "closure that runs before": "def f():\n  x = 1\n  def g(): return x\n  g()\n  del x",
     "closure": "def f():\n  def g(): return x\n  x = 1\n  return g",
     "conditional": "from m import g\nif g(): x = 1\ndef f(): return x",
     "try": "try: import x\nexcept ImportError: raise\nprint(x)",
@@ -666,6 +668,31 @@ def test_what_runs_before_the_failure_is_not_on_the_error_path(source: str) -> N
     assert reached(f"import time\nfrom m import g\n{source}") == []
 
 
+CLEAN_UP = "def clean_up(*a): return time.time()\n"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        f"{CLEAN_UP}steps = []\nsteps.append(clean_up)\ndef f():\n  FAILED [step() for step in steps]",
+        f"{CLEAN_UP}def f(run):\n  run.on_error = clean_up\n  FAILED run.on_error()",
+        "class C:\n  def on_x(self): time.time()\n  def f(self, kind):\n    FAILED getattr(self, 'on_' + kind)()",
+        f"{CLEAN_UP}def f():\n  FAILED globals()['clean_up']()",
+        "from tools import *\ndef f():\n  FAILED clean_up()",
+        "from other import Group\nclass Batch(Group):\n  def derive(self, errors): time.time()",
+        "class M(type):\n  def __instancecheck__(cls, e): time.time()\nclass Known(metaclass=M): ...\n"
+        "def f():\n  FAILED isinstance(g, Known)",
+        f"{CLEAN_UP}Broken = type('Broken', (Exception,), {{'__str__': clean_up}})",
+        f"{CLEAN_UP}class Broken(Exception): ...\nBroken.__str__ = clean_up",
+        f"from other import retry\n{CLEAN_UP}@retry(on_failure=clean_up)\ndef f(): ...",
+        "try: g()\nexcept OSError: time.time()",
+        "from importlib import import_module\ndef f(): import_module('plugin')",
+    ],
+)
+def test_what_the_documentation_says_that_the_audit_cannot_see(source: str) -> None:
+    assert reached(f"import time\nfrom m import g\n{source}") == []
+
+
 def test_across_the_modules_of_one_directory() -> None:
     source = "import other\nfrom other import on\ndef f():\n  try: other.slow()\n  except OSError: on()"
     where = "where the error path of agent.py:5 comes"
@@ -778,6 +805,11 @@ def test_a_file_that_is_no_python(content: bytes, error: type[Exception], tmp_pa
     (tmp_path / "agent.py").write_bytes(content)
     with pytest.raises(error):
         audit([tmp_path / "agent.py"])
+
+
+def test_an_expression_that_is_nested_too_deeply() -> None:
+    with pytest.raises(ValueError, match="nested too deeply"):
+        found("x = 1\ny = " + " + ".join(["x"] * 2_000))
 
 
 def test_what_the_compiler_warns_of_is_not_the_audits() -> None:

@@ -34,7 +34,7 @@ class _Names:
             if name in scope.bound or ("*" in scope.bound and name not in scope.local):
                 return True
             if name in scope.local:
-                return False
+                return scope is not self  # a function inside another may run while the name is bound
             scope = scope.parent
             while scope is not None and scope.kind is ast.ClassDef:
                 scope = scope.parent
@@ -83,7 +83,10 @@ class _Walk(ast.NodeVisitor):
         if isinstance(node.ctx, ast.Store):
             self._bind(node.id)
             return
-        if not self._names.has(node.id) and not self._name_error_handled:
+        known = self._names.has(node.id)
+        if isinstance(node.ctx, ast.Del):  # only what is bound in this very scope can be deleted
+            known = not self._names.elsewhere.get(node.id, self._names).bound.isdisjoint({node.id, "*"})
+        if not known and not self._name_error_handled:
             self.unbound.append(node)
         if isinstance(node.ctx, ast.Del) and not self._in_branch:
             self._unbind(node.id)

@@ -97,10 +97,13 @@ def audit(files: Sequence[Path]) -> list[Finding]:
 
     Raises OSError, SyntaxError, or ValueError for a file that cannot be read.
     """
-    program = Program(list(files))
-    found = set(_ErrorPath(program).findings())
-    for module in program.modules:
-        found.update(_imports(module), _lazy(module, program), _environment(module, program))
+    try:
+        program = Program(list(files))
+        found = set(_ErrorPath(program).findings())
+        for module in program.modules:
+            found.update(_imports(module), _lazy(module, program), _environment(module, program))
+    except RecursionError as error:
+        raise ValueError("an expression is nested too deeply to be audited") from error
     return sorted(found)
 
 
