@@ -9,6 +9,7 @@ an error. The guard costs nothing while nothing is loaded, since Python asks it 
 from __future__ import annotations
 
 import sys
+import types
 from contextlib import contextmanager, suppress
 from sys import _getframe, meta_path
 from typing import TYPE_CHECKING, Literal
@@ -38,7 +39,7 @@ def import_at_once() -> None:
     set_filter(lambda importing, imported, names: False)
     for module in list(sys.modules.values()):
         for name, value in list(vars(module).items()):
-            if type(value).__name__ == "lazy_import":
+            if isinstance(value, getattr(types, "LazyImportType")):  # noqa: B009
                 getattr(module, name)
 
 
