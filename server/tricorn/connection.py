@@ -179,6 +179,7 @@ class Connection:
         "_reported",
         "_sent",
         "_stall_timeout",
+        "_stalled",
         "_turn",
         "cause",
         "context",
@@ -215,6 +216,7 @@ class Connection:
         self._in_vain = 0  # messages sent to a peer that is gone, before the handler is told
         self._flushes = False  # what is unsent goes out before the close frame
         self._flushing: CancelScope | None = None
+        self._stalled: CancelScope | None = None  # of the task that waits for room
         self._turn: StrictFIFOLock | None = None  # of the tasks that send, as soon as one had to wait
         self._fragmenting = False  # who has the turn sends a fragmented message
         self._ended: Event | None = None  # if somebody waits for it
@@ -301,6 +303,8 @@ class Connection:
         if not self._end(cause):
             return
         self.receiver.wake()
+        if self._stalled is not None:
+            self._stalled.cancel()
         if waits or sends or self.inbox:
             self._bound_tasks()
         else:
@@ -346,8 +350,8 @@ class Connection:
 
         Without `in_turn` there is no room while other tasks wait for some, or send a fragmented message.
         """
-        if self.over:
-            self.require_open()
+        if self.cause is not None:
+            self._after_the_end(self.cause)
         if self._turn is not None and not in_turn and self._turn.locked():
             return False
         more = True if self.inbox else False  # noqa: SIM210 (a call for each message costs more)
@@ -368,7 +372,13 @@ class Connection:
             self._metrics.send_stalls.add()
         async with self._turns():
             while not self.put(payloads, text, in_turn=True):
-                await self.transport.room()
+                await self.room()
+
+    async def room(self) -> None:
+        """Wait until there may be room, or the connection ends."""
+        with CancelScope() as self._stalled:
+            await self.transport.room()
+        self._stalled = None
 
     async def begin_fragments(self) -> None:
         """Wait for the turn, and have no other message between the fragments that follow. Raises Disconnected."""
@@ -386,16 +396,20 @@ class Connection:
         self._sent += sent and last
         return sent
 
-    def _sent_in_vain(self) -> bool:
-        """Raise Disconnected, but not before it is certain why, and all that came before was received.
+    def _after_the_end(self, cause: Close) -> None:
+        """Raise Disconnected, but not before all that came before the end was received.
 
         A handler that sends on and on and receives nothing is told as well.
         """
         self._in_vain += 1
-        if self.cause is None or (self.inbox and self._in_vain < IN_VAIN_MAX):
-            return True
-        self.tell()
-        raise Disconnected(*self.cause)
+        if not self.inbox or self._in_vain > IN_VAIN_MAX:
+            self.tell()
+            raise Disconnected(*cause)
+
+    def _sent_in_vain(self) -> bool:
+        """The peer is gone: that is an error as soon as it is certain why."""
+        self._in_vain += 1
+        return True
 
     def end_fragments(self, error: BaseException | None) -> None:
         """Let others send again; an error that left the message incomplete ends the connection."""

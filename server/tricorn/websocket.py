@@ -215,7 +215,7 @@ class WebSocket(Generic[State]):
                 payload = _payload(following, text=text)
                 following = next(iterator, _END)
                 while not connection.put_fragment(payload, text=first, last=following is _END):
-                    await connection.transport.room()
+                    await connection.room()
                 first = None
                 if following is not _END:
                     await checkpoint()
