@@ -253,6 +253,7 @@ class Connection:
             if (through := passing(error)) is not None:
                 raise through from None  # noqa: ASYNC104
         finally:
+            through = None  # or its traceback, which knows this frame, would make a circle
             await self._tear_down()
         return failure
 
