@@ -236,6 +236,7 @@ class Connection:
         KeyboardInterrupt. If cancelled, the connection closes with 1012, within `close_timeout`.
         """
         failure: BaseException | None = None
+        through: BaseException | None = None
         self._metrics.opened.add()
         try:
             async with trio.open_nursery() as self.nursery:
@@ -253,8 +254,9 @@ class Connection:
             if (through := passing(error)) is not None:
                 raise through from None  # noqa: ASYNC104
         finally:
-            through = None  # or its traceback, which knows this frame, would make a circle
             await self._tear_down()
+            if through is not None:  # the group that it was in, and this frame, which its traceback knows, make circles
+                through.__context__ = through = None
         return failure
 
     def cancel(self) -> None:
