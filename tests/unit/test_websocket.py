@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import trio
-from trio.testing import wait_all_tasks_blocked
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tricorn import Accept, Disconnected, Request, ServerMetrics, Settings, WebSocket
 from tricorn.connection import Connection, Traffic
 from tricorn.protocol.close import Close
 from tricorn.transport.keep_alive import Reaper
-from tricorn.websocket import IN_A_ROW
 
 
 class Transport:
@@ -166,7 +165,12 @@ async def test_the_first_send_behind_a_receive_does_not_yield() -> None:
     assert transport.more == [True] * 3 + [False] * 3
 
 
-async def test_others_have_their_turn_while_messages_wait() -> None:
+@pytest.mark.parametrize(("takes", "in_a_row"), [(0, 17), (0.0001, 17), (0.001, 5), (0.003, 5), (0.1, 5)])
+async def test_others_have_their_turn_while_messages_wait(
+    mock_clock: MockClock, takes: float, in_a_row: int
+) -> None:
+    """Every few milliseconds, but for the first turn of a slow handler, or behind each message."""
+
     async def handler(connection: Connection, ws: WebSocket) -> None:
         turns: list[None] = []
         ws.nursery.start_soon(count_turns, turns)
@@ -174,10 +178,14 @@ async def test_others_have_their_turn_while_messages_wait() -> None:
         seen: list[int] = []
         for _ in range(1000):
             await ws.receive()
+            mock_clock.jump(takes)
             await ws.send("y")
             seen.append(len(turns))
         # In a turn of all tasks each has one, in any order: at worst first in one and last in the next.
-        assert max(Counter(seen).values()) <= 2 * (IN_A_ROW + 1)
+        counts = Counter(seen)
+        assert max(counts.values()) <= 2 * in_a_row
+        later = [counts[turn] for turn in sorted(counts)[3:]]
+        assert max(later) * takes <= max(0.010, 2 * takes)
 
     assert (await run(handler)).cause == (1000, "")
 
