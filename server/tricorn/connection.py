@@ -256,7 +256,8 @@ class Connection:
         finally:
             await self._tear_down()
             if through is not None:  # the group that it was in, and this frame, which its traceback knows, make circles
-                through.__context__ = through = None
+                through.__context__ = None
+                del through
         return failure
 
     def cancel(self) -> None:
@@ -378,7 +379,7 @@ class Connection:
                 await self.room()
 
     async def room(self) -> None:
-        """Wait until there may be room. Raises Disconnected if the connection ends meanwhile, with nothing to receive."""
+        """Wait until there may be room. Raises Disconnected if the connection ends with nothing to receive."""
         with CancelScope() as self._stalled:
             await self.transport.room()
         if self._stalled.cancelled_caught and self.cause is not None:

@@ -239,7 +239,7 @@ class WebSocket(Generic[State]):
         return "a Unix socket" if peer is None else f"{peer[0]}:{peer[1]}"
 
 
-# Messages that are received without a turn for others: at most, as long as the handler's pace is unknown, and in seconds.
+# Messages that are received without a turn for others: at most, while the handler's pace is unknown, and in seconds.
 IN_A_ROW, FIRST_IN_A_ROW, TURN = 16, 4, 0.004
 REASON_MAX = 123  # bytes, RFC 6455 §5.5.1
 ABORTED = Close(1006)

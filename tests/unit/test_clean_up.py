@@ -107,10 +107,9 @@ async def test_a_handler_that_is_busy_elsewhere_is_cancelled_at_once(autojump_cl
         finally:
             ended.set()
 
-    async with connect(handler, settings=SETTINGS) as client:
-        async with seconds(0):
-            await go(client)
-            await ended.wait()
+    async with connect(handler, settings=SETTINGS) as client, seconds(0):
+        await go(client)
+        await ended.wait()
 
 
 async def test_a_handler_that_was_told_learns_no_more_of_a_second_task(autojump_clock: MockClock) -> None:
@@ -153,7 +152,7 @@ async def swallow_cancellations(ws: WebSocket) -> None:
     for _ in range(140):
         try:
             await trio.sleep(0.1)
-        except BaseException:  # noqa: ASYNC103, BLE001, S110
+        except BaseException:  # noqa: ASYNC103
             with trio.CancelScope(shield=True):
                 await trio.sleep(0.1)
 

@@ -166,9 +166,7 @@ async def test_the_first_send_behind_a_receive_does_not_yield() -> None:
 
 
 @pytest.mark.parametrize(("takes", "in_a_row"), [(0, 17), (0.0001, 17), (0.001, 5), (0.003, 5), (0.1, 5)])
-async def test_others_have_their_turn_while_messages_wait(
-    mock_clock: MockClock, takes: float, in_a_row: int
-) -> None:
+async def test_others_have_their_turn_while_messages_wait(mock_clock: MockClock, takes: float, in_a_row: int) -> None:
     """Every few milliseconds, but for the first turn of a slow handler, or behind each message."""
 
     async def handler(connection: Connection, ws: WebSocket) -> None:
