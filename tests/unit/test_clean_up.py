@@ -251,3 +251,27 @@ async def test_a_peer_that_is_slow_because_the_loop_stood_still_is_not_stalled(a
         async with seconds(5, 5):
             await until(lambda: client.websocket.closed is not None)
         assert client.websocket.closed.code == 4001
+
+
+async def test_the_silence_of_a_peer_is_counted_without_the_time_that_the_loop_stood_still(
+    autojump_clock: MockClock,
+) -> None:
+    async with connect(iterate, settings=SETTINGS) as client:
+        client.stall()
+        for awake in (5, 8, 4):  # less than the interval and the timeout of a ping
+            await trio.sleep(awake)
+            assert client.websocket.closed is None
+            autojump_clock.jump(60)
+        await until(lambda: client.websocket.closed is not None)
+        assert client.websocket.closed.code == 4000
+
+
+async def test_a_stall_is_counted_without_the_time_that_the_loop_stood_still(autojump_clock: MockClock) -> None:
+    async with connect(send_on, settings=SETTINGS) as client:
+        client.stall()
+        for awake in (1.5, 1):  # with a look that is late for each, less than the stall timeout
+            await trio.sleep(awake)
+            assert client.websocket.closed is None
+            autojump_clock.jump(60)
+        await until(lambda: client.websocket.closed is not None)
+        assert client.websocket.closed.code == 4001
