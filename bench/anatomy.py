@@ -177,7 +177,7 @@ async def of_a_run(events: int) -> float:
         ended.set()
 
     async with Chat(agent, SETTINGS) as chat:
-        by = chat.allowances.enter("somebody")
+        by = chat.quotas.enter("somebody")
         assert by is not None
 
         async def round() -> None:

@@ -34,7 +34,7 @@ class Chat:
         self.agent = agent
         self.settings = settings
         self.gate = gate
-        self.allowances = Quotas(settings, per_user=gate.wants_token, clock=monotonic)
+        self.quotas = Quotas(settings, per_user=gate.wants_token, clock=monotonic)
         self.tasks = asyncio.TaskGroup()
         self.closing = False
         self._conversations: dict[str, Conversation] = {}

@@ -7,7 +7,7 @@ from secrets import token_hex
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import trio
-from trio import CancelScope, StrictFIFOLock, current_effective_deadline, current_time, move_on_after, sleep
+from trio import CancelScope, Event, StrictFIFOLock, current_effective_deadline, current_time, move_on_after, sleep
 
 from tricorn.errors.failures import PASSING, leaves, passing
 from tricorn.errors.report import report, report_error, trace_id
@@ -40,6 +40,7 @@ class Reaper(Protocol):
 
 LITTLE = 8192  # bytes
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.2  # seconds between two looks at what the peer has confirmed
+IN_VAIN_MAX = 1000  # messages
 LATER_CAUSES = 10  # that are kept; the first cause always is
 
 Handed = TypeVar("Handed")
@@ -170,14 +171,15 @@ class Connection:
         "_flushes",
         "_flushing",
         "_fragmenting",
+        "_in_vain",
         "_later_causes",
         "_metrics",
         "_reaper",
         "_received",
         "_reported",
-        "_sends_in_vain",
         "_sent",
         "_stall_timeout",
+        "_stalled",
         "_turn",
         "cause",
         "context",
@@ -211,12 +213,13 @@ class Connection:
         self._stall_timeout = settings.stall_timeout
         self._metrics = metrics
         self._reaper = reaper
-        self._sends_in_vain = False  # a task sends to a peer that is gone, and has not been told
+        self._in_vain = 0  # messages sent to a peer that is gone, before the handler is told
         self._flushes = False  # what is unsent goes out before the close frame
         self._flushing: CancelScope | None = None
+        self._stalled: CancelScope | None = None  # of the task that waits for room
         self._turn: StrictFIFOLock | None = None  # of the tasks that send, as soon as one had to wait
         self._fragmenting = False  # who has the turn sends a fragmented message
-        self._ended: trio.Event | None = None  # if somebody waits for it
+        self._ended: Event | None = None  # if somebody waits for it
         # For the record of its end.
         self._began = self._ending_since = current_time()
         self._received = self._sent = 0
@@ -233,6 +236,7 @@ class Connection:
         KeyboardInterrupt. If cancelled, the connection closes with 1012, within `close_timeout`.
         """
         failure: BaseException | None = None
+        through: BaseException | None = None
         self._metrics.opened.add()
         try:
             async with trio.open_nursery() as self.nursery:
@@ -251,6 +255,9 @@ class Connection:
                 raise through from None  # noqa: ASYNC104
         finally:
             await self._tear_down()
+            if through is not None:  # the group that it was in, and this frame, which its traceback knows, make circles
+                through.__context__ = None
+                del through
         return failure
 
     def cancel(self) -> None:
@@ -296,10 +303,12 @@ class Connection:
         `close_timeout`; one that is busy elsewhere is cancelled.
         """
         waits = self.receiver.waiting is not None
-        sends = self._sends_in_vain or (self._turn is not None and self._turn.locked())
+        sends = self._in_vain > 0 or (self._turn is not None and self._turn.locked())
         if not self._end(cause):
             return
         self.receiver.wake()
+        if self._stalled is not None and not self.inbox:
+            self._stalled.cancel()
         if waits or sends or self.inbox:
             self._bound_tasks()
         else:
@@ -335,7 +344,7 @@ class Connection:
             self._flushes = True
         self.stop()
         if self._ended is None:
-            self._ended = trio.Event()
+            self._ended = Event()
             if self.phase is Phase.CLOSED:
                 self._ended.set()
         await self._ended.wait()
@@ -367,7 +376,15 @@ class Connection:
             self._metrics.send_stalls.add()
         async with self._turns():
             while not self.put(payloads, text, in_turn=True):
-                await self.transport.room()
+                await self.room()
+
+    async def room(self) -> None:
+        """Wait until there may be room. Raises Disconnected if the connection ends with nothing to receive."""
+        with CancelScope() as self._stalled:
+            await self.transport.room()
+        if self._stalled.cancelled_caught and self.cause is not None:
+            self.tell()
+            raise Disconnected(*self.cause)
 
     async def begin_fragments(self) -> None:
         """Wait for the turn, and have no other message between the fragments that follow. Raises Disconnected."""
@@ -386,9 +403,12 @@ class Connection:
         return sent
 
     def _sent_in_vain(self) -> bool:
-        """Raise Disconnected, but not before it is certain why, and all that came before was received."""
-        if self.cause is None or self.inbox:
-            self._sends_in_vain = True
+        """Raise Disconnected, but not before it is certain why, and all that came before was received.
+
+        A handler that sends on and on and receives nothing is told as well.
+        """
+        self._in_vain += 1
+        if self.cause is None or (self.inbox and self._in_vain < IN_VAIN_MAX):
             return True
         self.tell()
         raise Disconnected(*self.cause)

@@ -10,13 +10,13 @@ from functools import partial
 from itertools import accumulate
 from math import inf
 from os import getpid
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from tricorn.metrics import Counter, Gauge, Histogram, Numbers, total
+from tricorn.metrics import Counter, Gauge, Histogram, Metrics, Numbers, total
 from tricorn.service.pages import TEXT, Event, Receive, Send, respond
 
 if TYPE_CHECKING:
@@ -24,14 +24,6 @@ if TYPE_CHECKING:
     from tricorn.websocket import WebSocket
 
 Scrape = Callable[[], Awaitable[tuple[Numbers, Mapping[str, int]]]]
-
-
-class Metrics(Protocol):
-    """A set of metrics, and what was counted of them."""
-
-    def metrics(self) -> tuple[Counter | Histogram, ...]: ...
-
-    def numbers(self) -> Numbers: ...
 
 
 class _Counted(Collector):
@@ -42,7 +34,7 @@ class _Counted(Collector):
         self._numbers = {**numbers.grown, **numbers.current}
 
     def collect(self) -> Iterator[Metric]:
-        for metric in self._metrics:
+        for metric in {metric.name: metric for metric in self._metrics}.values():  # two sets may have one in common
             labels = [metric.label] if metric.label else []
             if isinstance(metric, Histogram):
                 yield self._histogram(metric, labels)

@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from tricorn.chat import SUBPROTOCOLS, Chat
+from tricorn.chat import SUBPROTOCOLS, Chat, close_codes
 from tricorn.chat.identity import Everybody, ThisMachine
 from tricorn.chat.logs import connect
 from tricorn.chat.metrics import ChatMetrics
 from tricorn.errors.import_guard import guarded
+from tricorn.errors.last_resort import LastResort, exit_in_time
 from tricorn.errors.report import report
 from tricorn.errors.streams import recorded
 from tricorn.listening.binds import listen
 from tricorn.listening.site import Site
-from tricorn.metrics import ProcessMetrics, ServerMetrics, total
+from tricorn.metrics import Metrics, ProcessMetrics, ServerMetrics, total
 from tricorn.server import Server, serve_until_signal
 from tricorn.service.auth import Tokens
 from tricorn.service.bind import bind_or_explain, show_address
@@ -106,10 +107,10 @@ async def serve(
     """
     listeners = [] if worker is not None else await bind_or_explain(listen, settings.host, settings.port, "--bind ")
     for_metrics = [] if worker is not None else await _listen_for_metrics(settings)
-    async with start_chat(agent, settings, log) as chat:
+    async with exit_in_time(settings.drain_timeout) as last_resort, start_chat(agent, settings, log) as chat:
         settle()
         with recorded():
-            await _serve_chat(chat, settings, listeners, for_metrics, config, worker, say)
+            await _serve_chat(chat, settings, listeners, for_metrics, config, worker, say, last_resort)
 
 
 async def _serve_chat(
@@ -120,6 +121,7 @@ async def _serve_chat(
     config: Config | None,
     worker: Worker | None,
     say: Say,
+    last_resort: LastResort,
 ) -> None:
     server = Server(
         Site({"/ws": chat.session}, settings, subprotocols=SUBPROTOCOLS),
@@ -128,11 +130,13 @@ async def _serve_chat(
         drain=chat.drain,
         config=config,
     )
-    counted = [server.metrics, chat.metrics, ProcessMetrics()]
+    for code in close_codes.KNOWN:
+        server.metrics.know_code(code)
+    counted: list[Metrics] = [server.metrics, chat.metrics, ProcessMetrics()]
     async with trio.open_nursery() as support:
         await _show_metrics(support, for_metrics, metrics_page(counted, of_this_process(counted)), settings, say)
         async with trio.open_nursery() as serving:
-            await serving.start(serve_until_signal, server)
+            await serving.start(serve_until_signal, server, last_resort)
             if worker is None:
                 _announce(settings, config, say, server.addresses)
             else:
@@ -154,7 +158,7 @@ async def supervise(command: Sequence[str], settings: ServiceSettings, *, config
             supervisor = Supervisor(
                 command, settings.workers, reserved, drain_timeout=settings.drain_timeout, counted=[process]
             )
-            described = [ServerMetrics(), ChatMetrics(), process, supervisor.metrics]
+            described: list[Metrics] = [ServerMetrics(), ChatMetrics(), process, supervisor.metrics]
             page = metrics_page(described, supervisor.scrape)
             await _show_metrics(support, for_metrics, page, settings, say)
             status = await supervisor.run(partial(_announce, settings, config, say))

@@ -21,13 +21,12 @@ from trio import BrokenResourceError, current_time, move_on_after
 from tricorn.chat.backoff import Backoff
 from tricorn.errors.report import report, report_error
 from tricorn.listening.binds import BACKLOG, addresses, bind
-from tricorn.metrics import NOTHING, Counter, Numbers, total
+from tricorn.metrics import NOTHING, Counter, Metrics, Numbers, total
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
     from tricorn.listening.binds import Address
-    from tricorn.service.metrics_page import Metrics
 
 FIRST_PAUSE = 0.1  # seconds before a worker is replaced; each time in a row they double
 LONGEST_PAUSE = 30.0
@@ -78,19 +77,11 @@ class Worker:
         raise_signal(SIGTERM)
 
 
-class WorkerMetrics:
-    """What a supervisor counts."""
+class WorkerMetrics(Metrics):
+    """The counters of a supervisor."""
 
     def __init__(self) -> None:
         self.ends = Counter("worker_ends", "Workers that ended by themselves and were replaced.")
-
-    def metrics(self) -> tuple[Counter]:
-        """Return all of them."""
-        return (self.ends,)
-
-    def numbers(self) -> Numbers:
-        """Return what was counted so far."""
-        return Numbers({self.ends.name: self.ends.family()}, {})
 
 
 class Supervisor:

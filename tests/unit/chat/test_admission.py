@@ -56,7 +56,7 @@ async def test_notice_comes_before_the_end(enter: Connect, autojump_clock: MockC
         assert trio.current_time() == pytest.approx(3600 - EXPIRY_NOTICE, abs=2)
         await client.ended.wait()
         assert trio.current_time() == pytest.approx(3600, abs=2)
-        assert client.due[1:] == (4002, "the token has expired")
+        assert client.closed == (4002, "the token has expired")
 
 
 async def test_a_token_is_believed_for_the_leeway_after_it_expired(enter: Connect, autojump_clock: MockClock) -> None:
@@ -94,7 +94,7 @@ async def test_who_is_silent_is_closed_in_time(enter: Connect, autojump_clock: M
         client = await enter(chat)
         await client.ended.wait()
         assert trio.current_time() == pytest.approx(SETTINGS.auth_timeout)
-        assert client.due[1:] == (4500, "no good token came in time")
+        assert client.closed == (4500, "no good token came in time")
         assert client.messages == []
 
 

@@ -100,7 +100,8 @@ async def test_an_embedded_server_writes_nothing_below_warning(records: Records,
     async def handler(ws: tricorn.WebSocket) -> None:
         await ws.receive()
 
-    [(host, port)] = await nursery.start(tricorn.serve, handler, 0)
+    server = await nursery.start(tricorn.serve, handler, 0)
+    [(host, port)] = server.addresses
     with trio.fail_after(30):
         async with await trio.open_tcp_stream(host, port) as stream:
             await stream.send_all(

@@ -13,7 +13,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from promql_parser import VectorSelector
 
-from tricorn import metrics
+from tricorn.chat.metrics import ChatMetrics
+from tricorn.metrics import Metrics, ProcessMetrics, ServerMetrics
 from tricorn.service.metrics_page import metrics_page, of_this_process
 from tricorn.service.workers import WorkerMetrics
 
@@ -46,7 +47,7 @@ async def samples() -> dict[str, set[str]]:
     async def send(event: dict) -> None:
         sent.append(event)
 
-    sets = [metrics, WorkerMetrics()]
+    sets: list[Metrics] = [ServerMetrics(), ChatMetrics(), ProcessMetrics(), WorkerMetrics()]
     app = metrics_page(sets, of_this_process(sets))
     await app({"type": "http", "method": "GET", "path": "/metrics"}, None, send)  # type: ignore[arg-type]
     found: dict[str, set[str]] = {}

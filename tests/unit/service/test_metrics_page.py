@@ -11,7 +11,10 @@ import pytest
 
 from tricorn import metrics
 from tricorn.chat import close_codes, protocol
+from tricorn.chat import metrics as chat_metrics
+from tricorn.chat.metrics import ChatMetrics
 from tricorn.chat.settings import ChatSettings
+from tricorn.metrics import Metrics, ProcessMetrics, ServerMetrics
 from tricorn.protocol import close
 from tricorn.service.metrics_page import metrics_page, of_this_process
 from tricorn.service.workers import WorkerMetrics
@@ -20,20 +23,26 @@ OPERATIONS = Path(__file__).parents[3].joinpath("docs/operations.md").read_text(
 
 
 def test_the_labels_are_those_of_the_protocol_and_of_the_settings() -> None:
-    assert get_args(protocol.Outcome) == metrics.OUTCOMES
-    assert set(metrics.EVENTS) == {each.__struct_config__.tag for each in get_args(protocol.AnyEvent)}
-    assert set(metrics.LIMITS) <= {field.name for field in dataclasses.fields(ChatSettings)}
+    counted = ChatMetrics()
+    assert tuple(counted.run_seconds.buckets) == get_args(protocol.Outcome)
+    assert set(counted.appended.values) == {each.__struct_config__.tag for each in get_args(protocol.AnyEvent)}
+    limits = {*metrics.LIMITS, *chat_metrics.LIMITS}
+    assert limits <= {field.name for field in dataclasses.fields(ChatSettings)}
     assert {1000, 1006, 1013, 4003} <= close.KNOWN
-    assert set(map(str, close_codes.KNOWN)) <= metrics.CLOSED.values.keys()
+    assert {4002, 4503} <= close_codes.KNOWN
 
 
-async def shown(method: str = "GET", path: str = "/metrics") -> tuple[int, str]:
+def all_sets() -> list[Metrics]:
+    return [ServerMetrics(), ChatMetrics(), ProcessMetrics(), WorkerMetrics()]
+
+
+async def shown(method: str = "GET", path: str = "/metrics", sets: list[Metrics] | None = None) -> tuple[int, str]:
     sent: list[dict] = []
 
     async def send(event: dict) -> None:
         sent.append(event)
 
-    sets = [metrics, WorkerMetrics()]
+    sets = sets or all_sets()
     app = metrics_page(sets, of_this_process(sets))
     await app({"type": "http", "method": method, "path": path}, None, send)  # type: ignore[arg-type]
     return sent[0]["status"], sent[1]["body"].decode()
@@ -46,12 +55,23 @@ async def test_it_answers_get_and_head_of_one_path(method: str, path: str, statu
     assert (await shown(method, path))[0] == status
 
 
-async def test_what_is_shown_of_a_histogram_is_cumulative(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_two_sets_with_one_metric_are_shown_as_one() -> None:
+    server, chat = ServerMetrics(), ChatMetrics()
+    server.limit_hits.add("max_connections")
+    chat.limit_hits.add("outbox", 2)
+    _, body = await shown(sets=[server, chat])
+    assert body.count("# TYPE tricorn_limit_hits_total") == 1
+    assert 'tricorn_limit_hits_total{limit="max_connections"} 1.0\n' in body
+    assert 'tricorn_limit_hits_total{limit="outbox"} 2.0\n' in body
+
+
+async def test_what_is_shown_of_a_histogram_is_cumulative() -> None:
     """With a label and without."""
-    monkeypatch.setattr(metrics.RUN_SECONDS, "buckets", {"success": [2, 1, 0, 0, 0, 0, 0, 0, 1]})
-    monkeypatch.setattr(metrics.RUN_SECONDS, "sums", {"success": 400.5})
-    monkeypatch.setattr(metrics.TEARDOWN_SECONDS, "buckets", {"": [1, 0, 0, 0, 0, 0, 0, 0, 1]})
-    _, body = await shown()
+    server, chat = ServerMetrics(), ChatMetrics()
+    chat.run_seconds.buckets = {"success": [2, 1, 0, 0, 0, 0, 0, 0, 1]}
+    chat.run_seconds.sums = {"success": 400.5}
+    server.teardown_seconds.buckets = {"": [1, 0, 0, 0, 0, 0, 0, 0, 1]}
+    _, body = await shown(sets=[server, chat])
     for line in (
         'run_seconds_bucket{le="0.1",outcome="success"} 2.0',
         'run_seconds_bucket{le="300.0",outcome="success"} 3.0',
@@ -74,5 +94,5 @@ def test_every_limit_is_described_with_its_default() -> None:
     limits = OPERATIONS.partition("## Limits\n")[2].partition("\n## ")[0]
     rows = dict(re.findall(r"^\| `(\w+)` \| ([\d,]+|inf) \|", limits, re.MULTILINE))
     assert {name: float(number.replace(",", "")) for name, number in rows.items()} == {
-        name: getattr(ChatSettings(), name) for name in metrics.LIMITS
+        name: getattr(ChatSettings(), name) for name in {*metrics.LIMITS, *chat_metrics.LIMITS}
     }

@@ -21,7 +21,7 @@ from trio_websocket import (
 
 from tricorn.chat.backoff import Backoff
 from tricorn.chat.close_codes import DO_NOT_COME_BACK
-from tricorn.chat.protocol import SUBPROTOCOL, AnyEvent, Closing, Opened, Reply, Request, Welcome
+from tricorn.chat.protocol import SUBPROTOCOL, AnyEvent, ClientRequest, Closing, Opened, Reply, Welcome
 from tricorn.errors.reason import innermost, reason
 
 CONNECT_TIMEOUT = 10.0  # seconds; for the handshake, and for the first message after it
@@ -87,7 +87,7 @@ class ReconnectingClient:
         self.left = True
         self._scope.cancel()
 
-    async def send(self, request: Request) -> None:
+    async def send(self, request: ClientRequest) -> None:
         """Send a request, unless there is no connection or it is being lost. If cancelled, the connection is lost."""
         await trio.lowlevel.checkpoint()
         if self._ws is not None:
