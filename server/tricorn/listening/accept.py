@@ -218,7 +218,7 @@ class Acceptor:
                     asked = request, handler, accepted
             if asked is not None:
                 await self._serve_asgi(wire, sock, head, *asked)
-            elif head.is_http2 and (self._http is None or _protocol(wire) != "h2"):
+            elif head.is_http2 and (self._http is None or data or _protocol(wire) != "h2"):
                 await self._refuse(wire, REFUSAL)
             elif request is None and not head.is_http2:
                 pass  # the peer went before it had said what it wants

@@ -173,10 +173,11 @@ class Exchange:
     def in_time(self, receive: Any) -> Any:
         """Return `receive` for an app, bounded as long as that waits for the peer: until the request is complete."""
         complete = False
+        patience = min(self._stall_timeout, self._http.config.read_timeout or inf)
 
         async def receive_in_time() -> Any:
             nonlocal complete
-            with move_on_after(inf if complete else self._stall_timeout):
+            with move_on_after(inf if complete else patience):
                 event = await receive()
                 complete = not event.get("more_body")
                 return event
@@ -280,6 +281,7 @@ class Pages(Exchange):
                 await self._protocol.handle(RawData(data))
                 if head.complete:
                     await self._watch()
+                    break
                 data = await self._read(READ_SIZE)
                 if data:
                     data = head.request(data)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import trio
 from trio.lowlevel import checkpoint
 
-from tricorn.transport.poller import Flusher
+from tricorn.transport.poller import Turns
 from tricorn.waiter import Waiter
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ CAPACITY = 65536  # bytes that may be on their way in each direction
 def _nothing() -> None: ...
 
 
-class MemoryWire(Flusher):
+class MemoryWire(Turns):
     """The bytes between one client and its server, as the server's socket and as the poller of it.
 
     Attributes:
@@ -100,7 +100,7 @@ class MemoryWire(Flusher):
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._flush)
+            nursery.start_soon(self._take_turns)
             task_status.started()
             while True:
                 if self._dispatch():

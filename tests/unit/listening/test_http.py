@@ -9,10 +9,15 @@ from typing import Any
 import pytest
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
+from hypercorn.events import Closed, RawData, Updated
+from hypercorn.protocol.h2 import H2Protocol
+from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.lifespan import Lifespan
-from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
+
+PROTOCOL = ["self", "app", "config", "context", "task_group", "connection_state", "ssl", "client", "server", "send"]
 
 
 def names(function: Any) -> list[str]:
@@ -26,7 +31,16 @@ def test_it_is_the_version_that_was_read() -> None:
 @pytest.mark.parametrize(
     ("function", "takes"),
     [
-        (TCPServer.__init__, ["self", "app", "config", "context", "state", "stream"]),
+        (H11Protocol.__init__, PROTOCOL),
+        (H2Protocol.__init__, PROTOCOL),
+        (H2Protocol.initiate, ["self"]),
+        (H11Protocol.initiate, ["self"]),
+        (H11Protocol.handle, ["self", "event"]),
+        (H2Protocol.handle, ["self", "event"]),
+        (TaskGroup.spawn, ["self", "func", "args"]),
+        (RawData, ["data"]),
+        (Closed, []),
+        (Updated, ["idle"]),
         (Lifespan.__init__, ["self", "app", "config", "state"]),
         (WorkerContext.__init__, ["self", "max_requests"]),
         (ASGIWrapper.__init__, ["self", "app"]),
@@ -38,7 +52,14 @@ def test_what_is_called_takes_what_it_gets(function: Any, takes: list[str]) -> N
 
 
 @pytest.mark.parametrize(
-    "function", [TCPServer.run, Lifespan.handle_lifespan, Lifespan.wait_for_startup, Lifespan.wait_for_shutdown]
+    "function",
+    [
+        H11Protocol.handle,
+        H2Protocol.handle,
+        Lifespan.handle_lifespan,
+        Lifespan.wait_for_startup,
+        Lifespan.wait_for_shutdown,
+    ],
 )
 def test_what_is_awaited_can_be(function: Any) -> None:
     assert iscoroutinefunction(function)
@@ -48,9 +69,10 @@ def test_what_is_awaited_can_be(function: Any) -> None:
 def test_the_options_that_are_set_are_there() -> None:
     for option in (
         "h11_max_incomplete_size",
-        "websocket_max_message_size",
-        "websocket_ping_interval",
-        "ssl_handshake_timeout",
+        "h2_max_concurrent_streams",
+        "h2_max_header_list_size",
+        "keep_alive_timeout",
+        "server_names",
         "accesslog",
         "errorlog",
         "include_server_header",
@@ -67,3 +89,12 @@ async def test_the_event_of_the_end_is_one_that_is_set() -> None:
 
 def test_a_connections_state_is_a_dict() -> None:
     assert isinstance(ConnectionState({}), dict)
+
+
+def test_http_2_knows_its_streams_and_what_they_wait_with() -> None:
+    """And the settings that it offers are those of its connection, which it has not sent yet."""
+    protocol = H2Protocol(None, Config(), WorkerContext(None), None, ConnectionState({}), True, None, None, None)  # type: ignore[arg-type]
+    assert protocol.idle
+    assert protocol.stream_buffers == {}
+    assert protocol.connection.local_settings.enable_connect_protocol == 1
+    assert protocol.connection.data_to_send() == b""
