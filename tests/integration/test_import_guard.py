@@ -23,6 +23,8 @@ import pytest
 import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
 
+from fixtures.hosts import TlsStream, authority
+
 PATIENCE = 60  # seconds, for a whole test
 
 AGENT = """
@@ -148,11 +150,11 @@ async def running(directory: Path, *command: str, **environment: str) -> AsyncGe
 
 
 @asynccontextmanager
-async def tricorn(directory: Path, guard: str) -> AsyncGenerator[Server]:
+async def tricorn(directory: Path, guard: str, *options: str) -> AsyncGenerator[Server]:
     """`tricorn serve` with an agent that fails to order."""
     directory.joinpath("agent_to_order.py").write_text(AGENT)
     command = "-m tricorn serve --bind 127.0.0.1:0 --agent agent_to_order:agent"
-    async with running(directory, *command.split(), TRICORN_IMPORT_GUARD=guard) as server:
+    async with running(directory, *command.split(), *options, TRICORN_IMPORT_GUARD=guard) as server:
         yield server
 
 
@@ -207,12 +209,13 @@ async def get_by_http2(port: int, paths: Sequence[bytes]) -> list[bytes]:
     for stream_id, path in enumerate(paths):
         connection.send_headers(
             2 * stream_id + 1,
-            [(b":method", b"GET"), (b":scheme", b"http"), (b":authority", b"x"), (b":path", path)],
+            [(b":method", b"GET"), (b":scheme", b"https"), (b":authority", b"x"), (b":path", path)],
             end_stream=True,
         )
     statuses: dict[int, bytes] = {}
     ended = 0
-    async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+    async with await trio.open_tcp_stream("127.0.0.1", port) as plain:
+        stream = TlsStream(plain, "h2")
         await stream.send_all(connection.data_to_send())
         async for chunk in stream:
             for event in connection.receive_data(chunk):
@@ -263,10 +266,22 @@ async def test_pages_refusals_and_violations_import_nothing(tmp_path: Path) -> N
     async with tricorn(tmp_path, "deny") as server:
         for sent in RAW.values():
             assert await talk(server.port, sent)
-        assert await get_by_http2(server.port, [b"/", b"/healthz", b"/no"]) == [b"200", b"200", b"404"]
         for sent in (b"", GET % b"/", UPGRADE):
             break_off(server.port, sent)
         assert b"ok" in await talk(server.port, GET % b"/healthz")
+    server.check_that_nothing_was_imported()
+
+
+async def test_pages_inside_tls_import_nothing(tmp_path: Path) -> None:
+    certificate = authority().issue_cert("127.0.0.1")
+    certificate.private_key_and_cert_chain_pem.write_to_path(tmp_path / "certificate.pem")
+    tmp_path.joinpath("tls.toml").write_text('certfile = "certificate.pem"\nkeyfile = "certificate.pem"\n')
+    async with tricorn(tmp_path, "deny", "--config", "tls.toml") as server:
+        assert await get_by_http2(server.port, [b"/", b"/healthz", b"/no"]) == [b"200", b"200", b"404"]
+        async with await trio.open_tcp_stream("127.0.0.1", server.port) as stream:
+            encrypted = TlsStream(stream)
+            await encrypted.send_all(UPGRADE)
+            assert b" 101 " in await encrypted.receive_some()
     server.check_that_nothing_was_imported()
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from tricorn.chat import SUBPROTOCOLS, Chat
 from tricorn.chat.logs.memory import MemoryLog
 from tricorn.errors.drill import CLOSE, EXCHANGES, PING, TEXT, Exchange, drill, fail_when_told, failure, frame, upgrade
+from tricorn.protocol.http2 import PREFACE, REFUSAL
 from tricorn.server import serve
 from tricorn.service.auth import rehearse
 from tricorn.service.pages import pages
@@ -22,13 +23,7 @@ CHAT_EXCHANGES = (
     *EXCHANGES,
     Exchange(b"GET / HTTP/1.1\r\nHost: drill\r\n\r\n", b"</html>"),
     Exchange(b"GET /readyz HTTP/1.1\r\nHost: drill\r\n\r\n", b'"ok"'),
-    Exchange(
-        # HTTP/2 (RFC 9113): the preface, SETTINGS without any, HEADERS of GET http / on the host x, which is all
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-        + bytes.fromhex("000000 04 00 00000000")
-        + bytes.fromhex("000006 01 05 00000001 82 86 84 41 01 78"),
-        b"</html>",
-    ),
+    Exchange(PREFACE, REFUSAL),
     Exchange(
         _TO_THE_CHAT
         + frame(PING, b"")
