@@ -1,7 +1,7 @@
 """RFC 6455 and RFC 7692 as judged by a suite that nobody here wrote: kosoku, with the cases of Autobahn's test suite.
 
-Each case is run on a plain connection, inside TLS, and on a connection that has asked for a page before. The suite can do
-only the first: for the others a proxy does what comes before the upgrade.
+Each case is run on a plain connection, inside TLS, and on a connection that has asked for a page before. The suite can
+do only the first: for the others a proxy does what comes before the upgrade.
 
 The 216 cases of compression send a thousand messages each, which takes minutes; here they send 20. In full:
 

@@ -17,6 +17,7 @@ import pytest
 import trio
 from hypercorn.config import Config
 from trio.testing import MockClock, wait_all_tasks_blocked
+from websockets.frames import Frame, Opcode
 
 from fixtures.clock import seconds
 from fixtures.handlers import echo
@@ -163,18 +164,28 @@ async def test_settings_apply_inside_tls(served: Served) -> None:
         assert b"extensions" not in response.lower()
 
 
-async def test_messages_right_after_the_request(served: Served) -> None:
-    """They may be in one record with it, which no poller tells of again."""
-    async with served(echo, ssl_context=server_context(), settings=SETTINGS) as server, encrypted(server) as stream:
-        client = server.client(stream)
-        head = client.request()
-        client.protocol.state = client.protocol.state.OPEN
-        client.protocol.send_text(b"early")
-        frame = b"".join(client.protocol.data_to_send())
-        client.protocol.state = client.protocol.state.CONNECTING
-        await stream.send_all(head + frame)
-        await client.handshake()
-        assert await client.receive() == "early"
+async def test_a_request_that_comes_with_the_end_of_the_handshake(served: Served) -> None:
+    """All of it was read then, and no poller tells of it again."""
+    async with served(echo, ssl_context=server_context(), settings=SETTINGS) as server, server.open() as stream:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = client_context().wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
+        done = False
+        while not done:
+            try:
+                tls.do_handshake()
+                done = True
+            except ssl.SSLWantReadError:
+                await stream.send_all(outgoing.read())
+                incoming.write(await stream.receive_some())
+        tls.write(server.client(stream).request() + Frame(Opcode.TEXT, b"early").serialize(mask=True))
+        await stream.send_all(outgoing.read())
+        received = b""
+        while not received.endswith(b"early"):
+            incoming.write(await stream.receive_some())
+            with suppress(ssl.SSLWantReadError):
+                while True:
+                    received += tls.read()
+        assert received.startswith(b"HTTP/1.1 101 ")
 
 
 async def test_the_end_is_said_in_tls_too(served: Served) -> None:
