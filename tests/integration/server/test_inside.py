@@ -181,7 +181,9 @@ async def test_a_request_that_comes_with_the_end_of_the_handshake(served: Served
         await stream.send_all(outgoing.read())
         received = b""
         while not received.endswith(b"early"):
-            incoming.write(await stream.receive_some())
+            data = await stream.receive_some()
+            assert data
+            incoming.write(data)
             with suppress(ssl.SSLWantReadError):
                 while True:
                     received += tls.read()
