@@ -185,8 +185,8 @@ async def test_a_request_that_comes_with_the_end_of_the_handshake(served: Served
             assert data
             incoming.write(data)
             with suppress(ssl.SSLWantReadError):
-                while True:
-                    received += tls.read()
+                while opened := tls.read():
+                    received += opened
         assert received.startswith(b"HTTP/1.1 101 ")
 
 
