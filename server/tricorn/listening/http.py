@@ -224,14 +224,22 @@ async def lifespan(app: ASGIApp, state: dict[str, Any], config: Config | None = 
     if config is None:
         config = Config()
         config.errorlog = None
+    ended = trio.Event()
     async with trio.open_nursery() as nursery:
         living = Lifespan(ASGIWrapper(app), config, state)
-        await nursery.start(living.handle_lifespan)
+        await nursery.start(_live, living, ended)
         await living.wait_for_startup()
+        if living.shutdown.is_set():  # the app returned, has no lifespan, or failed to start up
+            await ended.wait()
         yield
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):  # it has returned already
             await living.wait_for_shutdown()
         nursery.cancel_scope.cancel()
+
+
+async def _live(living: Lifespan, ended: trio.Event, task_status: trio.TaskStatus[None]) -> None:
+    await living.handle_lifespan(task_status=task_status)
+    ended.set()
 
 
 async def upgrade_required(scope: Any, receive: Any, send: Any) -> None:
