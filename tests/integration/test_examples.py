@@ -33,13 +33,13 @@ def on_a_free_port(example: str) -> tuple[str, ...]:
 
 def test_the_readme_shows_the_examples_as_they_are() -> None:
     shown = re.findall(r"\]\((docs/examples/[^)]+)\):\n\n```python\n(.*?)^```", readme(), re.MULTILINE | re.DOTALL)
-    assert [name for name, _ in shown] == ["docs/examples/weather_agent.py", "docs/examples/echo.py"]
+    assert [Path(name).name for name, _ in shown] == ["weather_agent.py", "echo.py", "authenticate.py"]
     for name, source in shown:
         assert source == (ROOT / name).read_text()
 
 
 def test_the_readme_shows_no_other_python() -> None:
-    assert readme().count("```python") == 2
+    assert readme().count("```python") == 3
 
 
 def test_the_links_of_the_pages_lead_somewhere() -> None:
