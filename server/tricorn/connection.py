@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 
     from tricorn.metrics import ServerMetrics
     from tricorn.protocol.deflate import Deflater
+    from tricorn.protocol.receiver import Message
     from tricorn.request import Request
-
-Message = str | bytes  # text or binary, RFC 6455 §5.6
 
 LATER_CAUSES = 10  # that are kept; the first cause always is
 

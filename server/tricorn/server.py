@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Awaitable, Callable
 from functools import partial
 from socket import SO_ACCEPTCONN, SOL_SOCKET
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from tricorn.transport.keep_alive import keep_alive
 from tricorn.transport.poller import best_poller
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Sequence
     from socket import socket as Socket
     from ssl import SSLContext
 
@@ -35,9 +36,9 @@ if TYPE_CHECKING:
     from tricorn.request import BeforeUpgrade
     from tricorn.websocket import WebSocket
 
-    Drain = Callable[[], Awaitable[None]]
-
 DEFAULTS = Settings()
+
+Drain = Callable[[], Awaitable[None]]  # what ends in order before connections are closed
 
 BATCH = 100  # connections that are closed together
 BATCH_PAUSE = 0.005  # seconds between two batches, in which the one before is through

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any, Generic, Self
 
 import trio
@@ -15,8 +15,9 @@ from tricorn.protocol.frames import Opcode, frame
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
 
-    from tricorn.connection import Connection, Message
+    from tricorn.connection import Connection
     from tricorn.protocol.deflate import Deflater
+    from tricorn.protocol.receiver import Message
     from tricorn.request import Accept, Request
 
     State = TypeVar("State", default=Any)
@@ -250,6 +251,9 @@ class _Broadcast:
             make = frame if deflater is None else deflater.frame
             made = self._frames[window] = make(self._opcode, self.payload)
         return made
+
+
+Handler = Callable[[WebSocket[Any]], Awaitable[None]]  # called with each connection
 
 
 def broadcast(members: Iterable[WebSocket[Any]], message: Message) -> list[WebSocket[Any]]:

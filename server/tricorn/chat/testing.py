@@ -25,7 +25,7 @@ from tricorn.chat.protocol import (
 from tricorn.chat.run import Agent, Run
 from tricorn.chat.settings import ChatSettings
 
-Event = AgentStarted | AgentThinking | ToolExecuting | ToolCompleted | AgentMessage | AgentCompleted
+AgentEvent = AgentStarted | AgentThinking | ToolExecuting | ToolCompleted | AgentMessage | AgentCompleted
 
 DEFAULTS = ChatSettings()
 CONVERSATION = "test"
@@ -35,7 +35,7 @@ CONVERSATION = "test"
 class Result:
     """What an agent made of one text."""
 
-    events: list[Event]
+    events: list[AgentEvent]
     """The events of the run as clients get them, from `AgentStarted` to `AgentCompleted`: see `tricorn.chat.protocol`.
 
     Their first `seq` is 2: the post has 1.
@@ -129,4 +129,4 @@ class _Appender:
         self._log.append_nowait(CONVERSATION, self._epoch, append)
 
 
-_decode = Decoder(Event).decode
+_decode = Decoder(AgentEvent).decode

@@ -15,18 +15,18 @@ from tricorn.listening.capacity import require_capacity
 from tricorn.metrics import ServerMetrics
 from tricorn.protocol.handshake import check_answer, check_origin, choose_subprotocol, offered_subprotocols
 from tricorn.request import Accept, Refuse
-from tricorn.websocket import WebSocket
+from tricorn.websocket import Handler, WebSocket
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tricorn.asgi_handler import ASGIApp
-    from tricorn.asgi_handler import Handler as Handler
     from tricorn.connection import Transport
     from tricorn.request import BeforeUpgrade, Request
     from tricorn.settings import Settings
 
-    Handlers = Handler | AsgiHandler | Mapping[str, Handler | AsgiHandler]
+
+Handlers = Handler | AsgiHandler | Mapping[str, Handler | AsgiHandler]  # one for every path, or by path
 
 
 class Site:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from tricorn.chat import Agent
-    from tricorn.listening.site import Handler
+    from tricorn.websocket import Handler
 
 
 AGENT = "an async function of one parameter, like: async def {path}(run)"

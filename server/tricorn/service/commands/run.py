@@ -21,7 +21,7 @@ from tricorn.service.loader import load_handler
 from tricorn.settings import Settings
 
 if TYPE_CHECKING:
-    from tricorn.listening.site import Handler
+    from tricorn.websocket import Handler
 
 
 def command(arguments: Namespace) -> int:
