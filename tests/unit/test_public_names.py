@@ -11,6 +11,8 @@ import pytest
 import tricorn
 from tricorn import server, testing
 
+FOR_HOSTS = {"count_end"}
+TYPES_OF_OURS = {
 PUBLIC = [getattr(tricorn, name) for name in tricorn.__all__] + [getattr(testing, name) for name in testing.__all__]
 
 
@@ -35,8 +37,6 @@ def test_every_type_in_a_signature_is_exported(function: Any) -> None:
         assert not is_ours or name in {*tricorn.__all__, *testing.__all__}, name
 
 
-FOR_HOSTS = {"count_end"}
-TYPES_OF_OURS = {
     "Handler",
     "Handlers",
     "ASGIApp",
