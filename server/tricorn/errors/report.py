@@ -129,6 +129,8 @@ def _clean(text: str, limit: int) -> str:
     if len(text) > limit:
         left_out = f"\n[{len(text) - limit} characters left out]\n"
         text = text[: limit // 2] + left_out + text[len(text) - limit // 2 :]
+    if text.isprintable():
+        return text  # nothing in it to escape
     return str.translate(text, _ESCAPES).encode(errors="backslashreplace").decode()
 
 
@@ -146,7 +148,7 @@ def _shown(value: object, show: Callable[[object], str], limit: int = TEXT_MAX) 
 def _plain(value: object, limit: int = TEXT_MAX) -> object:
     """Return a value as JSON has it if it is a scalar or a tuple, else its repr, with at most `limit` characters."""
     if type(value) is str and len(value) <= limit and value.isprintable():
-        return value  # nothing in it to escape
+        return value  # as `_clean` would
     if type(value) is int and -(1 << 63) <= value < 1 << 63:
         return value
     if type(value) is tuple:
