@@ -129,6 +129,8 @@ def _clean(text: str, limit: int) -> str:
     if len(text) > limit:
         left_out = f"\n[{len(text) - limit} characters left out]\n"
         text = text[: limit // 2] + left_out + text[len(text) - limit // 2 :]
+    if text.isprintable():
+        return text  # nothing in it to escape
     return str.translate(text, _ESCAPES).encode(errors="backslashreplace").decode()
 
 
@@ -145,11 +147,15 @@ def _shown(value: object, show: Callable[[object], str], limit: int = TEXT_MAX) 
 @_bound
 def _plain(value: object, limit: int = TEXT_MAX) -> object:
     """Return a value as JSON has it if it is a scalar or a tuple, else its repr, with at most `limit` characters."""
+    if type(value) is str and len(value) <= limit and value.isprintable():
+        return value  # as `_clean` would
+    if type(value) is int and -(1 << 63) <= value < 1 << 63:
+        return value
     if type(value) is tuple:
         return [_plain(each, limit) for each in value]
     if type(value) is float:
         return value if isfinite(value) else None
-    if value is None or type(value) is bool or (type(value) is int and -(1 << 63) <= value < 1 << 63):
+    if value is None or type(value) is bool:
         return value
     return _shown(value, str if type(value) is str else repr, limit)
 
@@ -166,13 +172,13 @@ def _json(value: Any) -> str:
     kind = type(value)
     if kind is str:
         return _quoted(value)
+    if kind is int or kind is float:
+        return repr(value)
     if kind is dict:
         return "{" + ",".join([f"{_quoted(key)}:{_json(each)}" for key, each in value.items()]) + "}"
     if kind is list:
         return "[" + ",".join([_json(each) for each in value]) + "]"
-    if kind is bool:
-        return "true" if value else "false"
-    return "null" if value is None else repr(value)
+    return "null" if value is None else "true" if value else "false"
 
 
 @_bound
