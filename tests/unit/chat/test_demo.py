@@ -24,9 +24,9 @@ from tricorn.chat.protocol import (
     ToolExecuting,
 )
 from tricorn.chat.settings import ChatSettings
-from tricorn.chat.testing import Event, Result
+from tricorn.chat.testing import AgentEvent, Result
 
-E = TypeVar("E", bound=Event)
+E = TypeVar("E", bound=AgentEvent)
 
 
 async def ask(message: str) -> Result:
@@ -45,7 +45,7 @@ def tool_of(result: Result) -> ToolCompleted:
     return completed
 
 
-def steps(result: Result) -> list[type[Event]]:
+def steps(result: Result) -> list[type[AgentEvent]]:
     return list(dict.fromkeys(map(type, result.events)))
 
 
