@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from trio import Cancelled
 
+from tricorn.errors.chain import hides_an_error, is_any, is_group, members
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-_inside = BaseExceptionGroup.__dict__["exceptions"].__get__  # whatever a subclass says
 
 # Trio's own, and the signal. Everything else fails what raised it: SystemExit, GeneratorExit and another library's
 # cancellation too, which must not end the server.
@@ -24,15 +24,20 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
     pending = [error]
     while pending:
         each = pending.pop()
-        if isinstance(each, BaseExceptionGroup):
-            pending += reversed(_inside(each))
+        if is_group(each):
+            pending += reversed(members(each))
         else:
             yield each
 
 
 def passing(error: BaseException) -> BaseException | None:
     """Return what of an exception has to be raised again where failures end, or None."""
-    found = [leaf for leaf in leaves(error) if isinstance(leaf, PASSING)]
+    found = [leaf for leaf in leaves(error) if is_any(leaf, PASSING)]
     if not found:
         return None
     return found[0] if len(found) == 1 else BaseExceptionGroup("", found)
+
+
+def has_failed(error: BaseException, expected: tuple[type[BaseException], ...] = PASSING) -> bool:
+    """Return whether what ended a task is, or hides, anything that was not expected."""
+    return not all(is_any(leaf, expected) for leaf in leaves(error)) or hides_an_error(error)

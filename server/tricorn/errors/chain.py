@@ -1,0 +1,175 @@
+"""The errors that lead to an error, and which of them was the first that nobody handled: rules E8 and E9.
+
+An exception's attributes are read as Python itself reads them, so properties of a subclass that lie or raise do not
+count. Nothing here calls an exception, and nothing raises unless memory or stack run out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trio import Cancelled
+
+from tricorn.errors.bound import binder
+from tricorn.errors.interrupted import takes_over
+
+if TYPE_CHECKING:
+    from types import FrameType, TracebackType
+
+
+class Interruption(Exception):
+    """Base class of our exceptions that end a task and are nobody's fault, such as `Disconnected`.
+
+    An interruption, like a cancellation, is never the headline if there is an error below it.
+    """
+
+
+ENDINGS = (Cancelled, KeyboardInterrupt, GeneratorExit, Interruption)  # what ends a task and is no error itself
+
+cause_of = BaseException.__dict__["__cause__"].__get__
+_context = BaseException.__dict__["__context__"].__get__
+_suppresses = BaseException.__dict__["__suppress_context__"].__get__
+traceback_of = BaseException.__dict__["__traceback__"].__get__
+_members = BaseExceptionGroup.__dict__["exceptions"].__get__
+_bases = type.__dict__["__mro__"].__get__  # `isinstance` would ask the exception for its class
+
+LOOKED_AT = 100  # of the errors that one statement or interruption may have handled
+ERROR, HANDLED, ENDING, CANCELLED, GROUP = range(5)  # the first of the least of these is the headline
+
+_bound = binder(_names := dict(globals()))
+
+
+@_bound
+def is_any(error: BaseException, kinds: tuple[type[BaseException], ...]) -> bool:
+    """Return whether an exception is of one of the kinds, whatever it says itself."""
+    return any(base is kind for base in _bases(type(error)) for kind in kinds)
+
+
+@_bound
+def is_group(error: BaseException) -> bool:
+    return is_any(error, (BaseExceptionGroup,))
+
+
+@_bound
+def members(error: BaseException) -> tuple[BaseException, ...]:
+    """Return the exceptions in a group; none of what is no group."""
+    return _members(error) if is_group(error) else ()
+
+
+@_bound
+def leads_to(error: BaseException) -> list[BaseException]:
+    """Return what directly led to an exception, the earliest first: its context, its cause, its members."""
+    context, cause = _context(error), cause_of(error)
+    found = [] if context is None or context is cause else [context]
+    if cause is not None:
+        found.append(cause)
+    found += members(error)
+    return found
+
+
+@_bound
+def in_order(error: BaseException) -> list[BaseException]:
+    """Return all that led to an exception, each once and before what it led to; last the exception itself."""
+    order: list[BaseException] = []
+    seen: set[int] = set()
+    pending: list[tuple[BaseException, bool]] = [(error, False)]
+    while pending:
+        each, is_next = pending.pop()
+        if is_next:
+            order.append(each)
+        elif id(each) not in seen:
+            seen.add(id(each))
+            pending.append((each, True))
+            pending += [(earlier, False) for earlier in leads_to(each)[::-1]]
+    return order
+
+
+@_bound
+def _caught_in(error: BaseException) -> FrameType | None:
+    place = traceback_of(error)
+    return None if place is None else place.tb_frame
+
+
+@_bound
+def _raised_in(error: BaseException) -> FrameType | None:
+    place = traceback_of(error)
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return None if place is None else place.tb_frame
+
+
+@_bound
+def _suppressed(error: BaseException) -> list[BaseException]:
+    """Return what the author of `raise … from` declares as handled: what the function with that statement caught.
+
+    Its callers may be handling errors as well, of which it cannot know. Python hides these too.
+    """
+    earlier = _context(error)
+    if not _suppresses(error) or earlier is None or earlier is cause_of(error):
+        return []
+    here, caught = _raised_in(error), _caught_in(earlier)
+    found = [earlier] if here is None or caught is None else []  # then there is only the author's word
+    while caught is not None and caught is here and len(found) < LOOKED_AT:
+        found.append(earlier)
+        earlier = _context(earlier)
+        caught = None if earlier is None else _caught_in(earlier)
+    return found
+
+
+@_bound
+def _taken_over(ending: BaseException) -> list[BaseException]:
+    """Return the errors that were being handled, on purpose, when an ending interrupted the handling."""
+    if _context(ending) is None:
+        return []
+    passed: dict[FrameType, int] = {}
+    place = traceback_of(ending)
+    while place is not None:
+        passed[place.tb_frame] = place.tb_lasti
+        place = place.tb_next
+    found: list[BaseException] = []
+    is_handled = False
+    earlier = _context(ending)
+    for _ in range(LOOKED_AT):
+        if earlier is None:
+            break
+        caught: TracebackType | None = traceback_of(earlier)
+        interrupted = None if caught is None else passed.get(caught.tb_frame)
+        if caught is not None and interrupted is not None:  # else what it led to was caught instead
+            is_handled = takes_over(caught.tb_frame.f_code, caught.tb_lasti, interrupted)
+        if is_handled:
+            found.append(earlier)
+        earlier = _context(earlier)
+    return found
+
+
+@_bound
+def weigh(order: list[BaseException]) -> list[int]:
+    """Return for each of the exceptions what it counts as: ERROR, HANDLED, ENDING, CANCELLED or GROUP."""
+    handled: set[int] = set()
+    kinds: list[int] = []
+    for each in order:
+        handled.update([id(earlier) for earlier in _suppressed(each)])
+        if not is_any(each, ENDINGS):
+            kinds.append(GROUP if is_group(each) else ERROR)
+        else:
+            kinds.append(CANCELLED if type(each) is Cancelled else ENDING)
+            handled.update([id(earlier) for earlier in _taken_over(each)])
+    return [HANDLED if kind == ERROR and id(each) in handled else kind for each, kind in zip(order, kinds, strict=True)]
+
+
+@_bound
+def first_of(order: list[BaseException]) -> BaseException:
+    """Return the headline: the first error that was not handled, else the first of what comes closest to one."""
+    kinds = weigh(order)
+    return order[kinds.index(min(kinds))]
+
+
+@_bound
+def hides_an_error(ending: BaseException) -> bool:
+    """Return whether there is an unhandled error below something that ends a task. Cheap if nothing is below it."""
+    pending = [ending]
+    for each in pending:  # which grows meanwhile
+        if _context(each) is not None or cause_of(each) is not None:
+            return ERROR in weigh(in_order(ending))
+        pending += members(each)
+    return False
