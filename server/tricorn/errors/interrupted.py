@@ -22,6 +22,8 @@ LOADS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_ATTR", "LOAD_DEREF")
 LOCALS = ("LOAD_FAST", "LOAD_FAST_CHECK", "LOAD_FAST_BORROW", "LOAD_DEREF")
 ENDS = ("RETURN_VALUE", "RETURN_CONST", "RAISE_VARARGS", "RERAISE", "JUMP_FORWARD", "JUMP_BACKWARD")
 JUMPS = frozenset((*hasjrel, *hasjabs))
+HARMLESS = ("PUSH_EXC_INFO", "POP_EXCEPT", "COPY")  # they cannot raise
+NESTED = 20  # handlers within a handler that are looked into
 KEPT = 1000  # answers that are remembered
 
 
@@ -105,12 +107,12 @@ def _reached(read: _Code, body: int) -> set[int]:
     pending = [(body, 1)]  # with how many handlers are at work
     while pending:
         offset, depth = pending.pop()
-        if depth == 0 or (offset, depth) in seen:
+        if not 0 < depth < NESTED or (offset, depth) in seen:
             continue
         seen.add((offset, depth))
         instruction = read.instructions[read.at[offset]]
         target = _target(read, offset)
-        if target is not None:
+        if target is not None and instruction.opname not in HARMLESS:
             pending.append((target, depth))
         depth += (instruction.opname == "PUSH_EXC_INFO") - (instruction.opname == "POP_EXCEPT")
         if instruction.opcode in JUMPS:
