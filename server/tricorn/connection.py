@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 import trio
 from trio import CancelScope, current_effective_deadline, current_time, move_on_after, sleep
 
-from tricorn.errors.failures import PASSING, leaves, passing
+from tricorn.errors.chain import Interruption
+from tricorn.errors.failures import PASSING, has_failed, leaves, passing
 from tricorn.errors.report import report, report_error, trace_id
 from tricorn.errors.stuck import stuck
 from tricorn.metrics import Totals
@@ -45,7 +46,7 @@ LATER_CAUSES = 10  # that are kept; the first cause always is
 Handed = TypeVar("Handed")
 
 
-class Disconnected(Exception):
+class Disconnected(Interruption):
     """The connection is over.
 
     Attributes:
@@ -174,6 +175,7 @@ class Connection:
         "_metrics",
         "_reaper",
         "_received",
+        "_scope",
         "_sends_in_vain",
         "_sent",
         "_stall_timeout",
@@ -210,6 +212,7 @@ class Connection:
         self._stall_timeout = settings.stall_timeout
         self._metrics = metrics
         self._reaper = reaper
+        self._scope = CancelScope()  # around the nursery
         self._waiting = 0  # tasks that wait for room
         self._sends_in_vain = False  # a task sends to a peer that is gone, and has not been told
         self._flushes = False  # what is unsent goes out before the close frame
@@ -231,6 +234,15 @@ class Connection:
         """
         self._metrics.opened.add()
         try:
+            with self._scope:
+                await self._run(handler, websocket)
+        finally:
+            await self._tear_down()
+
+    async def _run(self, handler: Callable[[Handed], Awaitable[None]], websocket: Handed) -> None:
+        """Run the tasks. Cancelled by a scope around the nursery, they can be asked what errors they leave behind."""
+        through = None
+        try:
             async with trio.open_nursery() as self.nursery:
                 self._move(Phase.OPEN)
                 if self.cause is not None:  # `cancel` came before
@@ -243,10 +255,11 @@ class Connection:
                 self.stop()
         except BaseException as error:  # noqa: ASYNC103 - what has to go on is raised again
             self._failed(error)
-            if (through := passing(error)) is not None:
-                raise through from None  # noqa: ASYNC104
-        finally:
-            await self._tear_down()
+            through = passing(error)
+        if through is not None:
+            for leaf in leaves(through):
+                leaf.__context__ = None  # it has been reported, and is not below what goes on
+            raise through
 
     def cancel(self) -> None:
         """Close the connection with 1012, within `close_timeout`, as cancelling what is around it does."""
@@ -309,7 +322,7 @@ class Connection:
     def stop(self) -> None:
         """Cancel the nursery: there is nothing more to receive."""
         self.over = True
-        self.nursery.cancel_scope.cancel()
+        self._scope.cancel()
 
     def tell(self) -> None:
         """The handler gets to know that the connection is over: it has `close_timeout` from now on."""
@@ -319,7 +332,7 @@ class Connection:
 
     def _bound_tasks(self) -> None:
         self.patience = current_time() + self._close_timeout
-        self.nursery.cancel_scope.deadline = self.patience
+        self._scope.deadline = self.patience
 
     async def close(self, cause: Close) -> None:
         """Close the connection unless it is ending already, and wait until it is closed."""
@@ -341,10 +354,11 @@ class Connection:
         try:
             if not self.transport.send(payloads, text=text, more=bool(self.inbox)):
                 return False
+            self._sent += len(payloads)
+            return True
         except trio.BrokenResourceError:
-            return self._sent_in_vain()
-        self._sent += len(payloads)
-        return True
+            pass  # raised below, Disconnected has only what the handler is handling as its context
+        return self._sent_in_vain()
 
     async def room(self) -> None:
         """Wait until there may be room. Cancelling it ends only the waiting."""
@@ -370,10 +384,11 @@ class Connection:
         self.require_open()
         try:
             sent = self.transport.send_fragment(payload, text=text, last=last)
+            self._sent += sent and last
+            return sent
         except trio.BrokenResourceError:
-            return self._sent_in_vain()
-        self._sent += sent and last
-        return sent
+            pass
+        return self._sent_in_vain()
 
     def _sent_in_vain(self) -> bool:
         """Raise Disconnected, but not before it is certain why, and all that came before was received."""
@@ -429,7 +444,7 @@ class Connection:
 
     def _failed(self, error: BaseException) -> None:
         expected = PASSING if self.cause is None else (*PASSING, Disconnected)
-        if not all(isinstance(leaf, expected) for leaf in leaves(error)) and self._end(self._report(error)):
+        if has_failed(error, expected) and self._end(self._report(error)):
             self._flushes = True
 
     def _report(self, error: BaseException) -> Close:

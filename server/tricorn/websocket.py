@@ -96,8 +96,9 @@ class WebSocket(Generic[State]):
         try:
             return await self.__anext__()
         except StopAsyncIteration:
-            assert self._connection.cause is not None  # noqa: S101
-            raise Disconnected(*self._connection.cause) from None
+            pass  # raised below, Disconnected has only what the handler is handling as its context
+        assert self._connection.cause is not None  # noqa: S101
+        raise Disconnected(*self._connection.cause)
 
     def __aiter__(self) -> Self:
         return self
@@ -180,7 +181,8 @@ class WebSocket(Generic[State]):
         try:
             return await self._connection.transport.ping()
         except trio.BrokenResourceError:
-            raise Disconnected(*(self._connection.cause or ABORTED)) from None
+            pass
+        raise Disconnected(*(self._connection.cause or ABORTED))
 
     async def close(self, code: int = NORMAL, reason: str = "") -> None:
         """Close the connection, once and for all: the first cause counts. Cancels the connection's nursery.

@@ -14,7 +14,7 @@ from tricorn.errors.bound import binder
 from tricorn.errors.interrupted import takes_over
 
 if TYPE_CHECKING:
-    from types import FrameType, TracebackType
+    from types import FrameType
 
 
 class Interruption(Exception):
@@ -57,9 +57,40 @@ def members(error: BaseException) -> tuple[BaseException, ...]:
 
 
 @_bound
+def _caught_in(error: BaseException) -> FrameType | None:
+    place = traceback_of(error)
+    return None if place is None else place.tb_frame
+
+
+@_bound
+def _passed(error: BaseException) -> dict[FrameType, int]:
+    """Return the frames that an exception went through, each with the offset where it was, the innermost last."""
+    found: dict[FrameType, int] = {}
+    place = traceback_of(error)
+    while place is not None:
+        found.pop(place.tb_frame, None)
+        found[place.tb_frame] = place.tb_lasti
+        place = place.tb_next
+    return found
+
+
+@_bound
+def context_of(error: BaseException) -> BaseException | None:
+    """Return what was being handled when an exception was raised.
+
+    A cancellation that found its task handling nothing has as context what the task that cancelled was handling. That
+    does not count.
+    """
+    context: BaseException | None = _context(error)
+    if context is not None and type(error) is Cancelled and _caught_in(context) not in _passed(error):
+        return None
+    return context
+
+
+@_bound
 def leads_to(error: BaseException) -> list[BaseException]:
     """Return what directly led to an exception, the earliest first: its context, its cause, its members."""
-    context, cause = _context(error), cause_of(error)
+    context, cause = context_of(error), cause_of(error)
     found = [] if context is None or context is cause else [context]
     if cause is not None:
         found.append(cause)
@@ -85,20 +116,6 @@ def in_order(error: BaseException) -> list[BaseException]:
 
 
 @_bound
-def _caught_in(error: BaseException) -> FrameType | None:
-    place = traceback_of(error)
-    return None if place is None else place.tb_frame
-
-
-@_bound
-def _raised_in(error: BaseException) -> FrameType | None:
-    place = traceback_of(error)
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    return None if place is None else place.tb_frame
-
-
-@_bound
 def _suppressed(error: BaseException) -> list[BaseException]:
     """Return what the author of `raise … from` declares as handled: what the function with that statement caught.
 
@@ -107,7 +124,7 @@ def _suppressed(error: BaseException) -> list[BaseException]:
     earlier = _context(error)
     if not _suppresses(error) or earlier is None or earlier is cause_of(error):
         return []
-    here, caught = _raised_in(error), _caught_in(earlier)
+    here, caught = next(reversed(_passed(error)), None), _caught_in(earlier)
     found = [earlier] if here is None or caught is None else []  # then there is only the author's word
     while caught is not None and caught is here and len(found) < LOOKED_AT:
         found.append(earlier)
@@ -118,27 +135,22 @@ def _suppressed(error: BaseException) -> list[BaseException]:
 
 @_bound
 def _taken_over(ending: BaseException) -> list[BaseException]:
-    """Return the errors that were being handled, on purpose, when an ending interrupted the handling."""
-    if _context(ending) is None:
+    """Return the errors that were being handled on purpose when an ending interrupted the handling."""
+    earlier = context_of(ending)
+    if earlier is None:
         return []
-    passed: dict[FrameType, int] = {}
-    place = traceback_of(ending)
-    while place is not None:
-        passed[place.tb_frame] = place.tb_lasti
-        place = place.tb_next
+    passed = _passed(ending)
     found: list[BaseException] = []
     is_handled = False
-    earlier = _context(ending)
-    for _ in range(LOOKED_AT):
-        if earlier is None:
-            break
-        caught: TracebackType | None = traceback_of(earlier)
+    while earlier is not None and len(found) < LOOKED_AT:
+        caught = traceback_of(earlier)
         interrupted = None if caught is None else passed.get(caught.tb_frame)
-        if caught is not None and interrupted is not None:  # else what it led to was caught instead
+        if interrupted is not None:  # else what it led to was caught instead
             is_handled = takes_over(caught.tb_frame.f_code, caught.tb_lasti, interrupted)
-        if is_handled:
-            found.append(earlier)
-        earlier = _context(earlier)
+        if not is_handled:
+            break
+        found.append(earlier)
+        earlier = context_of(earlier)
     return found
 
 
@@ -166,10 +178,16 @@ def first_of(order: list[BaseException]) -> BaseException:
 
 @_bound
 def hides_an_error(ending: BaseException) -> bool:
-    """Return whether there is an unhandled error below something that ends a task. Cheap if nothing is below it."""
+    """Return whether there is an unhandled error below something that ends a task. Cheap if nothing is below it.
+
+    What is an error itself hides none.
+    """
     pending = [ending]
+    is_alone = True
     for each in pending:  # which grows meanwhile
-        if _context(each) is not None or cause_of(each) is not None:
-            return ERROR in weigh(in_order(ending))
-        pending += members(each)
-    return False
+        if is_group(each):
+            pending += members(each)
+        elif not is_any(each, ENDINGS):
+            return False
+        is_alone = is_alone and _context(each) is None and cause_of(each) is None
+    return not is_alone and ERROR in weigh(in_order(ending))

@@ -24,7 +24,7 @@ from hypercorn.typing import ConnectionState
 from trio import CancelScope, Event, move_on_after, sleep_forever
 from trio.lowlevel import checkpoint
 
-from tricorn.errors.report import report_error
+from tricorn.errors.report import report_error, report_hidden
 from tricorn.listening.asgi import PASSES
 from tricorn.transport.sockets import reset_when_closed, shut_down
 
@@ -131,6 +131,9 @@ class Hypercorn:
                 await self._websockets.serve(scope, receive, send, stream.reach)
         except Exception as error:  # for which Hypercorn answers with 500
             report_error(error, path=scope["path"])
+            raise
+        except BaseException as ending:
+            report_hidden(ending, path=scope["path"])
             raise
 
     def _leave(self, stream: _Guarded) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from trio import TooSlowError, fail_after, open_nursery
 
 from tricorn.connection import Connection
-from tricorn.errors.report import report, report_error
+from tricorn.errors.report import report, report_error, report_hidden
 from tricorn.listening.capacity import require_capacity
 from tricorn.metrics import ServerMetrics
 from tricorn.protocol.handshake import check_answer, check_origin, choose_subprotocol, offered_subprotocols
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     Handler = Callable[[WebSocket[Any]], Awaitable[None]]
     Handlers = Handler | Mapping[str, Handler]
+    Drain = Callable[[], Awaitable[None]]
 
 
 class Site:
@@ -101,16 +102,16 @@ class Site:
     def _route(self, path: str) -> Handler:
         if not isinstance(self._handlers, Mapping):
             return self._handlers
-        try:
-            return self._handlers[path]
-        except KeyError:
-            raise Refuse(HTTPStatus.NOT_FOUND, f"there is no WebSocket at {path}") from None
+        handler = self._handlers.get(path)
+        if handler is None:
+            raise Refuse(HTTPStatus.NOT_FOUND, f"there is no WebSocket at {path}")
+        return handler
 
     async def _ask(self, hook: BeforeUpgrade, request: Request) -> Accept:
         """Have the hook decide. Its failure is ours and not the client's: 500 with an error id, 503 if it is late."""
         try:
             with fail_after(self.settings.handshake_timeout):
-                answer = await hook(request)
+                answer = await _asked(hook, request)
             if not isinstance(answer, Accept | Refuse):
                 raise TypeError(f"before_upgrade must return Accept or Refuse, not {type(answer).__name__}")
             check_answer(answer, offered_subprotocols(request))
@@ -126,3 +127,23 @@ class Site:
         if isinstance(answer, Refuse):
             raise answer
         return answer
+
+
+async def _asked(hook: BeforeUpgrade, request: Request) -> Accept | Refuse:
+    try:
+        return await hook(request)
+    except BaseException as ending:
+        report_hidden(ending, path=request.path, peer=request.peer)
+        raise
+
+
+async def run_drain(drain: Drain | None) -> None:
+    """Await a program's own `drain`. Its failure is reported, and so is one that a cancellation would hide."""
+    try:
+        if drain is not None:
+            await drain()
+    except Exception as error:
+        report_error(error, phase="draining")
+    except BaseException as ending:
+        report_hidden(ending, phase="draining")
+        raise
