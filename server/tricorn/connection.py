@@ -10,7 +10,7 @@ import trio
 from trio import CancelScope, current_effective_deadline, current_time, move_on_after, sleep
 
 from tricorn.errors.chain import Interruption
-from tricorn.errors.failures import PASSING, has_failed, leaves, passing
+from tricorn.errors.failures import PASSING, forget_contexts, has_failed, passing
 from tricorn.errors.report import report, report_error, trace_id
 from tricorn.errors.stuck import stuck
 from tricorn.metrics import Totals
@@ -257,8 +257,7 @@ class Connection:
             self._failed(error)
             through = passing(error)
         if through is not None:
-            for leaf in leaves(through):
-                leaf.__context__ = None  # it has been reported, and is not below what goes on
+            forget_contexts(through)  # they have been reported, and are not below what goes on
             raise through
 
     def cancel(self) -> None:

@@ -14,6 +14,8 @@ from tricorn.errors.chain import hides_an_error, is_any, is_group, members
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_set_context = BaseException.__dict__["__context__"].__set__  # whatever a subclass says
+
 # Trio's own, and the signal. Everything else fails what raised it: SystemExit, GeneratorExit and another library's
 # cancellation too, which must not end the server.
 PASSING = (Cancelled, KeyboardInterrupt)
@@ -36,6 +38,12 @@ def passing(error: BaseException) -> BaseException | None:
     if not found:
         return None
     return found[0] if len(found) == 1 else BaseExceptionGroup("", found)
+
+
+def forget_contexts(ending: BaseException) -> None:
+    """Have something that goes on not hide, for whoever it gets to, what has been reported."""
+    for leaf in leaves(ending):
+        _set_context(leaf, None)
 
 
 def has_failed(error: BaseException, expected: tuple[type[BaseException], ...] = PASSING) -> bool:

@@ -18,10 +18,12 @@ from hypothesis import strategies as st
 
 from tricorn import Disconnected
 from tricorn.errors.chain import Interruption, first_of, hides_an_error, in_order
-from tricorn.errors.report import LINE_MAX, report_error
+from tricorn.errors.report import LINE_MAX, TRACE_MAX, report_error
 from tricorn.errors.text import ERRORS_SHOWN, title
 
 Record = dict[str, Any]
+
+SLACK = 1000  # characters that say how many were left out
 
 
 @contextmanager
@@ -670,6 +672,31 @@ async def test_a_cancellation_hides_what_was_not_being_handled_on_purpose(
     assert hides_an_error(BaseExceptionGroup("a nursery's", [ending])) is (handle in HIDING)
 
 
+async def test_a_cancellation_does_not_hide_what_the_task_that_cancels_is_handling() -> None:
+    endings: list[BaseException] = []
+
+    async def wait(scope: trio.CancelScope) -> None:
+        with scope:
+            try:
+                await trio.sleep_forever()
+            except trio.Cancelled as ending:
+                endings.append(ending)
+                raise
+
+    async with trio.open_nursery() as nursery:
+        scope = trio.CancelScope()
+        nursery.start_soon(wait, scope)
+        await trio.testing.wait_all_tasks_blocked()
+        try:
+            fail()
+        except Exception as error:
+            scope.cancel()
+            await trio.testing.wait_all_tasks_blocked()
+            handled = error
+    assert endings[0].__context__ is handled
+    assert not hides_an_error(endings[0])
+
+
 async def test_an_ending_with_nothing_below_it_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """As ten thousand clients disconnect, nothing more is done than to see that there is no context."""
     monkeypatch.setitem(hides_an_error.__globals__, "in_order", None)
@@ -715,6 +742,7 @@ def test_of_two_long_tracebacks_both_ends_of_both_are_shown(records: list[Record
     for name in ("one", "two"):
         for text in (f"in {name}_0\n", f"in {name}_80\n", f"the end of {name}\n"):
             assert text in record["stack_trace"], text
+    assert len(record["stack_trace"]) <= TRACE_MAX + SLACK
 
 
 @pytest.mark.parametrize("text", ["x", "\U0001f600", "\0", "\n"], ids=ascii)
@@ -730,6 +758,7 @@ def test_no_error_is_cut_because_of_another(records: list[Record], text: str) ->
     for number in range(20):
         assert f"Later: begin{number}" in record["stack_trace"]
         assert f"end{number}\n" in record["stack_trace"]
+    assert len(record["stack_trace"]) <= TRACE_MAX + SLACK
 
 
 def test_what_an_author_declares_as_handled_is_shown_all_the_same(records: list[Record]) -> None:
@@ -772,7 +801,9 @@ class Underivable(ExceptionGroup[Exception]):
 
 class NoName(type):
     def __getattribute__(cls, name: str) -> Any:
-        raise RuntimeError(name)
+        if name in ("__name__", "__qualname__", "__module__", "__mro__", "__bases__"):
+            raise RuntimeError(name)
+        return super().__getattribute__(name)
 
     __eq__ = __hash__ = __instancecheck__ = __subclasscheck__ = _raise
 
