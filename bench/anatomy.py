@@ -20,11 +20,11 @@ from rich.console import Console
 from trio.lowlevel import Abort, Task, cancel_shielded_checkpoint, current_task, reschedule, wait_task_rescheduled
 from trio.testing import wait_all_tasks_blocked
 
-import tricorn
 from tricorn.chat import Chat, Run
 from tricorn.chat.logs.base import stamp
 from tricorn.chat.protocol import AgentMessage
 from tricorn.chat.session import decode
+from tricorn.chat.settings import ChatSettings
 from tricorn.connection import WOKEN, WebSocket
 from tricorn.protocol.frames import Opcode, frame
 from tricorn.protocol.receiver import Receiver
@@ -36,7 +36,7 @@ from .load import text
 CONNECTIONS = 100
 RUNS = 60  # of which the least counts
 TEXT = "x" * 64
-SETTINGS = tricorn.Settings(messages_per_second=10**9, bytes_per_second=10**12, posts_per_minute=10**9)
+SETTINGS = ChatSettings(messages_per_second=10**9, bytes_per_second=10**12, posts_per_minute=10**9)
 POST = '{"type":"post","id":"p-1","conversation":"c","text":"what time is it in Tokyo"}'
 SAID = 200  # events of a run
 NAP, NAPS = 0.001, 10  # seconds
@@ -177,7 +177,7 @@ async def of_a_run(events: int) -> float:
         ended.set()
 
     async with Chat(agent, SETTINGS) as chat:
-        by = chat.allowances.enter("somebody")
+        by = chat.quotas.enter("somebody")
         assert by is not None
 
         async def round() -> None:

@@ -30,7 +30,7 @@ from tricorn.chat import Chat
 from tricorn.chat.logs import connect
 from tricorn.chat.logs.base import Append, Log
 from tricorn.chat.protocol import UserMessage
-from tricorn.settings import Settings
+from tricorn.chat.settings import ChatSettings
 
 CONVERSATIONS = (1, 100, 10_000)
 RESTING = 1000  # conversations, for what one that rests costs
@@ -128,11 +128,11 @@ class Measured:
 
     async def rest(self) -> None:
         """Memory of a conversation that nothing happens in."""
-        async with Chat(_silent, Settings(linger=inf), self._log) as chat:
+        async with Chat(_silent, ChatSettings(linger=inf), self._log) as chat:
             tracemalloc.start()
             held = [chat.conversation(f"bench/{self._run}-rest-{n}") for n in range(RESTING)]
             for conversation in held:
-                await conversation.open()
+                await conversation.view.open()
             await trio.testing.wait_all_tasks_blocked(0.01)
             self.note("at rest: KiB", tracemalloc.get_traced_memory()[0] / RESTING / 1024)
             tracemalloc.stop()
@@ -146,8 +146,8 @@ async def measure(urls: list[str], events: int, rounds: int, readers: int) -> li
     async with AsyncExitStack() as stack:
         logs = []
         for url in urls:
-            log = await stack.enter_async_context(connect(url, Settings()))
-            other = await stack.enter_async_context(connect(url, Settings())) if log.shared else None
+            log = await stack.enter_async_context(connect(url, ChatSettings()))
+            other = await stack.enter_async_context(connect(url, ChatSettings())) if log.shared else None
             logs.append(Measured(url.partition(":")[0], log, other))
         steps: list[Callable[[Measured], Coroutine[Any, Any, None]]] = [
             *(lambda log, n=n: log.append(n, events) for n in CONVERSATIONS),  # type: ignore[misc]

@@ -17,7 +17,13 @@ from tricorn import send_records
 settings.register_profile("tricorn", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tricorn")
 
-pytest_plugins = ["fixtures.against", "fixtures.browser", "fixtures.real_services", "fixtures.service"]
+pytest_plugins = [
+    "fixtures.against",
+    "fixtures.browser",
+    "fixtures.real_services",
+    "fixtures.service",
+    "pytest_tricorn",
+]
 
 TESTS = Path(__file__).parent
 LAYERS = ("unit", "integration", "e2e", "mission_critical")

@@ -6,12 +6,14 @@ import asyncio
 import os
 import sys
 from argparse import ArgumentParser
+from dataclasses import replace
 
 import uvloop
-from msgspec.structs import replace
 
 from tricorn.errors.report import send_records
-from tricorn.settings import SettingError, Settings, parse_bind
+from tricorn.service.bind import parse_bind
+from tricorn.service.settings import ServiceSettings
+from tricorn.settings import SettingError
 
 from .chat import make_chat
 from .server import Server
@@ -30,7 +32,7 @@ def main() -> int:
     send_records("stderr", "INFO")
     sys.path.insert(0, os.getcwd())  # where agents are looked for
     try:
-        settings = Settings.from_environ()
+        settings = ServiceSettings.from_environ()
         if arguments.bind is not None:
             host, port = parse_bind(arguments.bind, "--bind ")
             settings = replace(settings, host=host, port=port)
@@ -46,7 +48,7 @@ def main() -> int:
     return 0
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: ServiceSettings) -> None:
     """Serve the chat until a signal ends it."""
     async with make_chat(settings) as chat:
         await Server(chat).run()

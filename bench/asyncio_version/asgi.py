@@ -14,7 +14,8 @@ from tricorn.errors.report import report, send_records, trace_id
 from tricorn.protocol.close import Close
 from tricorn.protocol.handshake import Refused, as_request, check_entry, choose_subprotocol
 from tricorn.service.pages import pages
-from tricorn.settings import SettingError, Settings
+from tricorn.service.settings import ServiceSettings
+from tricorn.settings import SettingError
 
 from .chat import Chat, make_chat
 
@@ -60,7 +61,7 @@ class AsgiConnection:
 class App:
     """The application, from the start of its lifespan to the end."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ServiceSettings) -> None:
         self._settings = settings
         self._chat: Chat
 
@@ -97,10 +98,10 @@ class App:
         report("INFO", "connection closed", context=ws.context, **ws.known, code=close.code, reason=close.reason)
 
 
-def _settings() -> Settings:
+def _settings() -> ServiceSettings:
     send_records("stderr", "INFO")
     try:
-        return Settings.from_environ()
+        return ServiceSettings.from_environ()
     except SettingError as error:
         raise SystemExit(f"tricorn: {error}") from None
 

@@ -15,7 +15,8 @@ from tricorn.chat.quota import Quotas
 from tricorn.protocol.close import Close
 from tricorn.service.auth import Tokens, check_exposure
 from tricorn.service.jwt_keys import Keys, parse
-from tricorn.settings import SettingError, Settings
+from tricorn.service.settings import ServiceSettings
+from tricorn.settings import SettingError
 
 from .agent import demo
 from .conversation import Conversation
@@ -29,11 +30,11 @@ class Chat:
     Leaving the block interrupts what goes on and waits for it.
     """
 
-    def __init__(self, agent: Agent, settings: Settings, gate: Gate) -> None:
+    def __init__(self, agent: Agent, settings: ServiceSettings, gate: Gate) -> None:
         self.agent = agent
         self.settings = settings
         self.gate = gate
-        self.allowances = Quotas(settings, per_user=gate.wants_token, clock=monotonic)
+        self.quotas = Quotas(settings, per_user=gate.wants_token, clock=monotonic)
         self.tasks = asyncio.TaskGroup()
         self.closing = False
         self._conversations: dict[str, Conversation] = {}
@@ -96,19 +97,19 @@ class Chat:
         return [task for task in tasks if task is not None]
 
 
-def make_chat(settings: Settings) -> Chat:
+def make_chat(settings: ServiceSettings) -> Chat:
     """The chat that the settings ask for. Raises `SettingError`, OSError, and what importing the agent raises."""
     return Chat(_load_agent(settings.agent), settings, _make_gate(settings))
 
 
 def _load_agent(name: str) -> Agent:
-    if name == Settings().agent:
+    if name == ServiceSettings().agent:
         return demo
     module, _, function = name.partition(":")
     return cast(Agent, getattr(import_module(module), function))
 
 
-def _make_gate(settings: Settings) -> Gate:
+def _make_gate(settings: ServiceSettings) -> Gate:
     check_exposure(settings)
     if settings.jwt_key is None:
         return ThisMachine() if settings.auth is None else Everybody()

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 from msgspec.json import Encoder
 from websockets.asyncio.server import ServerConnection, broadcast
 
-from tricorn.chat.conversation.conversation import Ended, Full
-from tricorn.chat.protocol import Event, UserMessage
+from tricorn.chat.conversation.conversation import ConversationClosed, TooManyPosts
+from tricorn.chat.protocol import ConversationEvent, UserMessage
 from tricorn.chat.quota import Quota
 from tricorn.chat.session import BATCH_BYTES, EVENTS_PER_TURN
 from tricorn.errors.report import report_error
@@ -75,7 +75,7 @@ class Conversation:
 
     # The log
 
-    def append(self, kind: type[Event], **fields: Any) -> int:
+    def append(self, kind: type[ConversationEvent], **fields: Any) -> int:
         """Give an event the next seq and the time, encode it, and return its seq. Sent at the end of the loop's turn.
 
         Raises TypeError or ValueError where it is no JSON, or too long.
@@ -142,19 +142,19 @@ class Conversation:
     def post(self, id: str, text: str, by: Quota) -> int:
         """Log what somebody wrote and have the agent answer; a repeated id has no effect. Return its seq.
 
-        Raises Ended and Full.
+        Raises ConversationClosed and TooManyPosts.
         """
         if self._chat.closing:
-            raise Ended
+            raise ConversationClosed
         seq = self._seqs.get((by.user, id))
         if seq is not None:
             return seq
         settings = self._chat.settings
         if by.runs >= settings.user_runs:
-            raise Full("user_runs", f"{by.runs} of your posts are not answered yet; post again later")
+            raise TooManyPosts("user_runs", f"{by.runs} of your posts are not answered yet; post again later")
         waiting = len(self._posts) - (self._run is not None)
         if waiting >= settings.waiting_posts:
-            raise Full("waiting_posts", f"{waiting} posts wait in this conversation; post again later")
+            raise TooManyPosts("waiting_posts", f"{waiting} posts wait in this conversation; post again later")
         seq = self.append(UserMessage, id=id, user=by.user, text=text)
         self._seqs[by.user, id] = seq
         by.runs += 1

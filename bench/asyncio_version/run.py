@@ -23,7 +23,7 @@ from tricorn.chat.protocol import (
     ToolCompleted,
     ToolExecuting,
 )
-from tricorn.chat.run import TOOL_ENDED, TOOL_FAILED, TOOL_LEFT_OPEN, TOOL_NAME_MAX, shown
+from tricorn.chat.tools import TOOL_ENDED, TOOL_FAILED, TOOL_LEFT_OPEN, TOOL_NAME_MAX, shown
 from tricorn.errors.report import report_error
 
 if TYPE_CHECKING:

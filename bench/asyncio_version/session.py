@@ -12,13 +12,15 @@ from msgspec.json import Encoder
 from websockets.asyncio.server import ServerConnection, broadcast
 from websockets.exceptions import ConnectionClosed
 
-from tricorn.chat.conversation.conversation import Ended, Full
+from tricorn.chat.close_codes import FORBIDDEN, OUTBOX_OVERFLOW, TOKEN_EXPIRED, TOO_MANY_CONNECTIONS, UNAUTHENTICATED
+from tricorn.chat.conversation.conversation import ConversationClosed, TooManyPosts
 from tricorn.chat.identity import Identity, NotAdmitted, handshake_token
 from tricorn.chat.protocol import (
     BATCH_SUBPROTOCOL,
     ENVELOPE,
     Authenticate,
     Cancel,
+    ClientRequest,
     Closing,
     Error,
     Heartbeat,
@@ -31,24 +33,12 @@ from tricorn.chat.protocol import (
     Post,
     Posted,
     Reply,
-    Request,
     Welcome,
 )
 from tricorn.chat.quota import Quota
 from tricorn.chat.session import EXPIRY_NOTICE, decode
 from tricorn.errors.report import report_error
-from tricorn.protocol.close import (
-    FORBIDDEN,
-    INTERNAL_ERROR,
-    NORMAL,
-    OUTBOX_OVERFLOW,
-    STALLED,
-    TOKEN_EXPIRED,
-    TOO_FAST,
-    TOO_MANY_CONNECTIONS,
-    UNAUTHENTICATED,
-    Close,
-)
+from tricorn.protocol.close import INTERNAL_ERROR, NORMAL, STALLED, TOO_FAST, Close
 from tricorn.transport.rate_limit import BURST, TokenBucket
 
 from .conversation import Cursor, batches
@@ -107,7 +97,7 @@ class Session:
         self._settings = chat.settings
         self._loop = asyncio.get_running_loop()
         self._identity: Identity | None = None  # nobody gets anything yet
-        self._allowance: Quota | None = None
+        self._quota: Quota | None = None
         self._due = Close(UNAUTHENTICATED, "no good token came in time")  # what a passed deadline means
         self._cursors: dict[str, Cursor] = {}
         self._outbox: deque[bytes] = deque()
@@ -139,8 +129,8 @@ class Session:
             for timer in (self._heart, self._notice):
                 if timer is not None:
                     timer.cancel()
-            if self._allowance is not None:
-                self._chat.allowances.leave(self._allowance)
+            if self._quota is not None:
+                self._chat.quotas.leave(self._quota)
             for cursor in self._cursors.values():
                 cursor.conversation.detach(cursor)
         return close
@@ -222,11 +212,11 @@ class Session:
             raise Ending(*refusal.close) from None
         if self._identity is not None and identity.user != self._identity.user:
             raise Ending(FORBIDDEN, "the token is of another user")
-        if self._allowance is None:
-            self._allowance = self._chat.allowances.enter(identity.user)
-        if self._allowance is None:
+        if self._quota is None:
+            self._quota = self._chat.quotas.enter(identity.user)
+        if self._quota is None:
             raise Ending(TOO_MANY_CONNECTIONS, f"at most {self._settings.user_connections} connections")
-        self._expire(identity.expires_at)
+        self._expire(identity.believed_until)
         if self._identity is None:
             self._beat()
         self._identity = identity
@@ -247,7 +237,7 @@ class Session:
         if at is None:
             self._deadline.reschedule(None)
             return
-        end = self._loop.time() + at + self._settings.jwt_leeway - time()
+        end = self._loop.time() + at - time()
         self._deadline.reschedule(end)
         notice = Closing(reason="the token expires", retry_after=0.0)
         self._notice = self._loop.call_at(end - EXPIRY_NOTICE, self._put, notice)
@@ -294,28 +284,28 @@ class Session:
             return [line for line in message.split("\n") if line.strip()]
         return [message]
 
-    async def _answer(self, request: Request | Error) -> None:
+    async def _answer(self, request: ClientRequest | Error) -> None:
         if isinstance(request, Authenticate):
             await self._authenticate(request.token)
-        elif self._identity is None or self._allowance is None:
+        elif self._identity is None or self._quota is None:
             raise Ending(UNAUTHENTICATED, "authenticate first")
         else:
             try:
-                reply = request if isinstance(request, Error) else self._serve(request, self._identity, self._allowance)
+                reply = request if isinstance(request, Error) else self._serve(request, self._identity, self._quota)
             except Ending:
                 raise
             except Exception as error:
                 error_id = report_error(error, context=self.ws.context, **self.ws.known, request=type(request).__name__)
                 ref = getattr(request, "id", getattr(request, "conversation", None))
-                reply = Error(code="internal", message="this did not work", ref=ref, error_id=error_id)
+                reply = Error(code="internal", message="internal server error", ref=ref, error_id=error_id)
             if reply is not None:
                 self._put(reply)
 
-    def _serve(self, request: Open | Post | Cancel | Leave | Ping, who: Identity, allowance: Quota) -> Reply | None:
+    def _serve(self, request: Open | Post | Cancel | Leave | Ping, who: Identity, quota: Quota) -> Reply | None:
         """Serve a request. Nothing waits: what it sets off is sent behind the reply."""
         match request:
             case Post():
-                return self._post(request, who, allowance)
+                return self._post(request, who, quota)
             case Open():
                 return self._open(request, who)
             case Cancel():
@@ -348,7 +338,7 @@ class Session:
             self.fall_behind()
         return Opened(conversation=id, epoch=conversation.epoch, head=conversation.head)
 
-    def _post(self, request: Post, who: Identity, allowance: Quota) -> Reply:
+    def _post(self, request: Post, who: Identity, quota: Quota) -> Reply:
         id, text = request.id, request.text
         settings = self._settings
         limit = settings.text_characters
@@ -358,16 +348,16 @@ class Session:
             return Error(code="too_long", message="the text does not fit into an event", ref=id)
         if not text.strip():
             return Error(code="malformed", message="the text is empty", ref=id)
-        seconds = allowance.posts.take()
+        seconds = quota.posts.take()
         if seconds:
-            if allowance.refusals.take():
+            if quota.refusals.take():
                 raise Ending(TOO_FAST, f"more than {settings.posts_per_minute} posts a minute")
             return Error(code="too_fast", message=f"too many posts; post again in {seconds:.1f} s", ref=id)
         try:
-            seq = self._chat.conversation(who.key(request.conversation)).post(id, text, allowance)
-        except Full as full:
-            return Error(code="too_many", message=str(full), ref=id)
-        except Ended:
+            seq = self._chat.conversation(who.key(request.conversation)).post(id, text, quota)
+        except TooManyPosts as refusal:
+            return Error(code="too_many", message=str(refusal), ref=id)
+        except ConversationClosed:
             return Error(code="closing", message="the server is shutting down; post again later", ref=id)
         return Posted(id=id, conversation=request.conversation, seq=seq)
 

@@ -1,5 +1,6 @@
 """Tricorn's own host."""
 
+import gc
 import signal
 import sys
 from functools import partial
@@ -8,7 +9,6 @@ from math import inf
 import trio
 
 import tricorn
-from tricorn.server import settle
 from tricorn.settings import Settings
 
 DEFAULTS = Settings()
@@ -41,5 +41,8 @@ async def main(host: str, settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    settle()  # as `tricorn.run` does, which does not say what port it got
+    # As `tricorn serve` does: what a connection is made of lives long.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
     trio.run(main, sys.argv[1], {"defaults": DEFAULTS, "bare": BARE, "deflate": DEFLATE}[sys.argv[2]])

@@ -1,6 +1,7 @@
 """Tricorn: a WebSocket server on Trio in which every connection is a nursery."""
 
 from tricorn.application import Application, asgi_app
+from tricorn.asgi_handler import AsgiHandler, asgi_handler
 from tricorn.connection import Disconnected, Message
 from tricorn.errors.report import send_records
 from tricorn.metrics import ServerMetrics
@@ -13,6 +14,7 @@ from tricorn.websocket import WebSocket, broadcast
 __all__ = [
     "Accept",
     "Application",
+    "AsgiHandler",
     "Close",
     "Disconnected",
     "Message",
@@ -24,6 +26,7 @@ __all__ = [
     "Settings",
     "WebSocket",
     "asgi_app",
+    "asgi_handler",
     "broadcast",
     "run",
     "send_records",

@@ -14,7 +14,7 @@ from trio.lowlevel import current_task, in_trio_run
 
 from tricorn.errors.report import report_hidden
 from tricorn.listening.asgi import AsgiWebSockets
-from tricorn.listening.http import lifespan, upgrade_required
+from tricorn.listening.http import lifespans, upgrade_required
 from tricorn.listening.site import Site, run_drain
 from tricorn.settings import Settings
 from tricorn.transport.descriptors import Descriptors, Ends
@@ -23,7 +23,7 @@ from tricorn.transport.sockets import shut_down
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    from tricorn.listening.http import ASGIApp
+    from tricorn.asgi_handler import ASGIApp
     from tricorn.listening.site import Handlers
     from tricorn.request import BeforeUpgrade
     from tricorn.transport.asgi import Reach
@@ -69,7 +69,8 @@ class Application:
         self.metrics = site.metrics
         self._site = site
         self._settings = site.settings
-        self._app = app or upgrade_required
+        self._app = app or site.app or upgrade_required
+        self._state = site.state_of(self._app)
         self._drain = drain
         self._websockets = AsgiWebSockets(site)
         self._descriptors = Descriptors()
@@ -105,7 +106,10 @@ class Application:
             await _fail(send, NOT_TRIO)
             return
         worker = _worker()
-        async with lifespan(self._app, scope.get("state", {})), trio.open_nursery() as nursery:
+        state = scope.get("state", {})
+        self._state.update(state)
+        async with lifespans(self._site), trio.open_nursery() as nursery:
+            state.update(self._state)
             nursery.start_soon(self._site.look_after)
             nursery.start_soon(self._websockets.attend)
             nursery.start_soon(self._end_with, worker)

@@ -1,40 +1,38 @@
 """The chat as an ASGI application: `hypercorn -k trio -b 0.0.0.0:8080 tricorn.asgi:app`.
 
-Importing this module reads the environment and loads the agent; where that cannot be used, it ends the process with one
-line that says why.
+Importing this module reads the environment and loads the agent. If one of them cannot be used, it ends the process with
+one line that says why.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
-from multiprocessing import current_process, parent_process
+from multiprocessing import parent_process
 from signal import SIG_IGN, SIGTERM, signal
 from typing import TYPE_CHECKING, Any
 
-import trio
-
 from tricorn.application import asgi_app
 from tricorn.chat import SUBPROTOCOLS, Agent, Chat
-from tricorn.errors.import_guard import guarded
+from tricorn.errors.import_guard import import_at_once
 from tricorn.errors.report import report, send_records
-from tricorn.server import settle
-from tricorn.service.cli import check_shared, load_agent, make_gate, open_log
-from tricorn.service.drill import drill
+from tricorn.service.hypercorn_config import workers_of
+from tricorn.service.loader import load_agent
 from tricorn.service.pages import pages
-from tricorn.settings import SettingError, Settings
+from tricorn.service.settings import ServiceSettings
+from tricorn.service.start_up import check_shared, make_log, start_chat
+from tricorn.settings import SettingError
 
 if TYPE_CHECKING:
-    from tricorn.chat.identity import Gate
     from tricorn.chat.logs.base import Log
-    from tricorn.connection import WebSocket
-    from tricorn.service.jwt_keys import Keys
+    from tricorn.websocket import WebSocket
 
 
 class _Service:
     """The chat, from the start of its lifespan to the end."""
 
-    def __init__(self, agent: Agent, settings: Settings, log: Log) -> None:
+    def __init__(self, agent: Agent, settings: ServiceSettings, log: Log) -> None:
         self._agent = agent
         self._log = log
         self._chat: Chat
@@ -54,25 +52,16 @@ class _Service:
         await receive()
         async with AsyncExitStack() as stack:
             try:
-                keys, gate = await make_gate(self.settings)
-                await stack.enter_async_context(self._log)
-                await drill()
+                starting = start_chat(self._agent, self.settings, self._log)
+                self._chat = await stack.enter_async_context(starting)
             except Exception as error:
                 report("CRITICAL", f"did not start up: {error}")  # Hypercorn says so as well, under a traceback
                 await send({"type": "lifespan.startup.failed", "message": str(error)})
                 return
-            settle()
-            with _left_alone_by_sigterm(), guarded(self.settings.import_guard):
-                await self._serve(keys, gate, receive, send)
-        await send({"type": "lifespan.shutdown.complete"})
-
-    async def _serve(self, keys: Keys, gate: Gate, receive: Any, send: Any) -> None:
-        async with trio.open_nursery() as support:
-            support.start_soon(keys.stay_fresh)
-            async with Chat(self._agent, settings=self.settings, log=self._log, gate=gate) as self._chat:
+            with _left_alone_by_sigterm():
                 await send({"type": "lifespan.startup.complete"})
                 await receive()  # lifespan.shutdown
-            support.cancel_scope.cancel()
+        await send({"type": "lifespan.shutdown.complete"})
 
 
 @contextmanager
@@ -89,18 +78,24 @@ def _left_alone_by_sigterm() -> Iterator[None]:
         signal(SIGTERM, before)
 
 
-def _workers() -> int:
-    """How many processes serve: Hypercorn starts each as a `multiprocessing.Process` that is given its options."""
-    options = getattr(current_process(), "_kwargs", {}).get("config")
-    return getattr(options, "workers", 1)
+def _check_workers(log: Log) -> None:
+    """Raise `SettingError` if this is one of several processes, or may be one, and the log is for one only."""
+    if parent_process() is None:
+        return
+    workers = workers_of(sys.argv)
+    if workers is None:
+        check_shared(log, "a process that another one started")
+    elif workers > 1:
+        check_shared(log, f"hypercorn -w {workers}")
 
 
 def _load() -> _Service:
     send_records("stderr", "INFO")  # before the agent is imported, which may choose otherwise
+    import_at_once()
     try:
-        settings = Settings.from_environ()
-        log = open_log(settings)
-        check_shared(log, _workers(), "hypercorn -w")
+        settings = ServiceSettings.from_environ()
+        log = make_log(settings)
+        _check_workers(log)
         return _Service(load_agent(settings.agent), settings, log)
     except SettingError as error:
         raise SystemExit(f"tricorn: {error}") from None
@@ -109,10 +104,9 @@ def _load() -> _Service:
 _service = _load()
 
 app = asgi_app(
-    _service.session,
+    {"/ws": _service.session},
     settings=_service.settings,
     subprotocols=SUBPROTOCOLS,
-    path="/ws",
     app=_service.app,
     drain=_service.drain,
 )

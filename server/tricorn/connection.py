@@ -7,10 +7,10 @@ from secrets import token_hex
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import trio
-from trio import CancelScope, current_effective_deadline, current_time, move_on_after, sleep
+from trio import CancelScope, Event, StrictFIFOLock, current_effective_deadline, current_time, move_on_after, sleep
 
-from tricorn.errors.chain import Interruption
-from tricorn.errors.failures import PASSING, forget_contexts, has_failed, passing
+from tricorn.errors.chain import Interruption, first_of, hides_an_error, in_order, is_any
+from tricorn.errors.failures import PASSING, forget_contexts, leaves, passing
 from tricorn.errors.report import report, report_error, trace_id
 from tricorn.errors.stuck import stuck
 from tricorn.metrics import Totals
@@ -41,6 +41,7 @@ class Reaper(Protocol):
 
 LITTLE = 8192  # bytes
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.2  # seconds between two looks at what the peer has confirmed
+IN_VAIN_MAX = 1000  # messages
 LATER_CAUSES = 10  # that are kept; the first cause always is
 
 Handed = TypeVar("Handed")
@@ -108,7 +109,7 @@ class Transport(Protocol):
         """Send a message without waiting; False, and nothing is sent, if too much waits for the peer already."""
 
     async def room(self) -> None:
-        """Wait until there may be room. Cancelling it ends only the waiting."""
+        """Wait until there may be room, as one task at a time does. Cancelling it ends only the waiting."""
 
     async def ping(self) -> float:
         """Ping the peer and return how many seconds its answer took.
@@ -171,15 +172,17 @@ class Connection:
         "_flushes",
         "_flushing",
         "_fragmenting",
+        "_in_vain",
         "_later_causes",
         "_metrics",
         "_reaper",
         "_received",
+        "_reported",
         "_scope",
-        "_sends_in_vain",
         "_sent",
         "_stall_timeout",
-        "_waiting",
+        "_stalled",
+        "_turn",
         "cause",
         "context",
         "id",
@@ -212,53 +215,53 @@ class Connection:
         self._stall_timeout = settings.stall_timeout
         self._metrics = metrics
         self._reaper = reaper
-        self._scope = CancelScope()  # around the nursery
-        self._waiting = 0  # tasks that wait for room
-        self._sends_in_vain = False  # a task sends to a peer that is gone, and has not been told
+        self._scope = CancelScope()  # around the nursery: what its tasks leave behind is seen inside it
+        self._in_vain = 0  # messages sent to a peer that is gone, before the handler is told
         self._flushes = False  # what is unsent goes out before the close frame
         self._flushing: CancelScope | None = None
-        self._fragmenting: trio.Event | None = None  # set at the end of the fragmented message that is being sent
-        self._ended: trio.Event | None = None  # if somebody waits for it
+        self._stalled: CancelScope | None = None  # of the task that waits for room
+        self._turn: StrictFIFOLock | None = None  # of the tasks that send, as soon as one had to wait
+        self._fragmenting = False  # who has the turn sends a fragmented message
+        self._ended: Event | None = None  # if somebody waits for it
         # For the record of its end.
         self._began = self._ending_since = current_time()
         self._received = self._sent = 0
         self._later_causes: list[str] | None = None
         self._error_id: str | None = None
+        self._reported: Exception | None = None  # what a handler raises again
 
     # For the host
 
-    async def run(self, handler: Callable[[Handed], Awaitable[None]], websocket: Handed) -> None:
-        """Run the connection from the handler's first step to the closed socket. Raises only what is not an Exception.
+    async def run(self, handler: Callable[[Handed], Awaitable[None]], websocket: Handed) -> BaseException | None:
+        """Run the connection from the handler's first step to the closed socket.
 
-        If cancelled, the connection closes with 1012, within `close_timeout`.
+        Returns the exceptions of the handler's nursery, which have been reported. Raises only cancellations and
+        KeyboardInterrupt. If cancelled, the connection closes with 1012, within `close_timeout`.
         """
+        failure = through = None
         self._metrics.opened.add()
         try:
             with self._scope:
-                await self._run(handler, websocket)
+                try:
+                    async with trio.open_nursery() as self.nursery:
+                        self.phase = move(self.phase, Phase.OPEN)
+                        if self.cause is not None:  # the end came before the handler
+                            self.stop()
+                        self.transport.start(self)
+                        await handler(websocket)
+                        if self.cause is None:
+                            self._end(Close(NORMAL))
+                            self._flushes = True
+                        self.stop()
+                except BaseException as error:  # noqa: ASYNC103 - what has to go on is raised again
+                    failure = self._failed(error)
+                    through = passing(error)
+                if through is not None:
+                    forget_contexts(through)  # they have been reported, and are not below what goes on
+                    raise through
         finally:
             await self._tear_down()
-
-    async def _run(self, handler: Callable[[Handed], Awaitable[None]], websocket: Handed) -> None:
-        """Run the tasks. Cancelled by a scope around the nursery, they can be asked what errors they leave behind."""
-        through = None
-        try:
-            async with trio.open_nursery() as self.nursery:
-                self._move(Phase.OPEN)
-                if self.cause is not None:  # `cancel` came before
-                    self.stop()
-                self.transport.start(self)
-                await handler(websocket)
-                if self.cause is None:
-                    self._end(Close(NORMAL))
-                    self._flushes = True
-                self.stop()
-        except BaseException as error:  # noqa: ASYNC103 - what has to go on is raised again
-            self._failed(error)
-            through = passing(error)
-        if through is not None:
-            forget_contexts(through)  # they have been reported, and are not below what goes on
-            raise through
+        return failure
 
     def cancel(self) -> None:
         """Close the connection with 1012, within `close_timeout`, as cancelling what is around it does."""
@@ -266,7 +269,7 @@ class Connection:
         self._flushes = False
         if self._flushing is not None:
             self._flushing.cancel()
-        elif self.phase is not Phase.ACCEPTED:
+        else:
             self.stop()
 
     def give_up(self) -> None:
@@ -293,8 +296,7 @@ class Connection:
         self._received += len(messages)
         messages.reverse()
         self.inbox = messages + self.inbox if self.inbox else messages
-        if self.receiver.waiting:
-            self.receiver.wake()
+        self.receiver.wake()
         return bool(messages)
 
     def end(self, cause: Close) -> None:
@@ -303,11 +305,14 @@ class Connection:
         A handler that waits for the peer is told. One that has something to receive is told behind that. Both have
         `close_timeout`; one that is busy elsewhere is cancelled.
         """
-        waits = self.receiver.waiting or self._waiting > 0 or self._sends_in_vain
+        waits = self.receiver.waiting is not None
+        sends = self._in_vain > 0 or (self._turn is not None and self._turn.locked())
         if not self._end(cause):
             return
         self.receiver.wake()
-        if waits or self.inbox:
+        if self._stalled is not None:
+            self._stalled.cancel()
+        if waits or sends or self.inbox:
             self._bound_tasks()
         else:
             self.stop()
@@ -340,77 +345,95 @@ class Connection:
             self._flushes = True
         self.stop()
         if self._ended is None:
-            self._ended = trio.Event()
+            self._ended = Event()
             if self.phase is Phase.CLOSED:
                 self._ended.set()
         await self._ended.wait()
 
-    def put(self, payloads: Sequence[bytes], text: bool) -> bool:
-        """Send messages if there is room for them, and say whether there was. Raises Disconnected."""
-        self.require_open()
-        if self._fragmenting is not None:
+    def put(self, payloads: Sequence[bytes], text: bool, *, in_turn: bool = False) -> bool:
+        """Send messages if there is room for them, and say whether there was. Raises Disconnected.
+
+        Without `in_turn` there is no room while other tasks wait for some, or send a fragmented message.
+        """
+        if self.cause is not None:
+            self._after_the_end(self.cause)
+        if self._turn is not None and not in_turn and self._turn.locked():
             return False
+        more = True if self.inbox else False  # noqa: SIM210 (a call for each message costs more)
         try:
-            if not self.transport.send(payloads, text=text, more=bool(self.inbox)):
+            if not self.transport.send(payloads, text=text, more=more):
                 return False
-            self._sent += len(payloads)
-            return True
         except trio.BrokenResourceError:
-            pass  # raised below, Disconnected has only what the handler is handling as its context
-        return self._sent_in_vain()
+            return self._sent_in_vain()
+        self._sent += len(payloads)
+        return True
+
+    async def put_in_turn(self, payloads: Sequence[bytes], text: bool) -> None:
+        """Send messages when those that wait already are on their way and there is room. Raises Disconnected.
+
+        If cancelled, nothing was sent.
+        """
+        if not self._fragmenting:
+            self._metrics.send_stalls.add()
+        async with self._turns():
+            while not self.put(payloads, text, in_turn=True):
+                await self.room()
 
     async def room(self) -> None:
-        """Wait until there may be room. Cancelling it ends only the waiting."""
-        self._waiting += 1
-        try:
-            if self._fragmenting is not None:
-                await self._fragmenting.wait()
-            else:
-                await self.transport.room()
-        finally:
-            self._waiting -= 1
+        """Wait until there may be room, or the connection ends."""
+        with CancelScope() as self._stalled:
+            await self.transport.room()
+        self._stalled = None
 
-    def begin_fragments(self) -> bool:
-        """Have no other message between the fragments that follow; False if another task sends fragments."""
+    async def begin_fragments(self) -> None:
+        """Wait for the turn, and have no other message between the fragments that follow. Raises Disconnected."""
         self.require_open()
-        if self._fragmenting is not None:
-            return False
-        self._fragmenting = trio.Event()
-        return True
+        await self._turns().acquire()
+        self._fragmenting = True
 
     def put_fragment(self, payload: bytes, *, text: bool | None, last: bool) -> bool:
         """Send a fragment if there is room for it, and say whether there was. Raises Disconnected."""
         self.require_open()
         try:
             sent = self.transport.send_fragment(payload, text=text, last=last)
-            self._sent += sent and last
-            return sent
         except trio.BrokenResourceError:
-            pass
-        return self._sent_in_vain()
+            return self._sent_in_vain()
+        self._sent += sent and last
+        return sent
+
+    def _after_the_end(self, cause: Close) -> None:
+        """Raise Disconnected, but not before all that came before the end was received.
+
+        A handler that sends on and on and receives nothing is told as well.
+        """
+        self._in_vain += 1
+        if not self.inbox or self._in_vain > IN_VAIN_MAX:
+            self.tell()
+            raise Disconnected(*cause)
 
     def _sent_in_vain(self) -> bool:
-        """Raise Disconnected, but not before it is certain why, and all that came before was received."""
-        if self.cause is None or self.inbox:
-            self._sends_in_vain = True
-            return True
-        self.tell()
-        raise Disconnected(*self.cause)
+        """The peer is gone: that is an error as soon as it is certain why."""
+        self._in_vain += 1
+        return True
 
-    def end_fragments(self, *, complete: bool) -> None:
-        """Let others send again; a message that stays incomplete ends the connection."""
-        assert self._fragmenting is not None  # noqa: S101
-        self._fragmenting.set()
-        self._fragmenting = None
-        if not complete:
+    def end_fragments(self, error: BaseException | None) -> None:
+        """Let others send again; an error that left the message incomplete ends the connection."""
+        self._fragmenting = False
+        self._turns().release()
+        if error is None or isinstance(error, Disconnected):
+            return
+        if isinstance(error, Exception):
+            self._reported = error
+            self._end(self._report(error))
+        else:
             self._end(Close(INTERNAL_ERROR, "a fragmented message was not finished"))
-            self.stop()
+        self.stop()
 
     def broadcast(self, message: Broadcast) -> bool:
         """Send a message unless that needs waiting, and say whether it does not. One that ends gets nothing."""
         if self.over or self.cause is not None:
             return True
-        if self._fragmenting is not None:
+        if self._fragmenting:
             return False
         try:
             sent = self.transport.broadcast(message)
@@ -423,6 +446,11 @@ class Connection:
         """Raise Disconnected if the connection is over."""
         if self.over and self.cause is not None:
             raise Disconnected(*self.cause)
+
+    def _turns(self) -> StrictFIFOLock:
+        if self._turn is None:
+            self._turn = StrictFIFOLock()
+        return self._turn
 
     # How it ends
 
@@ -441,10 +469,17 @@ class Connection:
         self._reaper.watch(self)
         return True
 
-    def _failed(self, error: BaseException) -> None:
+    def _failed(self, error: BaseException) -> BaseException | None:
+        """Report all that is not the consequence of the connection's end, and return it."""
+        reported, self._reported = self._reported, None
         expected = PASSING if self.cause is None else (*PASSING, Disconnected)
-        if has_failed(error, expected) and self._end(self._report(error)):
+        failures = [leaf for leaf in leaves(error) if not is_any(leaf, expected)]
+        if not failures and not hides_an_error(error):
+            return None
+        new = [leaf for leaf in failures or [first_of(in_order(error))] if leaf is not reported]
+        if new and self._end(self._report(error)):
             self._flushes = True
+        return error
 
     def _report(self, error: BaseException) -> Close:
         code = None if self.cause is None else self.cause.code

@@ -201,11 +201,12 @@ class ServerMetrics(Metrics):
 
     def numbers(self) -> Numbers:
         phases = dict.fromkeys(PHASES, 0.0) | {Phase.CONNECTING.value: self.connecting}
-        traffic = self._over
+        parts = [self._over]
         for connection in self._open:
             if connection.phase is not Phase.CLOSED:
                 phases[connection.phase.value] += 1
-                traffic = _sum((traffic, connection.totals()))
+                parts.append(connection.totals())
+        traffic = _sum(parts)
         self.connections.values = phases
         self.messages.values = dict(zip(DIRECTIONS, (traffic.messages_received, traffic.messages_sent), strict=True))
         self.bytes.values = dict(zip(DIRECTIONS, (traffic.bytes_received, traffic.bytes_sent), strict=True))

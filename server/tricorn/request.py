@@ -24,6 +24,7 @@ class Request:
         http_version: `1.1`, for example.
         headers: the headers by lower-case name. Values that came several times are joined by `, ` (RFC 9110 §5.3).
         peer: the client's address, host and port; None if it connected to a Unix socket.
+        raw_path: the path as it came, not decoded.
     """
 
     method: str
@@ -32,6 +33,7 @@ class Request:
     http_version: str
     headers: Mapping[str, str]
     peer: tuple[str, int] | None = None
+    raw_path: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +56,16 @@ class Refuse(Exception):
 
     Attributes:
         status: the status of the response, 400 to 599.
-        body: its body, plain text.
+        body: its body: plain text, or bytes of the type that a header `Content-Type` names.
         headers: further headers.
     """
 
-    def __init__(self, status: int, body: str = "", headers: Mapping[str, str] | None = None) -> None:
+    _lowest = 400
+
+    def __init__(self, status: int, body: str | bytes = "", headers: Mapping[str, str] | None = None) -> None:
         self.status = HTTPStatus(status)
-        if self.status < 400:
-            raise ValueError(f"a request is refused with a status from 400 to 599, not with {status}")
-        self.body = body or self.status.phrase
+        if self.status < self._lowest:
+            raise ValueError(f"a request is refused with a status from {self._lowest} to 599, not with {status}")
+        self.body = self.status.phrase if body == "" else body
         self.headers = headers or {}
         super().__init__(self.body)

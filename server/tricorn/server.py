@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from contextlib import nullcontext
+from functools import partial
+from socket import SO_ACCEPTCONN, SOL_SOCKET
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -13,20 +14,21 @@ from tricorn.errors.last_resort import LastResort, exit_in_time
 from tricorn.listening.accept import Acceptor, accept_forever
 from tricorn.listening.asgi import AsgiWebSockets
 from tricorn.listening.binds import addresses, close_all, listen, listen_on
-from tricorn.listening.http import Hypercorn, upgrade_required
+from tricorn.listening.http import Hypercorn, lifespans, upgrade_required
 from tricorn.listening.site import Site, run_drain
+from tricorn.protocol.phase import Phase
 from tricorn.settings import Settings
 from tricorn.transport.poller import best_poller
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
     from socket import socket as Socket
     from ssl import SSLContext
 
     from hypercorn.config import Config
 
+    from tricorn.asgi_handler import ASGIApp
     from tricorn.listening.binds import Address
-    from tricorn.listening.http import ASGIApp
     from tricorn.listening.site import Drain, Handlers
     from tricorn.metrics import ServerMetrics
     from tricorn.request import BeforeUpgrade
@@ -68,8 +70,12 @@ class Server:
         self._drain = drain
         self._http = None
         self._inside = AsgiWebSockets(site)  # WebSockets inside TLS and HTTP/2
+        app = app or site.app
         if app is not None or config is not None or ssl_context is not None:
-            self._http = Hypercorn(app or upgrade_required, self._inside, site.settings, config, ssl_context)
+            app = app or upgrade_required
+            state = site.state_of(app)
+            self._http = Hypercorn(app, state, self._inside, site.settings, config, ssl_context)
+        self._config = config
         self._poller = best_poller()
         self._acceptor = Acceptor(site, self._poller, self._http)
         self._serving = trio.CancelScope()
@@ -80,7 +86,8 @@ class Server:
     @property
     def connections(self) -> frozenset[WebSocket[Any]]:
         """The connections that are open now, as their handlers hold them."""
-        return frozenset(self._site.connections.values())
+        connections = self._site.connections.items()
+        return frozenset(websocket for connection, websocket in connections if connection.phase is Phase.OPEN)
 
     @property
     def metrics(self) -> ServerMetrics:
@@ -90,9 +97,9 @@ class Server:
     async def close(self) -> None:
         """Close the server as cancelling it does, and wait until it is closed, for at most `drain_timeout` seconds.
 
-        If cancelled, the server closes all the same.
+        If cancelled, the server closes all the same. Closing it again only waits.
         """
-        self.begin_closing()
+        self._serving.cancel()
         await self._over.wait()
 
     def begin_closing(self) -> None:
@@ -135,9 +142,8 @@ class Server:
                 await support.start(self._poller.run)
                 support.start_soon(self._site.look_after)
                 support.start_soon(self._inside.attend)
-                app = nullcontext() if self._http is None else self._http.lifespan()
                 with self._holding:
-                    async with app, trio.open_nursery() as connections:
+                    async with lifespans(self._site, self._config), trio.open_nursery() as connections:
                         task_status.started(connections)
                         await trio.sleep_forever()
                 support.cancel_scope.cancel()
@@ -193,8 +199,8 @@ async def serve(
     whatever the peers do.
 
     Args:
-        handler: called with each `WebSocket`, in that connection's own nursery; or a mapping of handlers by path, with
-            404 for every other path.
+        handler: called with each `WebSocket`, in that connection's own nursery; or what `asgi_handler` returns, for the
+            WebSockets of an ASGI application; or a mapping of either by path, with 404 for every other path.
         port: the port to listen on; 0 takes a free one.
         host: an address or a host name; every address that it has is listened on.
         bind: further addresses: `HOST:PORT`, `[IPV6]:PORT` or `unix:PATH`.
@@ -204,8 +210,9 @@ async def serve(
             `Refuse`, or raises `Refuse`. Its place is to authenticate, and to choose subprotocol, headers and state.
         subprotocols: those that the handler speaks, if there is no `before_upgrade`: the first that a client offers of
             them is agreed on.
-        app: an ASGI 3.0 application for every request that is not an upgrade; without one they get 426. Its lifespan
-            is run.
+        app: an ASGI 3.0 application for every request that is not an upgrade; without one they get 426. If the handler
+            is an `asgi_handler` (and not a mapping), its application by default. The lifespan of each application is
+            run once: an application that also has WebSockets has to be the same object here and there.
         ssl_context: for TLS on all listeners.
         config: Hypercorn's, for HTTP: what of it counts is in docs/operations.md.
         drain: awaited when accepting has stopped, before connections are closed.
@@ -213,11 +220,12 @@ async def serve(
     Raises:
         OSError: an address cannot be found or bound, or a file of `config` cannot be read.
         ValueError: there is nothing to listen on, or a text in `bind` is not an address.
-        LifespanFailureError: of Hypercorn, in an ExceptionGroup: the app did not start up.
+        LifespanFailureError: of Hypercorn, in an ExceptionGroup: an application did not start up.
     """
     site = Site(handler, settings, before_upgrade=before_upgrade, subprotocols=subprotocols)
-    bound = await _bound(port, host, bind, listeners)
-    await Server(site, bound, app=app, ssl_context=ssl_context, config=config, drain=drain).serve(task_status)
+    make = partial(Server, site, app=app, ssl_context=ssl_context, config=config, drain=drain)
+    server = await _bind(make, port, host, bind, listeners)
+    await server.serve(task_status)
 
 
 def run(
@@ -241,17 +249,17 @@ def run(
     every socket at once. If a task or a thread does not end, the process exits with status 1 a second later, and a
     record and the stacks of all threads on stderr say which.
 
-    Neither this nor `serve` minds what a program imports, and when: the drill and the import guard are those of
-    `tricorn serve`.
+    Neither this nor `serve` watches what a program imports after start-up. If yours should be watched, await
+    `tricorn.errors.drill.drill` first, and call this in a block of `tricorn.errors.import_guard.guarded`.
 
     Raises:
         OSError, ValueError: as `serve` does.
     """
     site = Site(handler, settings, before_upgrade=before_upgrade, subprotocols=subprotocols)
+    make = partial(Server, site, app=app, ssl_context=ssl_context, config=config, drain=drain)
 
     async def main() -> None:
-        bound = await _bound(port, host, bind, listeners)
-        server = Server(site, bound, app=app, ssl_context=ssl_context, config=config, drain=drain)
+        server = await _bind(make, port, host, bind, listeners)
         async with exit_in_time(settings.drain_timeout) as last_resort:
             await serve_until_signal(server, last_resort)
 
@@ -275,14 +283,24 @@ async def _obey(signals: AsyncIterator[int], server: Server) -> None:
         server.begin_closing()
 
 
-async def _bound(port: int | None, host: str, bind: Sequence[str], listeners: Sequence[Socket]) -> list[Socket]:
-    if port is None and not bind and not listeners:
-        raise ValueError("there is nothing to listen on: give a port, `bind` or `listeners`")
+async def _bind(
+    make: Callable[[list[Socket]], Server],
+    port: int | None,
+    host: str,
+    bind: Sequence[str],
+    listeners: Sequence[Socket],
+) -> Server:
+    """Make a server that has everything it is to listen on. If that fails, nothing stays open."""
     bound = list(listeners)
     try:
         if port is not None:
             bound += await listen(port, host)
-        return bound + await listen_on(bind)
+        bound += await listen_on(bind)
+        if not bound:
+            raise ValueError("there is nothing to listen on: give a port, `bind` or `listeners`")
+        if not all(listener.getsockopt(SOL_SOCKET, SO_ACCEPTCONN) for listener in bound):
+            raise ValueError("a socket in `listeners` does not listen")
+        return make(bound)
     except BaseException:
         close_all(bound)
         raise

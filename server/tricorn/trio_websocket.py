@@ -18,9 +18,10 @@ import trio
 from trio.lowlevel import checkpoint, notify_closing
 from trio_websocket import ConnectionClosed
 
+from tricorn.asgi_handler import AsgiHandler
 from tricorn.errors.report import report_error
 from tricorn.listening.site import Site
-from tricorn.protocol.handshake import accept, as_request, check_upgrade
+from tricorn.protocol.handshake import accept, as_request, check_upgrade, refusal
 from tricorn.request import Refuse
 from tricorn.settings import Settings
 from tricorn.transport.keep_alive import Reaper, keep_alive
@@ -32,8 +33,9 @@ if TYPE_CHECKING:
 
     from trio_websocket import WebSocketConnection, WebSocketRequest
 
+    from tricorn.asgi_handler import Handler
     from tricorn.connection import Connection
-    from tricorn.listening.site import Handler, Handlers
+    from tricorn.listening.site import Handlers
     from tricorn.request import Accept, BeforeUpgrade, Request
 
 DEFAULTS = Settings()
@@ -54,32 +56,38 @@ def adapt(
     What happens before the request is there is trio-websocket's: its `connect_timeout` holds, not
     `settings.handshake_timeout`, and it bounds neither heads nor how many connections there are. Of what comes after,
     `max_message_size`, `message_queue_size` and `receive_buffer_size` mean nothing.
-    """
 
+    Raises:
+        TypeError: the handler is an `asgi_handler`, or one of them is: nothing here runs an application's lifespan.
+    """
     site = Site(handler, settings, before_upgrade=before_upgrade, subprotocols=subprotocols)
+    if site.apps:
+        raise TypeError("trio-websocket cannot serve an ASGI application, whose lifespan it does not run: use serve")
 
     async def serve(request: WebSocketRequest) -> None:
-        connection = request._connection
-        sock = _socket(connection._stream)
+        sock = _socket(request._connection._stream)
+        refused = False
         try:
-            asked = _as_asked(request, sock.getpeername()[:2])
-            check_upgrade(asked)
-            admitted, accepted = await site.admit(asked)
-        except Refuse as refused:
-            headers = [(name.encode(), value.encode()) for name, value in refused.headers.items()]
-            with suppress(ConnectionClosed):
-                await request.reject(refused.status, extra_headers=headers, body=f"{refused.body}\n".encode())
-            return
-        stream, connection._stream = connection._stream, cast(trio.abc.Stream, _Gone())
-        notify_closing(sock)  # so that trio-websocket's reader ends; it stays open
-        try:
-            await _serve(_TakenOver(stream, connection), sock, asked, admitted, accepted)
-        except* (OSError, trio.BrokenResourceError):
+            asked = _as_asked(request, _peer(sock))
+            try:
+                check_upgrade(asked)
+                admitted, accepted = await site.admit(asked)
+                assert not isinstance(admitted, AsgiHandler)  # noqa: S101
+            except Refuse as refusal:
+                refused = True  # and what is left is trio-websocket's to do
+                await _reject(request, refusal)
+            else:
+                connection = request._connection
+                stream, connection._stream = connection._stream, cast(trio.abc.Stream, _Gone())
+                notify_closing(sock)  # so that trio-websocket's reader ends; it stays open
+                await _serve(_TakenOver(stream, connection), sock, asked, admitted, accepted)
+        except* (OSError, trio.BrokenResourceError, ConnectionClosed):
             pass  # the peer is gone
         except* Exception as errors:  # a bug of ours: it ends this connection and nothing else
-            report_error(errors, path=asked.path)
+            report_error(errors, path=request.path)
         finally:
-            sock.close()
+            if not refused:
+                sock.close()
 
     async def _serve(
         stream: _TakenOver, sock: trio.socket.SocketType, request: Request, admitted: Handler, accepted: Accept
@@ -101,6 +109,12 @@ def adapt(
             site.forget(connection)
 
     return serve
+
+
+async def _reject(request: WebSocketRequest, refused: Refuse) -> None:
+    headers, body = refusal(refused)
+    raw = [(name.encode(), value.encode("latin-1")) for name, value in headers]
+    await request.reject(refused.status, extra_headers=raw, body=body)
 
 
 async def _support(
@@ -159,7 +173,12 @@ def _socket(stream: trio.abc.Stream) -> trio.socket.SocketType:
     return stream.socket
 
 
-def _as_asked(request: WebSocketRequest, peer: tuple[str, int]) -> Request:
+def _peer(sock: trio.socket.SocketType) -> tuple[str, int] | None:
+    name = sock.getpeername()
+    return name[:2] if isinstance(name, tuple) else None  # a Unix socket
+
+
+def _as_asked(request: WebSocketRequest, peer: tuple[str, int] | None) -> Request:
     """The request's head as the client sent it, which trio-websocket has taken apart."""
     headers = [(b"host", request._event.host.encode("latin-1")), *request.headers]
     if request.proposed_subprotocols:

@@ -8,7 +8,7 @@ from outcome import Outcome
 from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Generator
+    from collections.abc import AsyncGenerator, Awaitable, Generator
 
 
 class _Woken(Outcome[None]):
@@ -32,27 +32,27 @@ class Waiter:
     """Lets one task at a time wait until another one wakes it.
 
     A wake-up is not remembered: look whether what you wait for is already there, and wait without a checkpoint between.
+
+    Attributes:
+        waiting: the task that waits, or None.
     """
 
+    __slots__ = ("waiting",)
+
     def __init__(self) -> None:
-        self._task: Task | None = None
+        self.waiting: Task | None = None
 
-    @property
-    def waiting(self) -> bool:
-        """Whether a task waits."""
-        return self._task is not None
-
-    async def wait(self) -> None:
-        """Wait for `wake`. A checkpoint. If cancelled, it only stops waiting."""
-        self._task = current_task()
-        await wait_task_rescheduled(self._stop_waiting)
+    def wait(self) -> Awaitable[Any]:
+        """Wait for `wake`: to be awaited at once. A checkpoint. If cancelled, it only stops waiting."""
+        self.waiting = current_task()
+        return wait_task_rescheduled(self._stop_waiting)  # noqa: ASYNC105 (an idle connection needs no second coroutine)
 
     def wake(self) -> None:
         """Wake the task that waits, if any. Not a checkpoint."""
-        if self._task is not None:
-            reschedule(self._task, WOKEN)
-            self._task = None
+        if self.waiting is not None:
+            reschedule(self.waiting, WOKEN)
+            self.waiting = None
 
     def _stop_waiting(self, _: object) -> Abort:
-        self._task = None
+        self.waiting = None
         return Abort.SUCCEEDED

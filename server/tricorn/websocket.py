@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Generic, Self
 
 import trio
@@ -12,8 +13,6 @@ from tricorn.protocol.close import NORMAL, Close, may_be_sent
 from tricorn.protocol.frames import Opcode, frame
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from typing_extensions import TypeVar
 
     from tricorn.connection import Connection, Message
@@ -116,7 +115,7 @@ class WebSocket(Generic[State]):
             if connection.cause is not None:
                 connection.tell()
                 raise StopAsyncIteration
-            if connection.receiver.waiting:
+            if connection.receiver.waiting is not None:
                 raise trio.BusyResourceError("another task is receiving from this connection")
             reading = connection.transport.idle()
             self._row = IN_A_ROW
@@ -133,7 +132,8 @@ class WebSocket(Generic[State]):
         Waits while the peer does not keep up. Checks for cancellation always, and yields unless the message answers one
         that was received. If cancelled, nothing of a str or bytes was sent. A message once begun is sent whole, or the
         connection ends: a fragmented message that is cancelled, or whose iterable raises, after its first fragment ends
-        it with 1011. An empty iterable sends nothing. Other messages wait until a fragmented one is complete.
+        it with 1011. The iterable is asked for a fragment before the one in front of it is sent, and an empty one sends
+        nothing. Other messages wait until a fragmented one is complete.
 
         Raises:
             Disconnected: the connection is over.
@@ -143,17 +143,19 @@ class WebSocket(Generic[State]):
             payload, text = message.encode(), True
         elif isinstance(message, bytes | bytearray | memoryview):
             payload, text = bytes(message), False
-        else:
+        elif isinstance(message, Iterable):
             await self._send_fragments(message)
             return
+        else:
+            raise TypeError(f"a message is str or bytes, or an iterable of either, not {type(message).__name__}")
         if self._yielded:
             self._yielded = False
             await checkpoint_if_cancelled()
         else:
             await checkpoint()
         connection = self._connection
-        while not connection.put((payload,), text):
-            await connection.room()
+        if not connection.put((payload,), text):
+            await connection.put_in_turn((payload,), text)
 
     async def send_texts(self, payloads: Iterable[bytes]) -> None:
         """Send texts that are UTF-8 already, each as one message, all in one write. Otherwise like `send`."""
@@ -164,13 +166,14 @@ class WebSocket(Generic[State]):
         else:
             await checkpoint()
         connection = self._connection
-        while not connection.put(whole, True):
-            await connection.room()
+        if not connection.put(whole, True):
+            await connection.put_in_turn(whole, True)
 
     async def ping(self) -> float:
         """Ping the peer and return the latency: the seconds until its pong (RFC 6455 §5.5.2).
 
-        If cancelled, the answer is ignored. You need no ping to keep a connection alive: the server sends its own.
+        If cancelled, the answer is ignored. You need no ping to keep a connection alive: the server sends its own. Go
+        on receiving meanwhile, in another task: behind 64 KiB of messages that you have not received no pong is read.
 
         Raises:
             Disconnected: the connection is over, or ended before the pong came.
@@ -202,29 +205,26 @@ class WebSocket(Generic[State]):
     async def _send_fragments(self, fragments: Iterable[Message]) -> None:
         iterator = iter(fragments)
         await checkpoint()
-        fragment = next(iterator, None)
-        if fragment is None:
+        following: object = next(iterator, _END)
+        if following is _END:
             return
         connection = self._connection
-        while not connection.begin_fragments():
-            await connection.room()
-        text: bool | None = isinstance(fragment, str)
-        whole = begun = False
+        await connection.begin_fragments()
+        text = isinstance(following, str)
+        first: bool | None = text
         try:
-            payload = _payload(fragment, text=text)
-            following: Message | None = fragment
-            first: bool | None = text
-            while following is not None:
-                following = next(iterator, None)
-                while not connection.put_fragment(payload, text=first, last=following is None):
-                    await connection.transport.room()
-                begun, first = True, None
-                if following is not None:
-                    payload = _payload(following, text=text)
+            while following is not _END:
+                payload = _payload(following, text=text)
+                following = next(iterator, _END)
+                while not connection.put_fragment(payload, text=first, last=following is _END):
+                    await connection.room()
+                first = None
+                if following is not _END:
                     await checkpoint()
-            whole = True
-        finally:
-            connection.end_fragments(complete=whole or not begun)
+        except BaseException as error:
+            connection.end_fragments(error if first is None else None)
+            raise
+        connection.end_fragments(None)
 
     def _peer(self) -> str:
         peer = self._connection.request.peer
@@ -236,11 +236,14 @@ REASON_MAX = 123  # bytes, RFC 6455 §5.5.1
 ABORTED = Close(1006)
 
 
-def _payload(fragment: Message, *, text: bool | None) -> bytes:
+_END = object()  # of an iterable
+
+
+def _payload(fragment: object, *, text: bool) -> bytes:
     if isinstance(fragment, str):
         if text:
             return fragment.encode()
-    elif not text:
+    elif not text and isinstance(fragment, bytes | bytearray | memoryview):
         return bytes(fragment)
     raise TypeError("the fragments of a message must all be str or all be bytes")
 

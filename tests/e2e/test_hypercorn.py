@@ -289,6 +289,31 @@ async def test_several_workers_with_a_log_each_do_not_start(tmp_path: Path, log:
         assert set(server.log.splitlines()) == {f"{line}there must be 1"}
 
 
+CHILD = """
+from importlib import import_module
+from multiprocessing import get_context
+
+if __name__ == "__main__":
+    child = get_context("spawn").Process(target=import_module, args=("tricorn.asgi",))
+    child.start()
+    child.join()
+    raise SystemExit(child.exitcode)
+"""
+
+
+@pytest.mark.parametrize("log", ["memory:", "unix:///nowhere"])
+async def test_a_process_of_a_program_that_is_not_known_needs_a_log_that_can_be_shared(log: str) -> None:
+    """It may be one of several."""
+    with trio.fail_after(PATIENCE):
+        environ = {**os.environ, "TRICORN_LOG": log}
+        done = await trio.run_process([sys.executable, "-c", CHILD], capture_stderr=True, check=False, env=environ)
+    if log == "memory:":
+        start = b"tricorn: a process that another one started: workers need a log that they can share, "
+        assert (done.returncode, done.stderr.startswith(start)) == (1, True), done.stderr
+    else:
+        assert (done.returncode, done.stderr) == (0, b"")
+
+
 async def test_a_key_that_cannot_be_read_is_told_first(tmp_path: Path) -> None:
     async with hypercorn(tmp_path, "-k", "trio", serves=False, TRICORN_JWT_KEY="file:///none") as server:
         await server.ended()

@@ -301,8 +301,9 @@ async def test_what_is_asked_wrongly(tmp_path: Path, arguments: list[str], envir
 
 OBEYS = """
 import sys, trio
+from tricorn.metrics import NOTHING
 from tricorn.service.workers import Worker
-trio.run(Worker(sys.argv[2]).obey)
+trio.run(Worker(sys.argv[2]).obey, lambda: NOTHING)
 """
 
 

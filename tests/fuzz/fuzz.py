@@ -18,9 +18,9 @@ with atheris.instrument_imports(include=["tricorn.protocol"]):
     from tricorn.protocol.deflate import Agreement, Inflater, negotiate
     from tricorn.protocol.handshake import (
         Head,
-        Refused,
         accept,
-        check,
+        check_origin,
+        check_upgrade,
         choose_subprotocol,
         offered_extensions,
         refuse,
@@ -29,6 +29,7 @@ with atheris.instrument_imports(include=["tricorn.protocol"]):
     from tricorn.protocol.receiver import Receiver
 
 from tricorn.protocol.close import INVALID_DATA, TOO_BIG
+from tricorn.request import Accept, Refuse
 
 sys.path.append(str(Path(__file__).parents[1]))
 from fixtures.frames import parse
@@ -72,10 +73,12 @@ def _answer(*reads: bytes) -> bytes | None:
                 request = head.receive_data(read)
         if request is None or not wants_websocket(request):
             return None
-        check(request, None)
+        check_upgrade(request)
+        check_origin(request, ())
         agreement = negotiate(offered_extensions(request), takeover=True)
-        return accept(request, choose_subprotocol(request, ("tricorn.v1",)), agreement.header() if agreement else None)
-    except Refused as refused:
+        accepted = Accept(choose_subprotocol(request, ("tricorn.v1",)))
+        return accept(request, accepted, agreement.header() if agreement else None)
+    except Refuse as refused:
         return refuse(refused, head)[:12]  # the status: which of several faults is told may depend on what came first
 
 

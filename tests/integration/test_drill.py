@@ -8,18 +8,24 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from tricorn.service import drill as drill_module
-from tricorn.service.drill import drill
+import tricorn
+from tricorn.errors.drill import EXCHANGES, Exchange, drill, fail_when_told
+from tricorn.errors.report import counted
+from tricorn.service.chat_drill import drill_chat
 
 AFTER_THE_DRILL = """
 import logging, socket, sys, traceback, trio
-from tricorn.service.drill import drill
+from functools import partial
+from tricorn import serve
+from tricorn.errors.drill import drill, fail_when_told
 from tricorn.errors.import_guard import guarded
 
 async def resolve(name):
@@ -33,7 +39,7 @@ def ignoring_errors(call, *arguments):
         traceback.print_exception(error)
         logging.exception("seen")
 
-trio.run(drill)
+trio.run(drill, partial(serve, fail_when_told, 0))
 known = set(sys.modules)
 with guarded("count") as late:
     for host in ("localhost", "bücher.invalid"):
@@ -45,13 +51,23 @@ print(*late, *(set(sys.modules) - known))
 """
 
 
+START = partial(tricorn.serve, fail_when_told, 0)
+
+
 def descriptors() -> set[tuple[str, str]]:
     gc.collect()  # pipes that earlier tests left behind
     own = Path("/proc/self/fd")
     return {(name, os.readlink(own / name)) for name in os.listdir(own) if own.joinpath(name).exists()}
 
 
-async def test_it_leaves_nothing_behind(capfd: pytest.CaptureFixture[str]) -> None:
+async def drill_server() -> None:
+    await drill(START)
+
+
+@pytest.mark.parametrize("drill", [drill_server, drill_chat])
+async def test_it_leaves_nothing_behind(
+    drill: Callable[[], Awaitable[None]], capfd: pytest.CaptureFixture[str]
+) -> None:
     def all_there_is() -> tuple[object, ...]:
         root = trio.lowlevel.current_root_task()
         assert root is not None
@@ -66,11 +82,16 @@ async def test_it_leaves_nothing_behind(capfd: pytest.CaptureFixture[str]) -> No
     assert capfd.readouterr().err == "stderr is what it was"
 
 
-async def test_it_ends_when_it_is_cancelled(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drill_module, "REHEARSED", [(b"half a request", b"no answer")])
+async def test_what_it_reports_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(counted, "errors", 7)
+    await drill(START)
+    assert counted["errors"] == 7
+
+
+async def test_it_ends_when_it_is_cancelled(capfd: pytest.CaptureFixture[str]) -> None:
     before = descriptors()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(drill)
+        nursery.start_soon(drill, START, [Exchange(b"half a request", b"no answer")])
         await wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
     assert descriptors() == before
@@ -78,11 +99,10 @@ async def test_it_ends_when_it_is_cancelled(capfd: pytest.CaptureFixture[str], m
     assert capfd.readouterr().err == "stderr is what it was"
 
 
-async def test_an_answer_that_lacks_something_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_answer_that_lacks_something_is_an_error() -> None:
     request = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-    monkeypatch.setattr(drill_module, "REHEARSED", [(request, b"nobody says this")])
     with pytest.raises(ExceptionGroup) as raised:
-        await drill()
+        await drill(START, [*EXCHANGES, Exchange(request, b"nobody says this")])
     assert raised.group_contains(RuntimeError, match="which lacks b'nobody says this'$")
 
 

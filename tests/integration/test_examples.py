@@ -91,6 +91,20 @@ async def test_who_does_not_read_a_broadcast_is_let_go(serving: Serving) -> None
     assert (end.code, end.reason) == (1008, "too slow")
 
 
+async def test_a_handler_beside_an_application_of_starlette(serving: Serving) -> None:
+    async with (
+        serving(*on_a_free_port("beside_starlette.py")) as port,
+        connected(port, "/room") as member,
+        connected(port, "/announce") as speaker,
+    ):
+        await member.send_message("here")
+        assert await member.get_message() == "here"
+        await speaker.send_message("news")
+        assert await member.get_message() == "news"
+        assert await speaker.get_message() == "announced to 1"
+        assert (await page(port)).endswith(b"\r\n\r\n1 in the room\n")
+
+
 @pytest.mark.parametrize(
     ("city", "status", "outcome", "forecast"),
     [
@@ -112,15 +126,29 @@ async def test_the_weather_agent(
     assert outcome.items() <= events["agent_completed"].items()
 
 
+async def test_a_handler_is_tested_without_sockets() -> None:
+    tests = EXAMPLES / "testing_a_handler.py"
+    command = (sys.executable, "-m", "pytest", "-p", "pytest_tricorn", "-p", "no:cacheprovider", "-q", tests)
+    result = await trio.run_process(command, cwd=ROOT, capture_stdout=True, check=False)
+    assert (result.returncode, b"4 passed" in result.stdout) == (0, True), result.stdout.decode()
+
+
 @asynccontextmanager
-async def connected(port: int) -> AsyncGenerator[WebSocketConnection]:
+async def connected(port: int, path: str = "/") -> AsyncGenerator[WebSocketConnection]:
     """A client on a socket that is closed here: where the server closes, trio-websocket leaves its own open."""
     async with (
         await trio.open_tcp_stream("127.0.0.1", port) as stream,
         trio.open_nursery() as nursery,
-        await wrap_client_stream(nursery, stream, "127.0.0.1", "/") as ws,
+        await wrap_client_stream(nursery, stream, "127.0.0.1", path) as ws,
     ):
         yield ws
+
+
+async def page(port: int) -> bytes:
+    """The response that has the page at /."""
+    async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        await stream.send_all(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        return b"".join([bytes(data) async for data in stream])
 
 
 async def all_messages(ws: WebSocketConnection) -> tuple[int, CloseReason]:

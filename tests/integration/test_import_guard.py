@@ -310,7 +310,7 @@ async def test_an_agent_that_imports_late(tmp_path: Path, guard: str, outcome: s
 PROGRAM = """
 import signal, trio, tricorn
 from functools import partial
-from tricorn.service.drill import drill
+from tricorn.errors.drill import drill, fail_when_told
 from tricorn.errors.import_guard import guarded
 
 async def handler(ws):
@@ -318,7 +318,7 @@ async def handler(ws):
     raise ExceptionGroup("several", [OSError(5, "one"), LookupError("another")]) from ValueError("a cause")
 
 async def main():
-    await drill()
+    await drill(partial(tricorn.serve, fail_when_told, 0))
     with guarded("count") as late:
         with trio.open_signal_receiver(signal.SIGTERM) as signals:
             async with trio.open_nursery() as nursery:

@@ -30,7 +30,7 @@ HIDDEN = "tests/integration/server/test_hidden_errors.py"
 FAILED_HANDLER = "tests/mission_critical/test_first_error.py::test_a_handler_that_raises"
 
 EVERY_STEP = "tests/mission_critical/test_every_checkpoint.py::test_at_every_step"
-LEAVES = f"{EVERY_STEP}[chat with a tool-FIN]"
+LEAVES = "tests/mission_critical/test_every_checkpoint_of_a_chat.py::test_at_every_step[chat with a tool-FIN]"
 STALLS = f"{EVERY_STEP}[echo-peer stops reading]"
 SLOW = f"{EVERY_STEP}[slow reader-close frame]"
 
@@ -159,7 +159,7 @@ FAULTS = [
     Fault(name, file, catcher, plants)
     for name, file, catcher, *plants in [
         ("a lazy import in a handler", "listening/accept.py", "E1", handling_in("Acceptor.serve", "import json")),
-        ("a lazy import where a handler gets to", "connection.py", "E1", first_in("WebSocket._failed", "import json")),
+        ("a lazy import where a handler gets to", "connection.py", "E1", first_in("Connection._failed", "import json")),
         ("an import that depends on the environment", "connection.py", "E1", at_top(ON_ENVIRONMENT)),
         ("an import that depends on a failure", "transport/native.py", "E1", at_top(ON_FAILURE)),
         ("an import whose failure is swallowed", "chat/run.py", "E1", at_top(SWALLOWED)),
@@ -175,7 +175,7 @@ FAULTS = [
             "time.time() where a finally gets to",
             "connection.py",
             "E2",
-            first_in("WebSocket._tear_down", "time.time()"),
+            first_in("Connection._tear_down", "time.time()"),
             TIME,
         ),
         (
@@ -232,8 +232,8 @@ FAULTS = [
             "flake8-async",
             catching_in("Acceptor.serve", "BaseException"),
         ),
-        ("an error that is swallowed", "connection.py", FAILED_HANDLER, catching_in("WebSocket.run", "Exception")),
-        ("a clean-up that raises", "connection.py", FAILED_HANDLER, first_in("WebSocket._tear_down", "raise OSError")),
+        ("an error that is swallowed", "connection.py", FAILED_HANDLER, catching_in("Connection.run", "Exception")),
+        ("a clean-up that raises", "connection.py", FAILED_HANDLER, first_in("Connection._tear_down", "raise OSError")),
         ("a reporter that raises", "errors/report.py", FAILED_AGENT, reporter("raise OSError('no sink')")),
         ("a reporter that says nothing", "errors/report.py", FAILED_AGENT, reporter("return '00000000'")),
         ("a reporter that masks the error", "errors/report.py", FAILED_AGENT, reporter(LATER)),
@@ -295,9 +295,9 @@ FAULTS = [
         ),
         (
             "a disconnect that hides an error",
-            "errors/failures.py",
+            "connection.py",
             f"{HIDDEN}::test_an_error_below_what_ends_a_handler_is_reported",
-            first_in("has_failed", "return not all(is_any(leaf, expected) for leaf in leaves(error))"),
+            instead("not hides_an_error(error)", "True"),
         ),
         (
             "a nursery that keeps what its tasks leave behind",
@@ -330,14 +330,15 @@ FAULTS = [
             finally_in("Acceptor.serve", "raise OSError"),
         ),
         ("a client that is shown the error", "chat/run.py", FAILED_AGENT, first_in("perform", SHOWN)),
+        ("a client that is shown the error", "chat/execution.py", FAILED_AGENT, first_in("Execution.perform", SHOWN)),
         (
             "an attachment that is left",
             "chat/conversation/conversation.py",
             LEAVES,
             first_in("Conversation.detach", "return"),
         ),
-        ("a run without an end", "chat/run.py", LEAVES, first_in("_seal", "return")),
-        ("a shield without a deadline", "connection.py", STALLS, first_in("WebSocket._tear_down", UNBOUNDED)),
+        ("a run without an end", "chat/execution.py", LEAVES, first_in("Execution._seal", "return")),
+        ("a shield without a deadline", "connection.py", STALLS, first_in("Connection._tear_down", UNBOUNDED)),
         ("a registration that is left", "transport/native.py", STALLS, first_in("NativeTransport.abort", "return")),
         (
             "half a frame, and more behind it",

@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections import Counter
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
 from random import Random
 from socket import AF_INET
-from typing import Any
 
 import pytest
 import trio
-from websockets.frames import DATA_OPCODES
 
-from fixtures.checkpoints import Case, Handler, Scenario, Service, every_step, play
-from fixtures.faults import FAULTS, Fault, explosion
+from fixtures.checkpoints import Case, Handler, Scenario, every_step, play
+from fixtures.faults import FAULTS, Fault
 from fixtures.handlers import echo, greet_and_sleep
-from fixtures.wire import Peer, parse
 from tricorn import WebSocket
-from tricorn.chat import SUBPROTOCOLS, Chat, Run
-from tricorn.chat.chat import Chat as _Chat
-from tricorn.chat.logs.memory import MemoryLog
-from tricorn.chat.protocol import SUBPROTOCOL
 from tricorn.errors.report import report_error
-from tricorn.listening.accept import Acceptor
-from tricorn.protocol.close import ABNORMAL, NO_PONG, NORMAL, SERVICE_RESTART
+from tricorn.protocol.close import NO_PONG, NORMAL
 
 SEED = 20261125
 
 TrySteps = Callable[..., None]
-
-# The server
 
 
 async def shake_hands(case: Case) -> None:
@@ -95,160 +82,6 @@ async def never_pong(case: Case) -> None:
     await peer.read_to_end(answer=False)
 
 
-# The chat
-
-
-@dataclass
-class Talk:
-    """What a scenario of the chat has to know of its service."""
-
-    log: MemoryLog
-    chat: Chat
-    run: Run | None = None
-
-
-class ChatScenario(Scenario):
-    @asynccontextmanager
-    async def service(self, case: Case) -> AsyncGenerator[Service]:
-        async def agent(run: Run) -> None:
-            case.subject.run = run
-            try:
-                await worker(run, case)
-            finally:
-                case.subject.run = None
-
-        log = MemoryLog()
-        async with Chat(case.explosive("agent", agent), self.settings, log) as chat:
-            case.subject = Talk(log, chat)
-            options = {"drain": chat.drain, "subprotocols": SUBPROTOCOLS, "path": "/ws"}
-            yield case.explosive("handler", chat.session), options
-
-    async def judge(self, case: Case) -> None:
-        talk: Talk = case.subject
-        case.expect(not talk.chat._sessions, "a session is left")
-        case.expect(not talk.chat._conversations, "a conversation is left")
-        case.expect(not talk.log._watchers, "a subscription to the log is left")
-        await self._let_the_next_answer(talk.log)
-        logged = [json.loads(entry.json) for entry in await talk.log.read("local/c", 0, 1000)]
-        for post in (event["id"] for event in logged if event["type"] == "user_message"):
-            started = [event["run"] for event in logged if event.get("post") == post]
-            case.expect(len(started) == 1, f"the post {post} was answered by {len(started)} runs")
-        for run in dict.fromkeys(event["run"] for event in logged if "run" in event):
-            _judge_run(case, [event for event in logged if event.get("run") == run])
-        for connection in case.connections:
-            seqs = [event["seq"] for event in _events(bytes(connection.wire.stream))]
-            case.expect(seqs == list(range(seqs[0], seqs[0] + len(seqs))) if seqs else True, f"the client saw {seqs}")
-
-    async def _let_the_next_answer(self, log: MemoryLog) -> None:
-        """What an instance could not answer any more is left to whoever opens the log next."""
-
-        async def answer(run: Run) -> None:
-            await run.say("late")
-
-        past = log.store.conversations["local/c"]
-        if past.is_unanswered:
-            async with Chat(answer, self.settings, log):
-                with trio.move_on_after(self.settings.lease):
-                    while past.is_unanswered:  # noqa: ASYNC110 (nothing tells)
-                        await trio.sleep(0.1)
-
-
-def _judge_run(case: Case, events: list[dict[str, Any]]) -> None:
-    types = [event["type"] for event in events]
-    case.expect(types[0] == "agent_started", f"a run begins with {types[0]}")
-    case.expect(types[-1] == "agent_completed" and Counter(types)["agent_completed"] == 1, f"a run is {types}")
-    calls = [
-        [event["call"] for event in events if event["type"] == f"tool_{end}"] for end in ("executing", "completed")
-    ]
-    case.expect(calls[0] == calls[1], f"tools began and ended: {calls}")
-
-
-def _events(stream: bytes) -> list[dict[str, Any]]:
-    objects = [json.loads(frame.data) for _, frame in parse(stream) if frame.opcode in DATA_OPCODES]
-    return [each for each in objects if "at" in each]
-
-
-async def worker(run: Run, case: Case) -> None:
-    async def measure() -> None:
-        await trio.sleep(0.1)
-        tool.result = len(run.message)
-
-    async with run.tool("length") as tool:
-        await case.explosive("tool", measure)()
-        if run.message == "wait":
-            await trio.sleep_forever()
-    for piece in ("It is ", f"{tool.result}"):
-        await run.say(piece)
-
-
-async def hear(peer: Peer, type_: str) -> dict[str, Any]:
-    """The next object of this type, which must come."""
-    while True:
-        heard: dict[str, Any] = json.loads(await peer.receive())
-        if heard["type"] == type_:
-            return heard
-
-
-async def say(peer: Peer, type_: str, **fields: Any) -> None:
-    await peer.send(json.dumps({"type": type_, "conversation": "c", **fields}))
-
-
-async def ask(case: Case, text: str) -> tuple[Peer, str]:
-    """A peer that has asked something, and the epoch."""
-    peer = await case.connect()
-    await say(peer, "open")
-    epoch = (await hear(peer, "opened"))["epoch"]
-    await say(peer, "post", id="1", text=text)
-    return peer, epoch
-
-
-async def chat(case: Case) -> None:
-    peer, _ = await ask(case, "hello")
-    completed = await hear(peer, "agent_completed")
-    assert completed["outcome"] == "success" or case.injected_at is not None
-    await peer.close()
-
-
-async def cancel(case: Case) -> None:
-    peer, _ = await ask(case, "wait")
-    run = (await hear(peer, "tool_executing"))["run"]
-    await say(peer, "cancel", run=run)
-    completed = await hear(peer, "agent_completed")
-    assert completed["outcome"] == "cancelled" or case.injected_at is not None
-    await peer.close()
-
-
-async def come_back(case: Case) -> None:
-    peer, epoch = await ask(case, "hello")
-    last = (await hear(peer, "tool_executing"))["seq"]
-    peer.leave_now()
-    peer = await case.connect()
-    await say(peer, "open", after=last, epoch=epoch)
-    await hear(peer, "agent_completed")
-    await peer.close()
-
-
-async def be_drained(case: Case) -> None:
-    peer, _ = await ask(case, "wait")
-    await hear(peer, "tool_executing")
-    case.server_scope.cancel()
-    completed = await hear(peer, "agent_completed")
-    assert completed["outcome"] == "interrupted" or case.injected_at is not None
-    await peer.read_to_end()
-
-
-RUN_CANCELLED = Fault(
-    "run cancelled", lambda case: case.subject.run.cancel(), lambda case: getattr(case.subject, "run", None)
-)
-
-CHAT: dict[str, Any] = {
-    "handler": do_nothing,  # the session of the chat is
-    "subprotocol": SUBPROTOCOL,
-    "payload": json.loads,
-    "faults": (*FAULTS, RUN_CANCELLED, explosion("agent"), explosion("tool")),
-    "roots": (Acceptor.serve, _Chat._live),
-}
-
 SCENARIOS = (
     Scenario(name="handshake", handler=do_nothing, peer=shake_hands, codes=(NORMAL,)),
     Scenario(
@@ -270,10 +103,6 @@ SCENARIOS = (
         send_buffer=4608,
     ),
     Scenario(name="ping time-out", handler=greet_and_sleep, peer=never_pong, codes=(NO_PONG,)),
-    ChatScenario(name="chat with a tool", peer=chat, codes=(NORMAL,), **CHAT),
-    ChatScenario(name="cancel", peer=cancel, codes=(NORMAL,), **CHAT),
-    ChatScenario(name="replay", peer=come_back, codes=(ABNORMAL, NORMAL), **CHAT),
-    ChatScenario(name="drain", peer=be_drained, codes=(SERVICE_RESTART,), **CHAT),
 )
 
 EACH = [(scenario, fault) for scenario in SCENARIOS for fault in scenario.faults]
@@ -320,7 +149,7 @@ async def leave_a_descriptor(ws: WebSocket) -> None:
 
 
 async def send_half_a_frame(ws: WebSocket) -> None:
-    ws._transport._socket.send(b"\x81\x05he")  # type: ignore[attr-defined] # and the close frame comes behind it
+    ws._connection.transport._socket.send(b"\x81\x05he")  # type: ignore[attr-defined] # and the close frame comes behind it
 
 
 async def report_an_error(ws: WebSocket) -> None:
@@ -331,7 +160,7 @@ async def swallow_cancellation(ws: WebSocket) -> None:
     try:
         await trio.sleep_forever()
     except trio.Cancelled:  # noqa: ASYNC103
-        ws._transport._readiness = None  # type: ignore[attr-defined]
+        ws._connection.transport._poller = None  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

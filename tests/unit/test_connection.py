@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 import trio
 from trio.testing import MockClock
 
-from tricorn import Disconnected, WebSocket
-from tricorn.connection import WOKEN, Traffic
+from tricorn import Accept, Disconnected, Request, ServerMetrics, WebSocket
+from tricorn.connection import Connection, Traffic
 from tricorn.protocol.close import Close
 from tricorn.protocol.phase import Phase
 
@@ -27,13 +27,13 @@ class Transport:
         self.seen = Traffic(bytes_received, 0, close_received, None)
         self.steps: list[object] = []
 
-    def start(self, connection: WebSocket) -> None:
+    def start(self, connection: Connection) -> None:
         self.steps.append("start")
 
     def idle(self) -> None:
         pass
 
-    def send(self, payloads: Any, *, text: bool) -> bool:
+    def send(self, payloads: Any, *, text: bool, more: bool) -> bool:
         self.seen = self.seen._replace(bytes_sent=self.seen.bytes_sent + sum(map(len, payloads)))
         return True
 
@@ -54,35 +54,38 @@ def records(capfd: pytest.CaptureFixture[str]) -> Records:
     return lambda: [json.loads(line) for line in capfd.readouterr().err.splitlines()]
 
 
-def connection(transport: Any, headers: dict[str, str] | None = None) -> WebSocket:
-    return WebSocket(
-        transport,
-        peer=("::1", 5),
-        path="/x",
-        query="",
-        headers=headers or {},
-        subprotocol=None,
-        close_timeout=2,
-    )
+Handler = Callable[[Connection, WebSocket], Awaitable[None]]
+
+
+def connection(transport: Any, headers: dict[str, str] | None = None) -> Connection:
+    request = Request("GET", "/x", "", "1.1", headers or {}, ("::1", 5))
+    return Connection(transport, request, close_timeout=2, metrics=ServerMetrics())
+
+
+async def run(connection: Connection, handler: Handler) -> None:
+    async def handle(ws: WebSocket) -> None:
+        await handler(connection, ws)
+
+    await connection.run(handle, WebSocket(connection, Accept()))
 
 
 async def test_the_record_of_an_end(records: Records, autojump_clock: MockClock) -> None:
-    async def handler(ws: WebSocket) -> None:
+    async def handler(connection: Connection, ws: WebSocket) -> None:
         ws.context["user"] = "ann"
         await ws.send("four")
-        ws.deliver(["one", "two"])
+        connection.deliver(["one", "two"])
         await ws.receive()
         await trio.sleep(1.5)
 
     transport = Transport(bytes_received=14, close_received=1000)
-    ws = connection(transport, {"traceparent": f"00-{TRACE}-b7ad6b7169203331-01"})
-    await ws.run(handler)
+    ended = connection(transport, {"traceparent": f"00-{TRACE}-b7ad6b7169203331-01"})
+    await run(ended, handler)
     assert transport.steps == ["start", Close(1000), "abort"]
     assert records() == [
         {
             "severity": "INFO",
             "message": "connection closed",
-            "connection": ws.id,
+            "connection": ended.id,
             "peer": ["::1", 5],
             "path": "/x",
             "logging.googleapis.com/trace": TRACE,
@@ -102,14 +105,14 @@ async def test_the_record_of_an_end(records: Records, autojump_clock: MockClock)
 
 
 async def test_an_error_has_the_context_of_its_connection(records: Records) -> None:
-    async def handler(ws: WebSocket) -> None:
+    async def handler(connection: Connection, ws: WebSocket) -> None:
         raise ValueError("x")
 
     transport = Transport()
-    ws = connection(transport, {"x-cloud-trace-context": f"{TRACE}/1"})
-    await ws.run(handler)
+    ended = connection(transport, {"x-cloud-trace-context": f"{TRACE}/1"})
+    await run(ended, handler)
     error, end = records()
-    assert (error["message"], error["connection"], error["peer"]) == ("ValueError: x", ws.id, ["::1", 5])
+    assert (error["message"], error["connection"], error["peer"]) == ("ValueError: x", ended.id, ["::1", 5])
     assert (error["phase"], error["logging.googleapis.com/trace"]) == ("open", TRACE)
     assert (end["severity"], end["code"], end["reason"]) == ("WARNING", 1011, error["error_id"])
     assert end["error_id"] == error["error_id"]
@@ -124,26 +127,26 @@ async def test_an_error_has_the_context_of_its_connection(records: Records) -> N
     ],
 )
 async def test_the_severity_of_an_end(records: Records, code: int, severity: str) -> None:
-    async def handler(ws: WebSocket) -> None:
-        ws.end(Close(code, "why"))
+    async def handler(connection: Connection, ws: WebSocket) -> None:
+        connection.end(Close(code, "why"))
         await trio.sleep_forever()
 
-    await connection(Transport()).run(handler)
+    await run(connection(Transport()), handler)
     [record] = records()
     assert (record["severity"], record["code"], record["reason"]) == (severity, code, "why")
 
 
 async def test_the_first_cause_counts_and_later_ones_are_notes(records: Records) -> None:
-    async def handler(ws: WebSocket) -> None:
-        ws.end(Close(4321, "first"))
-        ws.end(Close(1001))
+    async def handler(connection: Connection, ws: WebSocket) -> None:
+        connection.end(Close(4321, "first"))
+        connection.end(Close(1001))
         try:
             await trio.sleep_forever()
         finally:
             raise ValueError("third")
 
     transport = Transport()
-    await connection(transport).run(handler)
+    await run(connection(transport), handler)
     error, end = records()
     assert error["code"] == 4321
     assert (end["code"], end["reason"]) == (4321, "first")
@@ -153,33 +156,33 @@ async def test_the_first_cause_counts_and_later_ones_are_notes(records: Records)
 
 
 async def test_notes_are_bounded(records: Records) -> None:
-    async def handler(ws: WebSocket) -> None:
+    async def handler(connection: Connection, ws: WebSocket) -> None:
         for code in range(4000, 5000):
-            ws.end(Close(code))
+            connection.end(Close(code))
         await trio.sleep_forever()
 
-    await connection(Transport()).run(handler)
+    await run(connection(Transport()), handler)
     [end] = records()
     assert end["notes"].split("; ") == [str(code) for code in range(4001, 4011)]
 
 
 async def test_a_handler_that_returns_after_its_peer_went_is_no_cause(records: Records) -> None:
-    async def handler(ws: WebSocket) -> None:
-        ws.end(Close(1001, "bye"))
+    async def handler(connection: Connection, ws: WebSocket) -> None:
+        connection.end(Close(1001, "bye"))
         with pytest.raises(Disconnected), trio.CancelScope(shield=True):
             await ws.receive()
 
-    await connection(Transport()).run(handler)
+    await run(connection(Transport()), handler)
     [end] = records()
     assert (end["code"], "notes" in end) == (1001, False)
 
 
 async def test_what_fails_in_the_host_ends_the_connection(records: Records) -> None:
-    async def handler(ws: WebSocket) -> None:
-        ws.fail(MemoryError())
+    async def handler(connection: Connection, ws: WebSocket) -> None:
+        connection.fail(MemoryError())
         await trio.sleep_forever()
 
-    await connection(Transport()).run(handler)
+    await run(connection(Transport()), handler)
     error, end = records()
     assert error["message"] == "MemoryError"
     assert (end["code"], end["reason"], end["error_id"]) == (1011, error["error_id"], error["error_id"])
@@ -191,11 +194,11 @@ async def test_a_transport_that_fails_in_closing_is_aborted_all_the_same(records
         async def close(self, close: Close) -> None:
             raise RuntimeError("a bug")
 
-    async def handler(ws: WebSocket) -> None:
+    async def handler(connection: Connection, ws: WebSocket) -> None:
         raise ValueError("first")
 
     transport = Broken()
-    await connection(transport).run(handler)
+    await run(connection(transport), handler)
     first, second, end = records()
     assert (first["message"], second["message"]) == ("ValueError: first", "RuntimeError: a bug")
     assert second["phase"] == "closing"
@@ -206,13 +209,13 @@ async def test_a_transport_that_fails_in_closing_is_aborted_all_the_same(records
 async def test_a_refused_transition_is_reported_and_hides_nothing(records: Records) -> None:
     """With a bug of ours that has the connection in the wrong phase, the first error comes first, and all ends."""
 
-    async def handler(ws: WebSocket) -> None:
-        ws._phase = Phase.CLOSED
+    async def handler(connection: Connection, ws: WebSocket) -> None:
+        connection.phase = Phase.CLOSED
         raise ValueError("first")
 
     transport = Transport()
-    ws = connection(transport)
-    await ws.run(handler)
+    ended = connection(transport)
+    await run(ended, handler)
     first, refused, end = records()
     assert first["message"] == "ValueError: first"
     assert refused["message"] == "IllegalMove: a connection cannot go from closed to closing"
@@ -223,12 +226,12 @@ async def test_a_refused_transition_is_reported_and_hides_nothing(records: Recor
 async def test_a_refused_transition_says_what_led_to_it(records: Records) -> None:
     """What is no Exception passes through, and what is wrong with the phase is found on the way."""
 
-    async def handler(ws: WebSocket) -> None:
-        ws._phase = Phase.CLOSED
+    async def handler(connection: Connection, ws: WebSocket) -> None:
+        connection.phase = Phase.CLOSED
         raise SystemExit(3)
 
     with pytest.raises(BaseExceptionGroup) as caught:
-        await connection(Transport()).run(handler)
+        await run(connection(Transport()), handler)
     assert caught.group_contains(SystemExit)
     refused, _ = records()
     assert "cannot go from closed to closing" in refused["message"]
@@ -238,34 +241,13 @@ async def test_a_refused_transition_says_what_led_to_it(records: Records) -> Non
 async def test_a_connection_that_has_ended_does_not_begin_again(records: Records) -> None:
     ran: list[WebSocket] = []
 
-    async def handler(ws: WebSocket) -> None:
+    async def handler(connection: Connection, ws: WebSocket) -> None:
         ran.append(ws)
 
-    ws = connection(Transport())
-    await ws.run(handler)
+    ended = connection(Transport())
+    await run(ended, handler)
     records()
-    await ws.run(handler)
+    await run(ended, handler)
     assert len(ran) == 1
     messages = [record["message"] for record in records()]
     assert messages[0] == "IllegalMove: a connection cannot go from closed to open"
-
-
-async def test_what_wakes_a_task_is_nothing_any_number_of_times() -> None:
-    def waiting() -> Generator[None, None, None]:
-        while True:
-            sent.append((yield))
-
-    async def waiting_too() -> AsyncGenerator[None, None]:
-        while True:
-            sent.append((yield))
-
-    sent: list[None] = []
-    generator, asynchronous = waiting(), waiting_too()
-    next(generator)
-    await asynchronous.asend(None)
-    for _ in range(2):
-        assert WOKEN.unwrap() is None  # type: ignore[func-returns-value]
-        WOKEN.send(generator)
-        await WOKEN.asend(asynchronous)
-    assert sent == [None] * 4
-    await asynchronous.aclose()

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from math import inf
-from pathlib import Path
-from typing import get_args
+from typing import get_type_hints
 
-import msgspec
-import pytest
-
-from tricorn import metrics
-from tricorn.chat import protocol
-from tricorn.metrics import NOTHING, Connections, Counter, Histogram, Numbers, Totals, total
+from tricorn.metrics import (
+    CODES_MAX,
+    LIMITS,
+    NOTHING,
+    Counter,
+    Gauge,
+    Histogram,
+    Metrics,
+    Numbers,
+    ProcessMetrics,
+    ServerMetrics,
+    Totals,
+    total,
+)
 from tricorn.protocol import close
 from tricorn.protocol.phase import Phase
-from tricorn.service.metrics_page import app
 from tricorn.settings import Settings
-
-OPERATIONS = Path(__file__).parents[2].joinpath("docs/operations.md").read_text()
 
 
 class Connection:
@@ -44,30 +47,72 @@ def test_a_bucket_of_a_histogram_includes_its_bound() -> None:
         histogram.observe(seconds, "success")
     assert histogram.buckets == {"success": [2, 1, 1]}
     assert histogram.sums == {"success": 12.0}
-    histogram.forget()
-    assert histogram.family() == {"success": [0, 0, 0, 0.0]}
+    assert histogram.family() == {"success": [2, 1, 1, 12.0]}
 
 
 def test_connections_are_counted_in_the_phase_that_they_are_in() -> None:
-    connections, one, other = Connections(), Connection(), Connection()
-    connections.opened(one)
-    connections.opened(other)
+    one, other, over = Connection(), Connection(), Connection()
+    metrics = ServerMetrics({one: 1, other: 2, over: 3})
     other.phase = Phase.CLOSING
-    with connections.connecting(), connections.connecting():
-        assert connections.by_phase() == {"connecting": 2, "accepted": 0, "open": 1, "closing": 1}
-    assert connections.by_phase()["connecting"] == 0
+    over.phase = Phase.CLOSED
+    metrics.connecting = 2
+    phases = metrics.numbers().current["connections"]
+    assert phases == {"connecting": [2], "accepted": [0], "open": [1], "closing": [1]}
+    metrics.connecting = 0
+    assert metrics.numbers().current["connections"]["connecting"] == [0]
 
 
 def test_traffic_never_shrinks_when_a_connection_ends() -> None:
-    connections, first, second = Connections(), Connection(), Connection()
-    connections.opened(first)
-    connections.opened(second)
+    first, second = Connection(), Connection()
+    connections = [first, second]
+    metrics = ServerMetrics(connections)
     first.messages, second.messages = 3, 4
-    assert connections.totals() == (7, 0, 70, 0)
-    connections.closed(first, 1000)
-    assert len(connections) == 1
+    grown = metrics.numbers().grown
+    assert (grown["messages"], grown["bytes"]) == ({"received": [7], "sent": [0]}, {"received": [70], "sent": [0]})
+    first.phase = Phase.CLOSED
+    metrics.count_end(first, 1000, 0.2)
     second.messages = 5
-    assert connections.totals() == (8, 0, 80, 0)
+    for _ in range(2):  # before and after it is forgotten
+        grown = metrics.numbers().grown
+        assert (grown["messages"], grown["bytes"]) == ({"received": [8], "sent": [0]}, {"received": [80], "sent": [0]})
+        connections[:] = [second]
+    assert metrics.closed.values["1000"] == 1
+    assert metrics.teardown_seconds.buckets == {"": [0, 0, 0, 1, 0, 0, 0, 0, 0]}
+
+
+def test_close_codes_of_the_program_count_by_themselves_up_to_a_bound() -> None:
+    metrics = ServerMetrics()
+    metrics.count_end(Connection(), 4321, 0)
+    assert metrics.closed.values["other"] == 1
+    for code in range(4100, 4100 + CODES_MAX):
+        metrics.know_code(code)
+        metrics.know_code(1000)
+    assert len(metrics.closed.values) == CODES_MAX
+    metrics.count_end(Connection(), 4100, 0)
+    assert (metrics.closed.values["4100"], metrics.closed.values["other"]) == (1, 1)
+    metrics.count_end(Connection(), 4100 + CODES_MAX - 1, 0)
+    assert metrics.closed.values["other"] == 2
+
+
+def test_a_set_has_its_counters_in_the_order_in_which_they_were_made() -> None:
+    class Some(Metrics):
+        def __init__(self) -> None:
+            self.second = Counter("b", "")
+            self.first = Gauge("a", "")
+            self.number = 3
+            self.third = Histogram("c", "", (inf,))
+
+    some = Some()
+    assert some.metrics() == (some.second, some.first, some.third)
+    some.first.add(amount=-2)
+    some.third.observe(4)
+    assert some.numbers() == Numbers({"b": {"": [0]}, "c": {"": [1, 4]}}, {"a": {"": [-2]}})
+
+
+async def test_what_all_servers_of_a_process_share() -> None:
+    numbers = ProcessMetrics().numbers()
+    assert numbers.current["tasks"][""][0] >= 1
+    assert set(numbers.grown) == {"errors_reported", "records_dropped", "late_imports"}
 
 
 def test_of_several_processes_everything_is_summed_and_of_those_that_ended_what_only_grows() -> None:
@@ -79,57 +124,13 @@ def test_of_several_processes_everything_is_summed_and_of_those_that_ended_what_
     )
 
 
-def test_the_labels_are_those_of_the_protocol_and_of_the_settings() -> None:
-    assert get_args(protocol.Outcome) == metrics.OUTCOMES
-    assert set(metrics.EVENTS) == {each.__struct_config__.tag for each in get_args(protocol.AnyEvent)}
-    assert set(metrics.LIMITS) <= {field.name for field in msgspec.structs.fields(Settings)}
-    assert {1000, 1006, 1013, 4003, 4503} <= close.KNOWN
+def test_sets_of_the_same_metric_with_other_labels_add_up() -> None:
+    server = Numbers({"limit_hits": {"max_connections": [1]}}, {})
+    chat = Numbers({"limit_hits": {"user_runs": [2]}}, {})
+    assert total([server, chat, server]).grown == {"limit_hits": {"max_connections": [2], "user_runs": [2]}}
+    assert server.grown == {"limit_hits": {"max_connections": [1]}}
 
 
-async def shown(method: str = "GET", path: str = "/metrics") -> tuple[int, str]:
-    sent: list[dict] = []
-
-    async def send(event: dict) -> None:
-        sent.append(event)
-
-    await app({"type": "http", "method": method, "path": path}, None, send)  # type: ignore[arg-type]
-    return sent[0]["status"], sent[1]["body"].decode()
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "status"), [("HEAD", "/metrics", 200), ("POST", "/metrics", 405), ("GET", "/", 404)]
-)
-async def test_it_answers_get_and_head_of_one_path(method: str, path: str, status: int) -> None:
-    assert (await shown(method, path))[0] == status
-
-
-async def test_what_is_shown_of_a_histogram_is_cumulative(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a label and without."""
-    monkeypatch.setattr(metrics.RUN_SECONDS, "buckets", {"success": [2, 1, 0, 0, 0, 0, 0, 0, 1]})
-    monkeypatch.setattr(metrics.RUN_SECONDS, "sums", {"success": 400.5})
-    monkeypatch.setattr(metrics.TEARDOWN_SECONDS, "buckets", {"": [1, 0, 0, 0, 0, 0, 0, 0, 1]})
-    _, body = await shown()
-    for line in (
-        'run_seconds_bucket{le="0.1",outcome="success"} 2.0',
-        'run_seconds_bucket{le="300.0",outcome="success"} 3.0',
-        'run_seconds_bucket{le="+Inf",outcome="success"} 4.0',
-        'run_seconds_count{outcome="success"} 4.0',
-        'run_seconds_sum{outcome="success"} 400.5',
-        'teardown_seconds_bucket{le="10.0"} 1.0',
-        "teardown_seconds_count 2.0",
-    ):
-        assert f"tricorn_{line}\n" in body
-
-
-async def test_every_metric_is_described_and_no_other() -> None:
-    _, body = await shown()
-    names = set(re.findall(r"^# TYPE (tricorn_\w+)", body, re.MULTILINE))
-    assert set(re.findall(r"^\| `(tricorn_\w+)` \|", OPERATIONS, re.MULTILINE)) == names
-
-
-def test_every_limit_is_described_with_its_default() -> None:
-    limits = OPERATIONS.partition("## Limits\n")[2].partition("\n## ")[0]
-    rows = dict(re.findall(r"^\| `(\w+)` \| ([\d,]+|inf) \|", limits, re.MULTILINE))
-    assert {name: float(number.replace(",", "")) for name, number in rows.items()} == {
-        name: getattr(Settings(), name) for name in metrics.LIMITS
-    }
+def test_limits_are_settings_and_codes_are_known() -> None:
+    assert set(LIMITS) <= set(get_type_hints(Settings))
+    assert {1000, 1006, 4000, 4001, 4003} <= close.KNOWN

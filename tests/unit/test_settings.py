@@ -1,190 +1,67 @@
+"""The settings of the three layers: that they are checked and documented where they are defined."""
+
 from __future__ import annotations
 
-from math import inf, nan
+import ast
+import dataclasses
+import inspect
+from math import nan
 
-import msgspec
 import pytest
 
-from tricorn.settings import Secret, SettingError, Settings, parse_bind
+from tricorn.chat.settings import ChatSettings
+from tricorn.service.settings import ServiceSettings
+from tricorn.settings import SettingError, Settings
 
 
-def test_nothing_has_to_be_set() -> None:
-    assert Settings.from_environ({"PATH": "/bin", "HOME": "/"}) == Settings()
-
-
-@pytest.mark.parametrize("field", msgspec.structs.fields(Settings), ids=lambda field: field.name)
-def test_every_field_is_a_variable_or_has_another_way_in(field: msgspec.structs.FieldInfo) -> None:
-    ways = {
-        "host": {"TRICORN_HOST": "example.org"},
-        "port": {"TRICORN_BIND": "127.0.0.1:3"},
-        "event_bytes": {"TRICORN_EVENT_BYTES": "5000"},
-        "metrics": {"TRICORN_METRICS": "[::1]:3"},
-        "service": {"K_SERVICE": "3"},
-        "revision": {"K_REVISION": "3"},
-        "configuration": {"K_CONFIGURATION": "3"},
-        "import_guard": {"TRICORN_IMPORT_GUARD": "deny"},
-        "auth": {"TRICORN_AUTH": "none"},
-        "deflate": {"TRICORN_DEFLATE": "takeover"},
-        "origins": {"TRICORN_ORIGINS": "https://3.example"},
+@pytest.mark.parametrize("kind", [Settings, ChatSettings, ServiceSettings])
+def test_every_setting_has_a_docstring(kind: type[Settings]) -> None:
+    """In the form that tools take for attributes: a literal below the field."""
+    [module] = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(module, ast.ClassDef)
+    fields = {
+        each.target.id: below
+        for each, below in zip(module.body, module.body[1:], strict=False)
+        if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
     }
-    values = {
-        "host": "example.org",
-        "auth": "none",
-        "deflate": "takeover",
-        "import_guard": "deny",
-        "origins": ("https://3.example",),
+    inherited = {field.name for base in kind.__bases__ if base is not object for field in dataclasses.fields(base)}
+    assert fields.keys() == {field.name for field in dataclasses.fields(kind)} - inherited
+    for name, below in fields.items():
+        match below:
+            case ast.Expr(ast.Constant(str(text))):
+                assert text.strip().endswith((".", "…")), name
+            case _:
+                pytest.fail(f"{name} has no docstring")
+
+
+def test_each_layer_has_settings_of_its_own() -> None:
+    """The server's know no agents, tokens or platforms."""
+    names = {field.name for field in dataclasses.fields(Settings)}
+    assert names == {
+        *("handshake_timeout", "close_timeout", "stall_timeout", "ping_interval", "ping_timeout", "drain_timeout"),
+        *("max_connections", "peer_connections", "max_handshakes", "max_head_bytes", "max_message_bytes", "deflate"),
+        *("messages_per_second", "bytes_per_second", "origins"),
     }
-    environ = ways.get(field.name, {f"TRICORN_{field.name.upper()}": "3"})
-    value = getattr(Settings.from_environ(environ), field.name)
-    if isinstance(value, Secret):
-        assert value.reveal() == "3"
-    else:
-        assert value in (values.get(field.name), "3", 3, 5000, ("::1", 3))
-    assert value != field.default
-
-
-def test_seconds_are_decimal_and_may_be_never() -> None:
-    settings = Settings.from_environ({"TRICORN_RUN_TIMEOUT": "inf", "TRICORN_LINGER": "0", "TRICORN_HEARTBEAT": "0.5"})
-    assert (settings.run_timeout, settings.linger, settings.heartbeat) == (inf, 0, 0.5)
-
-
-@pytest.mark.parametrize(
-    ("environ", "host", "port"),
-    [
-        ({"PORT": "9000"}, "127.0.0.1", 9000),
-        ({"K_SERVICE": "chat", "PORT": "9000"}, "0.0.0.0", 9000),
-        ({"K_SERVICE": "chat", "PORT": "9000", "TRICORN_BIND": "127.0.0.1:1"}, "127.0.0.1", 1),
-        ({"TRICORN_BIND": "[::1]:0", "PORT": "9000"}, "::1", 0),
-        ({"TRICORN_HOST": "0.0.0.0"}, "0.0.0.0", 8080),
-        ({"TRICORN_HOST": "0.0.0.0", "PORT": "9000"}, "0.0.0.0", 9000),
-        ({"K_SERVICE": "chat", "TRICORN_HOST": "127.0.0.1"}, "127.0.0.1", 8080),
-        ({"TRICORN_BIND": "[::1]:0", "TRICORN_HOST": "0.0.0.0", "PORT": "9000"}, "::1", 0),
-    ],
-)
-def test_where_to_listen(environ: dict[str, str], host: str, port: int) -> None:
-    settings = Settings.from_environ(environ)
-    assert (settings.host, settings.port) == (host, port)
-
-
-@pytest.mark.parametrize(
-    ("variable", "text", "error"),
-    [
-        ("TRICORN_LINGER", "-1", "TRICORN_LINGER=-1: must be a number of seconds, 0 or more"),
-        ("TRICORN_RUN_TIMEOUT", "0", "TRICORN_RUN_TIMEOUT=0: must be a number of seconds above 0"),
-        ("TRICORN_RUN_TIMEOUT", "", "TRICORN_RUN_TIMEOUT=: must be a number of seconds above 0"),
-        ("TRICORN_RUN_TIMEOUT", "nan", "TRICORN_RUN_TIMEOUT=nan: must be a number of seconds above 0"),
-        ("TRICORN_RUN_TIMEOUT", "5\n6", r"TRICORN_RUN_TIMEOUT='5\n6': must be a number of seconds above 0"),
-        ("TRICORN_HEARTBEAT", "inf", "TRICORN_HEARTBEAT=inf: must be a number of seconds above 0, at most 3600"),
-        ("TRICORN_OUTBOX", "1.5", "TRICORN_OUTBOX=1.5: must be a whole number above 0"),
-        ("TRICORN_OUTBOX", "0", "TRICORN_OUTBOX=0: must be a whole number above 0"),
-        ("TRICORN_IMPORT_GUARD", "on", "TRICORN_IMPORT_GUARD=on: must be off, count, report or deny"),
-        ("TRICORN_AGENT", "", "TRICORN_AGENT=: must be module:function"),
-        ("TRICORN_AUTH", "off", "TRICORN_AUTH=off: must be none, which lets everybody in, or not set"),
-        ("TRICORN_JWT_KEY", "", "TRICORN_JWT_KEY: must be a text that is not empty"),
-        *(
-            ("TRICORN_ORIGINS", text, f"TRICORN_ORIGINS={[text]}: must be origins like https://example.org, or *")
-            for text in ("example.org", "https://", "https://a.example/", "https://A.example", "null", "ws://a.example")
-        ),
-        ("TRICORN_BIND", "8080", "TRICORN_BIND=8080: must be HOST:PORT, for example 127.0.0.1:8080"),
-        ("PORT", "65536", "PORT=65536: must be a whole number from 0 to 65535"),
-        ("PORT", "http", "PORT=http: must be a whole number from 0 to 65535"),
-        ("TRICORN_RUN_TIMEOUTS", "1", "TRICORN_RUN_TIMEOUTS: no such setting; did you mean TRICORN_RUN_TIMEOUT?"),
-        ("TRICORN_DRAIN_TIMEOUT", "2", "close_timeout=2.0: must be less than drain_timeout, which is 2.0"),
-    ],
-)
-def test_a_bad_setting_says_in_one_line_what_would_be_right(variable: str, text: str, error: str) -> None:
-    with pytest.raises(SettingError) as raised:
-        Settings.from_environ({variable: text})
-    assert str(raised.value) == error
-
-
-KEY = "correct-horse-battery-staple-correct-horse"
-
-
-def test_a_secret_is_shown_nowhere() -> None:
-    settings = Settings.from_environ({"TRICORN_JWT_KEY": KEY, "TRICORN_TOKEN": KEY})
-    assert settings.jwt_key is not None
-    assert settings.jwt_key.reveal() == KEY
-    shown = [f"{settings!r} {settings} {settings.jwt_key} {settings.jwt_key!r} {settings.jwt_key:}"]
-    for values in ({"jwt_key": KEY}, {"jwt_key": Secret("")}, {"jwt_key": settings.jwt_key, "auth": "none"}):
-        with pytest.raises(SettingError) as raised:
-            Settings(**values)  # type: ignore[arg-type]
-        shown.append(str(raised.value))
-    for encode in (msgspec.json.encode, msgspec.to_builtins):
-        with pytest.raises(TypeError) as unsupported:
-            encode(settings)  # type: ignore[operator]
-        shown.append(str(unsupported.value))
-    assert not any(KEY in text for text in shown)
-
-
-def test_origins_are_a_list() -> None:
-    settings = Settings.from_environ({"TRICORN_ORIGINS": "https://a.example, http://b.example:81\thttp://[::1]:3"})
-    assert settings.origins == ("https://a.example", "http://b.example:81", "http://[::1]:3")
-
-
-def test_a_variable_like_no_other_gets_the_list() -> None:
-    with pytest.raises(SettingError, match=r"^TRICORN_PORT: no such setting; there are TRICORN_BIND, TRICORN_HOST, "):
-        Settings.from_environ({"TRICORN_PORT": "1"})
 
 
 @pytest.mark.parametrize(
     ("values", "error"),
     [
-        ({"port": -1}, "port=-1: must be a whole number from 0 to 65535"),
-        ({"host": ""}, "host=: must be an address or a host name"),
         ({"ping_timeout": nan}, "ping_timeout=nan: must be a number of seconds above 0"),
-        ({"outbox": "256"}, "outbox=256: must be a whole number above 0"),
-        ({"service": 1}, "service=1: must be text or nothing"),
+        ({"max_connections": "9"}, "max_connections=9: must be a whole number above 0"),
+        ({"peer_connections": 0.5}, "peer_connections=0.5: must be a number, 1 or more, or inf"),
         ({"drain_timeout": 1.5}, "close_timeout=2.0: must be less than drain_timeout, which is 1.5"),
     ],
 )
-def test_settings_made_in_a_program_are_checked_too(values: dict[str, object], error: str) -> None:
+@pytest.mark.parametrize("kind", [Settings, ChatSettings, ServiceSettings])
+def test_they_are_checked_when_they_are_made(kind: type[Settings], values: dict[str, object], error: str) -> None:
     with pytest.raises(SettingError) as raised:
-        Settings(**values)  # type: ignore[arg-type]
+        kind(**values)  # type: ignore[arg-type]
     assert str(raised.value) == error
-    with pytest.raises(SettingError):
-        msgspec.structs.replace(Settings(), **values)
 
 
-@pytest.mark.parametrize(
-    ("text", "host", "port"),
-    [
-        ("127.0.0.1:8080", "127.0.0.1", 8080),
-        ("localhost:0", "localhost", 0),
-        ("[::1]:65535", "::1", 65535),
-        ("[fe80::1%eth0]:80", "fe80::1%eth0", 80),
-    ],
-)
-def test_bind(text: str, host: str, port: int) -> None:
-    assert parse_bind(text) == (host, port)
-
-
-HOST_AND_PORT = "must be HOST:PORT, for example 127.0.0.1:8080"
-BRACKETS = "an IPv6 address, and only that, has brackets: [::1]:8080"
-PORT = "the port must be a whole number from 0 to 65535"
-
-
-@pytest.mark.parametrize(
-    ("text", "error"),
-    [
-        ("", HOST_AND_PORT),
-        ("localhost", HOST_AND_PORT),
-        (":8080", HOST_AND_PORT),
-        ("[]:8080", HOST_AND_PORT),
-        ("my host:8080", HOST_AND_PORT),
-        ("::1:8080", BRACKETS),
-        ("[::1:8080", BRACKETS),
-        ("[localhost]:8080", BRACKETS),
-        ("http://localhost:8080", HOST_AND_PORT),
-        ("localhost:", PORT),
-        ("localhost:http", PORT),
-        ("localhost:-1", PORT),
-        ("localhost:65536", PORT),
-        ("localhost:8080 ", PORT),
-        ("localhost:" + "9" * 5000, PORT),
-    ],
-)
-def test_bad_bind(text: str, error: str) -> None:
-    with pytest.raises(SettingError) as raised:
-        parse_bind(text, "--bind ")
-    assert str(raised.value) == f"--bind {text}: {error}"
+def test_settings_are_given_by_name_and_stay() -> None:
+    with pytest.raises(TypeError):
+        Settings(1.0)  # type: ignore[misc]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Settings().close_timeout = 1.0  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 from tricorn.chat.chat import Chat
 from tricorn.chat.protocol import SUBPROTOCOLS
-from tricorn.chat.run import Agent, Run, ToolError
+from tricorn.chat.run import Agent, Run
+from tricorn.chat.tools import ToolError
 
 __all__ = ["SUBPROTOCOLS", "Agent", "Chat", "Run", "ToolError"]

@@ -1,10 +1,10 @@
-"""The chat: a nursery of conversations, and the sessions that follow them."""
+"""The chat: a nursery of conversations, and the sessions that follow them. Here it is put together."""
 
 from __future__ import annotations
 
 from random import random
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from trio import CancelScope, current_time, move_on_after, open_nursery, sleep, sleep_until
 from trio.lowlevel import checkpoint
@@ -14,47 +14,49 @@ from tricorn.chat.conversation.log_view import patience
 from tricorn.chat.identity import Gate, ThisMachine
 from tricorn.chat.logs.base import Log, Unavailable
 from tricorn.chat.logs.memory import MemoryLog
+from tricorn.chat.metrics import ChatMetrics
 from tricorn.chat.quota import Quotas
 from tricorn.chat.run import Agent
 from tricorn.chat.session import Session
+from tricorn.chat.settings import ChatSettings
 from tricorn.errors.report import report_error
-from tricorn.metrics import CONVERSATIONS
-from tricorn.settings import Settings
-
-if TYPE_CHECKING:
-    from tricorn.connection import WebSocket
+from tricorn.websocket import WebSocket
 
 LOOKS_PER_LEASE = 4
 EARLY = 0.1  # of the time of a heartbeat
-LOOK_AT_ONCE, SOON = 100, 0.25  # conversations, and seconds until the next look where there may be more
-LOG_PATIENCE = 1.0  # seconds; probes wait as long, unless they are told otherwise
+LOOK_AT_ONCE, SOON = 100, 0.25  # conversations, and seconds until the next look if there may be more
+LOG_PATIENCE = 1.0  # seconds; probes wait as long by default
 RETRY_AFTER = 1.0  # seconds until the first clients may come back
-RETURNS_PER_SECOND = 500  # clients that are to come back in a second, all in all
+RETURNS_PER_SECOND = 500  # clients that come back in a second, on average
 
 
 class Chat:
     """Conversations with an agent: `async with Chat(agent) as chat`, and `chat.session` is the handler for a server.
 
     Leaving the block ends the conversations; runs end as interrupted, and posts that wait are left to whoever opens the
-    log next. As with a nursery, what the block raises comes
-    out in an ExceptionGroup.
+    log next. As with a nursery, what the block raises comes out in an ExceptionGroup.
 
-    `gate` decides who may come in; without one it is who is on this machine.
+    `gate` decides who may come in; by default only clients on this machine.
+
+    Attributes:
+        metrics: what this chat has counted.
+        closing: it takes no more posts.
     """
 
     def __init__(
-        self, agent: Agent, settings: Settings | None = None, log: Log | None = None, gate: Gate | None = None
+        self, agent: Agent, settings: ChatSettings | None = None, log: Log | None = None, gate: Gate | None = None
     ) -> None:
-        self.settings = settings or Settings()
+        self.settings = settings or ChatSettings()
         self.gate = gate or ThisMachine()
-        self.allowances = Quotas(self.settings, per_user=self.gate.wants_token)
+        self.quotas = Quotas(self.settings, per_user=self.gate.wants_token)
+        self.metrics = ChatMetrics()
+        self.closing = False
         self._agent = agent
         self._log = log or MemoryLog()
         self._opening = open_nursery()
         self._conversations: dict[str, Conversation] = {}
         self._sessions: set[Session] = set()
         self._tending = CancelScope()
-        self.closing = False
 
     async def __aenter__(self) -> Self:
         self._nursery = await self._opening.__aenter__()
@@ -70,11 +72,15 @@ class Chat:
 
     async def session(self, ws: WebSocket) -> None:
         """Talk the wire protocol with one client until it is gone. However that ends, its runs go on."""
-        session = Session(self, ws)
+        session = Session(ws, self.conversation, self.gate, self.quotas, self.settings, self.metrics)
         self._sessions.add(session)
         try:
-            await session.run()
+            await session.arrive()
+            if self.closing:
+                session.closing(self._retry_after())
+            await session.serve()
         finally:
+            session.end()
             self._sessions.discard(session)
 
     async def drain(self) -> None:
@@ -85,7 +91,7 @@ class Chat:
         conversations = list(self._conversations.values())
         self._end_conversations()
         for session in self._sessions:
-            session.closing()
+            session.closing(self._retry_after())
         await checkpoint()
         for conversation in conversations:
             await conversation.ended.wait()
@@ -94,7 +100,7 @@ class Chat:
                 nursery.start_soon(session.flush)
 
     async def why_not_ready(self) -> str | None:
-        """Say why no more clients should be sent here, in words that anybody may read; None where they may come.
+        """Return why no more clients should be sent here, in words that anybody may read; None if they may come.
 
         Asks the log, and waits for it for `LOG_PATIENCE` seconds. What it raises is reported. A checkpoint.
         """
@@ -110,15 +116,15 @@ class Chat:
             return None
         return "the log does not answer"
 
-    def retry_after(self) -> float:
-        """When a client is to come back, in seconds: the more there are, the more they are spread."""
+    def _retry_after(self) -> float:
+        """Return in how many seconds a client should come back: the more there are, the more they are spread."""
         return RETRY_AFTER + random() * (len(self._sessions) - 1) / RETURNS_PER_SECOND  # noqa: S311 (it keeps no secret)
 
     def conversation(self, key: str) -> Conversation:
-        """The conversation of this key, brought to life where it is not alive. Hold it, or it lingers out."""
+        """Return the conversation of this key, and bring it to life if it is not alive. Hold it, or it lingers out."""
         conversation = self._conversations.get(key)
         if conversation is None or (conversation.over and not self.closing):
-            conversation = Conversation(key, self._agent, self._log, self.settings)
+            conversation = Conversation(key, self._agent, self._log, self.settings, self.metrics)
             if self.closing:
                 conversation.end()  # it can be read, but has no task
             else:
@@ -138,9 +144,9 @@ class Chat:
                 nursery.start_soon(self._beat)
 
     async def _beat(self) -> None:
-        """Have every session say that it is there before it has said nothing for `heartbeat` seconds.
+        """Have every session say something before it has been silent for `heartbeat` seconds.
 
-        Those whose time would come soon do it at once: so there are few looks, however many sessions there are.
+        Sessions whose time would come soon do it at once: so there are few looks, however many sessions there are.
         """
         heartbeat = self.settings.heartbeat
         while True:
@@ -153,12 +159,12 @@ class Chat:
             await sleep_until(first + heartbeat)
 
     async def _look_after(self) -> None:
-        """Answer where nobody does, as behind an instance that has died: now, and then often enough for `lease`."""
+        """Answer posts that nobody answers, as after an instance has died: now, and several times in `lease`."""
         while True:
             try:
                 with patience(self.settings.log_timeout):
                     keys = await self._log.unanswered(LOOK_AT_ONCE)
-            except Unavailable:  # who asks for something will be told
+            except Unavailable:  # clients that ask for something are told
                 keys = []
             except Exception as error:
                 report_error(error)
@@ -169,10 +175,10 @@ class Chat:
             await sleep(min(pause, SOON) if len(keys) == LOOK_AT_ONCE else pause)
 
     async def _live(self, conversation: Conversation, before: Conversation | None) -> None:
-        CONVERSATIONS.add()
+        self.metrics.conversations.add()
         try:
             await conversation.live(before)
         finally:
-            CONVERSATIONS.add(amount=-1)
+            self.metrics.conversations.add(amount=-1)
             if self._conversations.get(conversation.key) is conversation:
                 del self._conversations[conversation.key]

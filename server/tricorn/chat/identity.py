@@ -9,7 +9,8 @@ from typing import Protocol
 
 import msgspec
 
-from tricorn.protocol.close import FORBIDDEN, UNAUTHENTICATED, Close
+from tricorn.chat.close_codes import FORBIDDEN, UNAUTHENTICATED
+from tricorn.protocol.close import Close
 
 IN_SUBPROTOCOL = "bearer."
 
@@ -19,14 +20,21 @@ class Identity(msgspec.Struct, frozen=True):
 
     Attributes:
         user: never empty.
-        expires_at: until when it is believed, in seconds since the Unix epoch; None is always.
+        expires_at: when its token expires, in seconds since the Unix epoch; None is never.
         shared: patterns, as a shell has them, for ids of conversations. Those are not the user's own: they are
             shared by all who have a pattern for them.
+        leeway: seconds for which it is believed after that, because clocks differ.
     """
 
     user: str
     expires_at: float | None = None
     shared: tuple[str, ...] = ()
+    leeway: float = 0.0
+
+    @property
+    def believed_until(self) -> float | None:
+        """When its connections end, in seconds since the Unix epoch; None is never."""
+        return None if self.expires_at is None else self.expires_at + self.leeway
 
     def key(self, conversation: str) -> str:
         """What the chat and its log know a conversation of this user as: `user/id`, or `/id` where it is shared.

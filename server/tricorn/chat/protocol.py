@@ -36,20 +36,20 @@ Seq = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]  # a JSON number that Jav
 
 
 @dataclass_transform(frozen_default=True)  # subclasses are frozen too, which type checkers cannot know
-class Message(msgspec.Struct, tag_field="type", frozen=True, omit_defaults=True):
+class WireObject(msgspec.Struct, tag_field="type", frozen=True, omit_defaults=True):
     """Anything either side sends."""
 
 
 # What a client says
 
 
-class Authenticate(Message, tag="authenticate"):
+class Authenticate(WireObject, tag="authenticate"):
     """Who is there, or still there: a new token for the same user. Answered with `welcome`."""
 
     token: str
 
 
-class Open(Message, tag="open"):
+class Open(WireObject, tag="open"):
     """Attach to a conversation and hear every event after `after`, the old ones first. Answered with `opened`.
 
     `epoch` is the one that `after` was counted in; where it is not the log's own, the replay starts from the beginning.
@@ -61,7 +61,7 @@ class Open(Message, tag="open"):
     epoch: str | None = None
 
 
-class Post(Message, tag="post"):
+class Post(WireObject, tag="post"):
     """Say something in a conversation. Answered with `posted`; a repeated `id` gets the first answer again."""
 
     id: Id
@@ -69,24 +69,24 @@ class Post(Message, tag="post"):
     text: str
 
 
-class Cancel(Message, tag="cancel"):
+class Cancel(WireObject, tag="cancel"):
     """End a run early. The run's `agent_completed` is the answer."""
 
     conversation: Id
     run: Id
 
 
-class Leave(Message, tag="leave"):
+class Leave(WireObject, tag="leave"):
     """Detach from a conversation. No answer."""
 
     conversation: Id
 
 
-class Ping(Message, tag="ping"):
+class Ping(WireObject, tag="ping"):
     """Answered with `pong`."""
 
 
-Request = Authenticate | Open | Post | Cancel | Leave | Ping
+ClientRequest = Authenticate | Open | Post | Cancel | Leave | Ping
 
 
 # What the server answers
@@ -106,7 +106,7 @@ class Limits(msgspec.Struct, frozen=True):
     posts_per_minute: int
 
 
-class Welcome(Message, tag="welcome"):
+class Welcome(WireObject, tag="welcome"):
     """First on every connection, once it is known who is there.
 
     `heartbeat` is in seconds: silence for twice as long means a lost connection.
@@ -119,7 +119,7 @@ class Welcome(Message, tag="welcome"):
     expires_at: float | None = None
 
 
-class Opened(Message, tag="opened"):
+class Opened(WireObject, tag="opened"):
     """The conversation's `epoch`, and the first and last sequence number in its log.
 
     Events after the client's cursor follow; where it is behind `first`, those from `first` on.
@@ -131,7 +131,7 @@ class Opened(Message, tag="opened"):
     first: int = 1
 
 
-class Posted(Message, tag="posted"):
+class Posted(WireObject, tag="posted"):
     """The post is in the log as event `seq`. Sent only after that is so."""
 
     id: str
@@ -139,34 +139,24 @@ class Posted(Message, tag="posted"):
     seq: int
 
 
-class Error(Message, tag="error"):
+class Error(WireObject, tag="error"):
     """A request was refused: `code` for programs, `message` for people, `ref` the post or conversation it is about."""
 
-    code: Literal[
-        "malformed",
-        "unknown_type",
-        "too_long",
-        "too_many",
-        "too_fast",
-        "not_found",
-        "closing",
-        "unavailable",
-        "internal",
-    ]
+    code: ErrorCode
     message: str
     ref: str | None = None
     error_id: str | None = None
 
 
-class Heartbeat(Message, tag="heartbeat"):
+class Heartbeat(WireObject, tag="heartbeat"):
     """Sent when nothing else was for `welcome.heartbeat` seconds: a browser cannot see pings."""
 
 
-class Pong(Message, tag="pong"):
+class Pong(WireObject, tag="pong"):
     """The answer to `ping`."""
 
 
-class Closing(Message, tag="closing"):
+class Closing(WireObject, tag="closing"):
     """The server is about to close this connection, unless a token that expires is renewed.
 
     Come back after `retry_after` seconds.
@@ -179,7 +169,7 @@ class Closing(Message, tag="closing"):
 # The events of a conversation
 
 
-class Event(Message, kw_only=True):
+class ConversationEvent(WireObject, kw_only=True):
     """One entry of a conversation's log: `seq` counts from 1 without gaps, `at` is in seconds since the Unix epoch."""
 
     conversation: str
@@ -187,13 +177,13 @@ class Event(Message, kw_only=True):
     at: float
 
 
-class RunEvent(Event, kw_only=True):
+class RunEvent(ConversationEvent, kw_only=True):
     """An event that belongs to a run."""
 
     run: str
 
 
-class UserMessage(Event, tag="user_message", kw_only=True):
+class UserMessage(ConversationEvent, tag="user_message", kw_only=True):
     """What a person wrote; `id` is the id of the post, new for each of the `user`'s."""
 
     id: str

@@ -8,23 +8,23 @@ from weakref import WeakValueDictionary
 
 from trio import current_time
 
-from tricorn.settings import Settings
+from tricorn.chat.settings import ChatSettings
 from tricorn.transport.rate_limit import TokenBucket
 
 MINUTE = 60.0  # seconds
 
 
 class Quota:
-    """What one user has, and may have.
+    """What one user has now, and may have.
 
     Attributes:
-        connections: that the user has now.
-        runs: of the user's posts, that wait or go on.
-        posts: how fast they may come.
-        refusals: how many may be too fast for it before the connection is closed.
+        connections: open connections.
+        runs: posts whose runs wait or are in progress.
+        posts: how fast posts may come.
+        refusals: how many may be refused for that before the connection is closed.
     """
 
-    def __init__(self, user: str, settings: Settings, clock: Callable[[], float] = current_time) -> None:
+    def __init__(self, user: str, settings: ChatSettings, clock: Callable[[], float] = current_time) -> None:
         self.user = user
         self.connections = 0
         self.runs = 0
@@ -33,12 +33,12 @@ class Quota:
 
 
 class Quotas:
-    """One for each user who has a connection or a run, or had one in the last minute, in which a bucket fills up.
+    """One quota for each user who has a connection or a run, or had one in the last minute, while buckets fill up.
 
-    Unless `per_user`: where nobody has to say who they are, one for each connection.
+    If users do not identify themselves (`per_user` is false), each connection has its own.
     """
 
-    def __init__(self, settings: Settings, *, per_user: bool, clock: Callable[[], float] = current_time) -> None:
+    def __init__(self, settings: ChatSettings, *, per_user: bool, clock: Callable[[], float] = current_time) -> None:
         self._clock = clock
         self._settings = settings
         self._per_user = per_user
@@ -46,20 +46,20 @@ class Quotas:
         self._left: deque[tuple[float, Quota]] = deque()
 
     def enter(self, user: str) -> Quota | None:
-        """Count a connection of this user; None where there are too many. End it with `leave`."""
+        """Count a connection of this user; None if there are too many. End it with `leave`."""
         while self._left and self._left[0][0] <= self._clock() - MINUTE:
             self._left.popleft()
-        allowance = self._by_user.get(user)
-        if allowance is None:
-            allowance = Quota(user, self._settings, self._clock)
+        quota = self._by_user.get(user)
+        if quota is None:
+            quota = Quota(user, self._settings, self._clock)
             if self._per_user:
-                self._by_user[user] = allowance
-        if allowance.connections >= self._settings.user_connections:
+                self._by_user[user] = quota
+        if quota.connections >= self._settings.user_connections:
             return None
-        allowance.connections += 1
-        return allowance
+        quota.connections += 1
+        return quota
 
-    def leave(self, allowance: Quota) -> None:
+    def leave(self, quota: Quota) -> None:
         """Count a connection no longer."""
-        allowance.connections -= 1
-        self._left.append((self._clock(), allowance))
+        quota.connections -= 1
+        self._left.append((self._clock(), quota))

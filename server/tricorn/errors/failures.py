@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from trio import Cancelled
 
-from tricorn.errors.chain import hides_an_error, is_any, is_group, members
+from tricorn.errors.chain import is_any, is_group, members
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,8 +44,3 @@ def forget_contexts(ending: BaseException) -> None:
     """Have something that goes on not hide, for whoever it gets to, what has been reported."""
     for leaf in leaves(ending):
         _set_context(leaf, None)
-
-
-def has_failed(error: BaseException, expected: tuple[type[BaseException], ...] = PASSING) -> bool:
-    """Return whether what ended a task is, or hides, anything that was not expected."""
-    return not all(is_any(leaf, expected) for leaf in leaves(error)) or hides_an_error(error)

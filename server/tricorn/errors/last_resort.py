@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import faulthandler
 from contextlib import asynccontextmanager
+from faulthandler import cancel_dump_traceback_later, dump_traceback_later
 from signal import SIGINT, SIGTERM, getsignal, signal
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,7 @@ class LastResort:
         def handle(number: int, frame: Any) -> None:
             if not self._is_armed:
                 self._is_armed = True
-                faulthandler.dump_traceback_later(self._seconds + GRACE, exit=True, file=STDERR)
+                dump_traceback_later(self._seconds + GRACE, exit=True, file=STDERR)
                 self._token.run_sync_soon(self._armed.set)
             before(number, frame)
 
@@ -69,4 +69,4 @@ async def exit_in_time(seconds: float) -> AsyncGenerator[LastResort]:
             yield resort
             nursery.cancel_scope.cancel()
     finally:
-        faulthandler.cancel_dump_traceback_later()
+        cancel_dump_traceback_later()

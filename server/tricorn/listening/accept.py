@@ -5,14 +5,16 @@ from __future__ import annotations
 import socket
 from contextlib import suppress
 from errno import EMFILE, ENFILE, ENOBUFS, ENOMEM
+from functools import partial
 from http import HTTPStatus
 from socket import AF_UNIX, IPPROTO_TCP, SHUT_WR, TCP_NODELAY
 from typing import TYPE_CHECKING, Any
 
 import trio
 from trio import move_on_after, sleep
-from trio.lowlevel import wait_readable
+from trio.lowlevel import wait_readable, wait_writable
 
+from tricorn.asgi_handler import AsgiHandler, websocket_scope
 from tricorn.errors.report import report, report_error
 from tricorn.listening.capacity import AtCapacity, Capacity, PeerCapacity
 from tricorn.protocol.deflate import negotiate
@@ -31,11 +33,14 @@ from tricorn.transport.native import NativeTransport
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from types import TracebackType
 
+    from tricorn.asgi_handler import Handler
     from tricorn.connection import Connection
     from tricorn.listening.http import Hypercorn
-    from tricorn.listening.site import Handler, Site
+    from tricorn.listening.site import Site
     from tricorn.request import Accept, Request
+    from tricorn.transport.native import Wire
     from tricorn.transport.poller import Poller
     from tricorn.websocket import WebSocket
 
@@ -72,7 +77,7 @@ async def accept_forever(
                 continue  # this peer is gone already
             short = False
             sock.setblocking(False)
-            connections.start_soon(serve, sock, address[:2] or None)
+            connections.start_soon(serve, sock, address[:2] if isinstance(address, tuple) else None)
 
 
 class Acceptor:
@@ -85,7 +90,7 @@ class Acceptor:
         self._http = http
         self._sockets = Capacity(settings.max_connections + SPARE, "max_connections", metrics)
         self._peers = PeerCapacity(settings.peer_connections, metrics)
-        self._handshakes = Capacity(settings.max_handshakes, "max_handshakes", metrics)
+        self._handshakes = _Handshakes(settings.max_handshakes, "max_handshakes", metrics)
 
     async def serve(self, sock: socket.socket, peer: Peer) -> None:
         """Serve one socket until it is closed. Raises no Exception. If cancelled, closes it in the proper way.
@@ -99,6 +104,7 @@ class Acceptor:
                 upgraded = await self._answer(sock, peer, head)
                 if upgraded is not None:
                     transport, connection, websocket, handler = upgraded
+                    del upgraded  # it would be kept as long as the connection
                     try:
                         await connection.run(handler, websocket)
                     finally:
@@ -120,18 +126,21 @@ class Acceptor:
         if self._http is not None and self._http.does_tls:
             await self._http.serve(sock, peer, b"")
             return None
+        asked = None  # an application, which decides by itself and stays until the connection has ended
         try:
             with self._handshakes:
-                self._site.metrics.connecting += 1
-                try:
-                    request = await self._read_head(sock, peer, head)
-                    if request is not None and wants_websocket(request):
-                        check_upgrade(request)
-                        handler, accepted = await self._site.admit(request)
-                        return *self._upgrade(sock, request, accepted, head), handler
-                finally:
-                    self._site.metrics.connecting -= 1
-            if request is None and not head.is_http2:
+                request = await self._read_head(sock, peer, head)
+                if request is not None and wants_websocket(request):
+                    check_upgrade(request)
+                    handler, accepted = await self._site.admit(request)
+                    if sock.family != AF_UNIX:
+                        sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
+                    if not isinstance(handler, AsgiHandler):
+                        return *upgrade(sock, self._poller, self._site, head, request, accepted), handler
+                    asked = request, handler, accepted
+            if asked is not None:
+                await self._serve_asgi(sock, head, *asked)
+            elif request is None and not head.is_http2:
                 pass  # the peer went before it had said what it wants
             elif self._http is not None:
                 await self._http.serve(sock, peer, head.data)
@@ -144,6 +153,31 @@ class Acceptor:
                 self._site.metrics.limit_hits.add("max_head_bytes")
             await self._refuse(sock, refuse(refused, head))
         return None
+
+    async def _serve_asgi(
+        self, sock: socket.socket, head: Head, request: Request, handler: AsgiHandler, accepted: Accept
+    ) -> None:
+        site = self._site
+        await handler.serve(
+            websocket_scope(request, sock.getsockname()),
+            accepted,
+            partial(self._run_upgraded, sock, head, request),
+            state=site.state_of(handler.app),
+            settings=site.settings,
+            deciding=self._handshakes,
+        )
+
+    async def _run_upgraded(
+        self, sock: socket.socket, head: Head, request: Request, accepted: Accept, handler: Handler
+    ) -> None:
+        site = self._site
+        site.require_capacity()  # others may have come while the application decided
+        transport, connection, websocket = upgrade(sock, self._poller, site, head, request, accepted)
+        try:
+            await connection.run(handler, websocket)
+        finally:
+            site.forget(connection)
+            transport.forget()
 
     async def _read_head(self, sock: socket.socket, peer: Peer, head: Head) -> Request | None:
         """Return None if there will be no head that we can read: the stream ended, or it is HTTP/2."""
@@ -160,30 +194,48 @@ class Acceptor:
             return None
         raise Refuse(HTTPStatus.REQUEST_TIMEOUT, "the request head did not come in time")
 
-    def _upgrade(
-        self, sock: socket.socket, request: Request, accepted: Accept, head: Head
-    ) -> tuple[NativeTransport, Connection, WebSocket[Any]]:
-        site = self._site
-        agreement = None
-        offers = offered_extensions(request)
-        if site.settings.deflate != "off":
-            agreement = negotiate(offers, takeover=site.settings.deflate == "takeover")
-        if sock.family != AF_UNIX:
-            sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
-        extensions = agreement.header() if agreement else None
-        sock.send(accept(request, accepted, extensions))  # nothing was sent before, so there is room
-        transport = NativeTransport(sock, head.finish(), self._poller, site.settings, site.metrics, agreement)
-        return transport, *site.connect(transport, request, accepted)
-
     async def _refuse(self, sock: socket.socket, response: bytes) -> None:
         """Send a response and wait for the peer's end: closed with something unread, the socket would take it back."""
         with move_on_after(self._site.settings.close_timeout):
-            sock.send(response)
+            while response := response[sock.send(response) :]:  # nothing was sent before, so there is room for some
+                await wait_writable(sock)
             sock.shutdown(SHUT_WR)
             while True:
                 await wait_readable(sock)
                 if not sock.recv(READ_SIZE):
                     return
+
+
+class _Handshakes(Capacity):
+    """Room for sockets in their handshake, which are counted as connecting."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        self._metrics.connecting += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, traceback)
+        self._metrics.connecting -= 1
+
+
+def upgrade(
+    wire: Wire, poller: Poller, site: Site, head: Head, request: Request, accepted: Accept
+) -> tuple[NativeTransport, Connection, WebSocket[Any]]:
+    """Send the 101 response to a request that was admitted, and make its connection; end that with `site.forget`.
+
+    Raises:
+        Refuse: its header of extensions is malformed.
+    """
+    agreement = None
+    offers = offered_extensions(request)
+    if site.settings.deflate != "off":
+        agreement = negotiate(offers, takeover=site.settings.deflate == "takeover")
+    extensions = agreement.header() if agreement else None
+    wire.send(accept(request, accepted, extensions))  # nothing was sent before, so there is room
+    transport = NativeTransport(wire, head.finish(), poller, site.settings, site.metrics, agreement)
+    return transport, *site.connect(transport, request, accepted)
 
 
 def _turn_away(sock: socket.socket, response: bytes) -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from trio import Event
 from trio.lowlevel import checkpoint
 
-from tricorn.protocol.handshake import join_headers
+from tricorn.asgi_handler import AsgiHandler
+from tricorn.protocol.handshake import join_headers, refusal
 from tricorn.request import Refuse, Request
 from tricorn.transport.asgi import AsgiTransport, Unattended
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from tricorn.asgi_handler import Handler
     from tricorn.connection import Connection
     from tricorn.listening.site import Site
+    from tricorn.request import Accept
     from tricorn.transport.asgi import Reach, Receive, Send
 
 # Behind a request that came with more bytes Hypercorn answers 400, and the worker ends if it is told to accept before
@@ -36,24 +42,34 @@ class AsgiWebSockets:
         `reach` is called only as long as this lasts.
         """
         await receive()  # websocket.connect
+        site = self._site
+        request = _request(scope)
         try:
-            await self._serve(scope, receive, send, reach)
+            handler, accepted = await site.admit(request)
+            if isinstance(handler, AsgiHandler):
+                upgrade = partial(self._upgrade, request, receive, send, reach)
+                state = site.state_of(handler.app)
+                await handler.serve(scope, accepted, upgrade, state=state, settings=site.settings)
+            else:
+                await self._upgrade(request, receive, send, reach, accepted, handler)
         except Refuse as refused:
             await _deny(scope, send, refused)
 
-    async def _serve(self, scope: Any, receive: Receive, send: Send, reach: Reach) -> None:
+    async def _upgrade(
+        self, request: Request, receive: Receive, send: Send, reach: Reach, accepted: Accept, handler: Handler
+    ) -> None:
         site = self._site
-        request = _request(scope)
-        handler, accepted = await site.admit(request)
+        site.require_capacity()  # others may have come while an application decided
         transport = AsgiTransport(receive, send, reach, self._unattended, site.settings, site.metrics)
         connection, websocket = site.connect(transport, request, accepted)
+        transport.carry(connection)
         self._serving.add(connection)
         try:
             for _ in range(PASSES):
                 await checkpoint()
-            headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in accepted.headers.items()]
+            headers = _raw(accepted.headers.items())
             await send({"type": "websocket.accept", "subprotocol": accepted.subprotocol, "headers": headers})
-            await transport.run(connection, handler, websocket)
+            await transport.run(handler, websocket)
         finally:
             site.forget(connection)
             self._serving.discard(connection)
@@ -80,11 +96,13 @@ async def _deny(scope: Any, send: Send, refused: Refuse) -> None:
     if "websocket.http.response" not in scope.get("extensions", ()):
         await send({"type": "websocket.close"})  # a server makes it 403
         return
-    body = f"{refused.body}\n".encode()
-    headers = [(name.lower().encode(), value.encode()) for name, value in refused.headers.items()]
-    headers += [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"%d" % len(body))]
-    await send({"type": "websocket.http.response.start", "status": refused.status.value, "headers": headers})
+    headers, body = refusal(refused)
+    await send({"type": "websocket.http.response.start", "status": refused.status.value, "headers": _raw(headers)})
     await send({"type": "websocket.http.response.body", "body": body})
+
+
+def _raw(headers: Iterable[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
+    return [(name.lower().encode(), value.encode("latin-1")) for name, value in headers]
 
 
 def _request(scope: Any) -> Request:
@@ -96,4 +114,5 @@ def _request(scope: Any) -> Request:
         scope["http_version"],
         join_headers(scope["headers"]),
         None if client is None else (client[0], client[1]),
+        (scope.get("raw_path") or b"").decode("latin-1"),
     )

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import suppress
-from errno import EADDRINUSE
-from stat import S_ISSOCK
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
@@ -32,7 +31,7 @@ async def listen_on(binds: Iterable[str]) -> list[socket.socket]:
     try:
         for each in binds:
             if each.startswith(UNIX):
-                bound.append(_bind_unix(each.removeprefix(UNIX)))
+                bound.append(_listen_on_unix(each.removeprefix(UNIX)))
             else:
                 host, _, port = each.rpartition(":")
                 if not host or not port.isdecimal():
@@ -70,7 +69,7 @@ async def bind(port: int, host: str) -> list[socket.socket]:
 def addresses(listeners: Iterable[socket.socket]) -> list[Address]:
     """Return what the listeners are bound to: (host, port), or the path of a Unix socket."""
     names = [listener.getsockname() for listener in listeners]
-    return [name if isinstance(name, str) else name[:2] for name in names]
+    return [name[:2] if isinstance(name, tuple) else os.fsdecode(name) for name in names]
 
 
 def close_all(listeners: Iterable[socket.socket]) -> None:
@@ -85,9 +84,13 @@ class _UnixListener(socket.socket):
     def __init__(self, path: str) -> None:
         super().__init__(socket.AF_UNIX, socket.SOCK_STREAM)
         self._file: tuple[str, int] | None = None
-        self.setblocking(False)
-        self.bind(path)
-        self._file = path, os.stat(path).st_ino
+        try:
+            self.bind(path)
+            self.listen(BACKLOG)  # at once: a file to which nothing listens is taken for one that was left behind
+            self._file = path, os.stat(path).st_ino
+        except BaseException:
+            super().close()
+            raise
 
     def close(self) -> None:
         file, self._file = self._file, None
@@ -98,23 +101,25 @@ class _UnixListener(socket.socket):
         super().close()
 
 
-def _bind_unix(path: str) -> socket.socket:
-    try:
-        return _UnixListener(path)
-    except OSError as error:
-        if error.errno != EADDRINUSE or not _is_left_over(path):
-            raise
-    os.unlink(path)
+def _listen_on_unix(path: str) -> socket.socket:
+    if _is_left_over(path):
+        os.unlink(path)
     return _UnixListener(path)
 
 
 def _is_left_over(path: str) -> bool:
     """Whether this is the socket of a server that is no more."""
-    if not S_ISSOCK(os.stat(path).st_mode):
+    if not Path(path).is_socket():
         return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
-        return probe.connect_ex(path) not in (0, socket.EAGAIN if hasattr(socket, "EAGAIN") else 11)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return True
+        except BlockingIOError:  # its backlog is full
+            return False
+    return False
 
 
 def _listening(bound: list[socket.socket]) -> list[socket.socket]:

@@ -8,7 +8,7 @@ pyproject.toml is tight, and the tests of this module use them against the real 
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from copy import copy
 from functools import partial
 from math import inf
@@ -32,14 +32,14 @@ from tricorn.listening.asgi import PASSES
 from tricorn.transport.sockets import reset_when_closed, shut_down
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Callable
     from socket import socket as Socket
     from ssl import SSLContext
 
+    from tricorn.asgi_handler import ASGIApp as ASGIApp
     from tricorn.listening.asgi import AsgiWebSockets
+    from tricorn.listening.site import Site
     from tricorn.settings import Settings
-
-    ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]  # ASGI 3.0; frameworks differ in how they type it
 
 # Past max_message_bytes the connection ends with 1009 and a record; past so many times as much Hypercorn has already
 # closed it with 1009 by itself, and tells nobody.
@@ -53,18 +53,21 @@ REASON_MAX = 200  # characters of what a peer did wrong
 class Hypercorn:
     """Serves connections whose first bytes have been read already: HTTP to an ASGI app, WebSockets to the router.
 
-    `config` is Hypercorn's own. What the settings bound as well goes by the settings.
+    `state` is what the app's lifespan shares with its requests; somebody else runs that. `config` is Hypercorn's own.
+    What the settings bound as well goes by the settings.
     """
 
     def __init__(
         self,
         app: ASGIApp,
+        state: dict[str, Any],
         websockets: AsgiWebSockets,
         settings: Settings,
         config: Config | None,
         ssl_context: SSLContext | None,
     ) -> None:
         self._app = app
+        self._state = state
         self._websockets = websockets
         self._settings = settings
         config = Config() if config is None else copy(config)
@@ -78,7 +81,6 @@ class Hypercorn:
         self._config = config
         self._ssl_context = ssl_context or config.create_ssl_context()
         self._context = WorkerContext(None)
-        self._state: dict[str, Any] = {}
         self._serving: set[_Guarded] = set()  # those that carry requests only
         self._one_ended = Event()
 
@@ -86,12 +88,6 @@ class Hypercorn:
     def does_tls(self) -> bool:
         """Whether connections begin with a TLS handshake, which is then Hypercorn's to do."""
         return self._ssl_context is not None
-
-    @asynccontextmanager
-    async def lifespan(self) -> AsyncIterator[None]:
-        """The app's lifespan, around the block. Raises in a group what keeps the app from starting up."""
-        async with lifespan(self._app, self._state, self._config):
-            yield
 
     async def drain(self) -> None:
         """Close what is idle, and everything else behind its next response, and wait for that. May be cancelled.
@@ -249,6 +245,15 @@ def _report_peer(error: BaseException, **fields: Any) -> None:
     """Report a mistake of a peer: no stack trace, and the last error, as those before it quote what was sent."""
     reason = title(next(leaves(error)))
     report("WARNING", f"the peer broke the protocol: {reason[:REASON_MAX]}", **fields)
+
+
+@asynccontextmanager
+async def lifespans(site: Site, config: Config | None = None) -> AsyncIterator[None]:
+    """Run the lifespan of each of a site's applications around the block. Raises what `lifespan` raises."""
+    async with AsyncExitStack() as stack:
+        for app, state in site.apps:
+            await stack.enter_async_context(lifespan(app, state, config))
+        yield
 
 
 @asynccontextmanager

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from trio import TooSlowError, fail_after, open_nursery
+from trio import move_on_after, open_nursery
 
+from tricorn.asgi_handler import AsgiHandler
 from tricorn.connection import Connection
 from tricorn.errors.report import report, report_error, report_hidden
 from tricorn.listening.capacity import require_capacity
@@ -20,12 +21,13 @@ from tricorn.websocket import WebSocket
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
+    from tricorn.asgi_handler import ASGIApp
+    from tricorn.asgi_handler import Handler as Handler
     from tricorn.connection import Transport
     from tricorn.request import BeforeUpgrade, Request
     from tricorn.settings import Settings
 
-    Handler = Callable[[WebSocket[Any]], Awaitable[None]]
-    Handlers = Handler | Mapping[str, Handler]
+    Handlers = Handler | AsgiHandler | Mapping[str, Handler | AsgiHandler]
     Drain = Callable[[], Awaitable[None]]
 
 
@@ -38,6 +40,7 @@ class Site:
         connections: the connections that there are, with what their handlers hold.
         reaper: closes their sockets if their tasks do not end.
         closing: no more are let in.
+        app: the application that handles every WebSocket, if it is one application.
     """
 
     def __init__(
@@ -53,12 +56,28 @@ class Site:
         self.metrics = ServerMetrics(self.connections)
         self.reaper = Reaper()
         self.closing = False
+        self.app = handlers.app if isinstance(handlers, AsgiHandler) else None
         self._handlers = handlers
         self._before_upgrade = before_upgrade
         self._subprotocols = subprotocols
+        self._apps: dict[int, tuple[ASGIApp, dict[str, Any]]] = {}  # by identity
+        for handler in handlers.values() if isinstance(handlers, Mapping) else (handlers,):
+            if isinstance(handler, AsgiHandler):
+                self.state_of(handler.app)
 
-    async def admit(self, request: Request) -> tuple[Handler, Accept]:
+    @property
+    def apps(self) -> list[tuple[ASGIApp, dict[str, Any]]]:
+        """The applications whose lifespans are to be run, each once, and the state that each keeps."""
+        return list(self._apps.values())
+
+    def state_of(self, app: ASGIApp) -> dict[str, Any]:
+        """Return the state that the lifespan of an application shares with its requests and WebSockets."""
+        return self._apps.setdefault(id(app), (app, {}))[1]
+
+    async def admit(self, request: Request) -> tuple[Handler | AsgiHandler, Accept]:
         """Find out who handles a request, and how it is to be answered. Not a checkpoint without a hook.
+
+        An `AsgiHandler` has the last word on the answer.
 
         Raises:
             Refuse: it is not to be upgraded.
@@ -99,7 +118,7 @@ class Site:
             nursery.start_soon(keep_alive, self.connections, self.settings)
             nursery.start_soon(self.reaper.run)
 
-    def _route(self, path: str) -> Handler:
+    def _route(self, path: str) -> Handler | AsgiHandler:
         if not isinstance(self._handlers, Mapping):
             return self._handlers
         handler = self._handlers.get(path)
@@ -110,31 +129,32 @@ class Site:
     async def _ask(self, hook: BeforeUpgrade, request: Request) -> Accept:
         """Have the hook decide. Its failure is ours and not the client's: 500 with an error id, 503 if it is late."""
         try:
-            with fail_after(self.settings.handshake_timeout):
-                answer = await _asked(hook, request)
-            if not isinstance(answer, Accept | Refuse):
-                raise TypeError(f"before_upgrade must return Accept or Refuse, not {type(answer).__name__}")
-            check_answer(answer, offered_subprotocols(request))
-        except Refuse as refused:
-            check_answer(refused, ())
+            with move_on_after(self.settings.handshake_timeout):
+                answer = await _answer_of(hook, request)
+                check_answer(answer, offered_subprotocols(request))
+                if isinstance(answer, Accept):
+                    return answer
+                raise answer
+        except Refuse:
             raise
-        except TooSlowError:
-            report("WARNING", "before_upgrade did not decide in time", path=request.path, peer=request.peer)
-            raise Refuse(HTTPStatus.SERVICE_UNAVAILABLE, "the server could not decide in time") from None
         except Exception as error:
             error_id = report_error(error, path=request.path, peer=request.peer)
             raise Refuse(HTTPStatus.INTERNAL_SERVER_ERROR, f"internal server error {error_id}") from None
-        if isinstance(answer, Refuse):
-            raise answer
-        return answer
+        report("WARNING", "before_upgrade did not decide in time", path=request.path, peer=request.peer)
+        raise Refuse(HTTPStatus.SERVICE_UNAVAILABLE, "the server could not decide in time")
 
 
-async def _asked(hook: BeforeUpgrade, request: Request) -> Accept | Refuse:
+async def _answer_of(hook: BeforeUpgrade, request: Request) -> Accept | Refuse:
     try:
-        return await hook(request)
+        answer = await hook(request)
+    except Refuse as refused:
+        return refused
     except BaseException as ending:
         report_hidden(ending, path=request.path, peer=request.peer)
         raise
+    if not isinstance(answer, Accept | Refuse):
+        raise TypeError(f"before_upgrade must return Accept or Refuse, not {type(answer).__name__}")
+    return answer
 
 
 async def run_drain(drain: Drain | None) -> None:

@@ -1,7 +1,4 @@
-"""Close codes: RFC 6455 §7.4, the IANA registry, and our own. Sans-I/O.
-
-4500 and above tell a client not to come back unchanged.
-"""
+"""Close codes: RFC 6455 §7.4, the IANA registry, and the server's own from 4000. Sans-I/O."""
 
 from __future__ import annotations
 
@@ -26,13 +23,7 @@ SERVICE_RESTART = 1012
 FULL = 1013  # not sent here: a handshake is refused with HTTP 503
 NO_PONG = 4000
 STALLED = 4001
-TOKEN_EXPIRED = 4002
 TOO_FAST = 4003
-OUTBOX_OVERFLOW = 4004
-UNAUTHENTICATED = 4500
-DO_NOT_COME_BACK = 4500  # this and above: not unchanged
-FORBIDDEN = 4501
-TOO_MANY_CONNECTIONS = 4503
 
 # Those that mean something here; an application or a peer may use others.
 KNOWN = frozenset(value for name, value in list(globals().items()) if name.isupper() and isinstance(value, int))

@@ -103,8 +103,8 @@ class Deflater:
     def fragment(self, opcode: int, payload: bytes, *, last: bool) -> bytes:
         """Return one frame of a fragmented message, all of which is compressed (RFC 7692 §6.1)."""
         deflated = self._deflate(payload, last=last)
-        if last:  # zlib has nothing to flush behind a flush; then this begins the empty block that ends the message
-            deflated = deflated[: -len(_EMPTY_BLOCK)] or b"\0"
+        if last:
+            deflated = deflated[: -len(_EMPTY_BLOCK)]
         return fragment(opcode if opcode == Opcode.CONTINUATION else RSV1 | opcode, deflated, last=last)
 
     def _deflate(self, payload: bytes, *, last: bool = True) -> bytes:

@@ -37,6 +37,8 @@ _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 §1.3
 class Head:
     """A request head on its way in."""
 
+    __slots__ = ("_h11", "_max_bytes", "data")
+
     def __init__(self, max_bytes: int) -> None:
         self.data = b""  # all that came, the head included
         self._max_bytes = max_bytes
@@ -95,7 +97,19 @@ def as_request(
         headers["host"] = absolute[1]  # whatever the header says (RFC 9112 §3.2.2)
         target = target[absolute.end() :]
     path, _, query = target.partition("?")
-    return Request(method.decode("ascii"), unquote(path) or "/", query, http_version.decode("ascii"), headers, peer)
+    path = path or "/"
+    return Request(
+        _USUAL.get(method) or method.decode("ascii"),
+        unquote(path),
+        query,
+        _USUAL.get(http_version) or http_version.decode("ascii"),
+        headers,
+        peer,
+        path,
+    )
+
+
+_USUAL = {b"GET": "GET", b"1.1": "1.1"}  # which connections keep: they share them
 
 
 def join_headers(raw_headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
@@ -171,7 +185,8 @@ UPGRADE = {"Upgrade": "websocket", "Connection": "Upgrade, close"}  # RFC 9110 �
 
 def offered_subprotocols(request: Request) -> list[str]:
     """Return the subprotocols that the client offers, its favourite first (RFC 6455 §4.1)."""
-    return [name.strip() for name in request.headers.get("sec-websocket-protocol", "").split(",")]
+    names = request.headers.get("sec-websocket-protocol", "").split(",")
+    return [name.strip() for name in names if name.strip()]
 
 
 def choose_subprotocol(request: Request, known: Sequence[str]) -> str | None:
@@ -183,9 +198,12 @@ def check_answer(answer: Accept | Refuse, offered: Sequence[str]) -> None:
     """Check the answer that a hook gives.
 
     Raises:
-        ValueError: it accepts a subprotocol that the client does not offer, or has a header that cannot be sent.
+        ValueError: it accepts a subprotocol that the client does not offer, or has a header or a body that cannot be
+            sent.
     """
-    if isinstance(answer, Accept) and answer.subprotocol is not None and answer.subprotocol not in offered:
+    if isinstance(answer, Refuse):
+        refusal(answer)
+    elif answer.subprotocol is not None and answer.subprotocol not in offered:
         raise ValueError(f"the client does not offer the subprotocol {answer.subprotocol!r}")
     for name, value in answer.headers.items():
         if not _TOKEN.fullmatch(name) or not _FIELD_VALUE.fullmatch(value) or name.lower().startswith(_OURS):
@@ -223,16 +241,21 @@ def accept(request: Request, accepted: Accept, extensions: str | None = None) ->
     return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
+def refusal(refused: Refuse) -> tuple[list[tuple[str, str]], bytes]:
+    """Return the headers and the body of the response to a request that is refused."""
+    body = refused.body if isinstance(refused.body, bytes) else f"{refused.body}\n".encode()
+    headers = [("Content-Length", str(len(body))), *refused.headers.items()]
+    if isinstance(refused.body, str) and all(name.lower() != "content-type" for name, _ in headers):
+        headers.insert(0, ("Content-Type", "text/plain; charset=utf-8"))
+    return headers, body
+
+
 def refuse(refused: Refuse, head: Head) -> bytes:
     """Return the response to a request that is refused; the connection is closed after it."""
-    body = f"{refused.body}\n".encode()
-    headers = {
-        "Connection": "close",
-        "Content-Type": "text/plain; charset=utf-8",
-        "Content-Length": str(len(body)),
-        **refused.headers,
-    }
-    lines = [f"HTTP/1.1 {refused.status.value} {refused.status.phrase}", *(f"{k}: {v}" for k, v in headers.items())]
+    headers, body = refusal(refused)
+    if "Connection" not in refused.headers:
+        headers.insert(0, ("Connection", "close"))
+    lines = [f"HTTP/1.1 {refused.status.value} {refused.status.phrase}", *(f"{k}: {v}" for k, v in headers)]
     response = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
     return response if head.data.startswith(b"HEAD ") else response + body  # RFC 9110 §9.3.2
 

@@ -14,6 +14,7 @@ from tricorn.protocol.frames import FIN, MAX_CONTROL_PAYLOAD, RSV1, Opcode
 
 if TYPE_CHECKING:
     from codecs import IncrementalDecoder
+    from collections.abc import Collection
 
     from tricorn.protocol.deflate import Inflater
 
@@ -47,8 +48,31 @@ class Receiver:
     limit is refused at the byte that does.
     """
 
+    __slots__ = (
+        "_binary",
+        "_buffer",
+        "_control",
+        "_fin",
+        "_inflater",
+        "_inflating",
+        "_mask",
+        "_max",
+        "_message",
+        "_opcode",
+        "_received",
+        "_text",
+        "_utf8",
+        "awaited",
+        "closed",
+        "left",
+        "pings",
+        "pongs",
+        "violation",
+    )
+
     def __init__(self, max_message_bytes: int, inflater: Inflater | None = None) -> None:
         self.pings: list[bytes] = []  # payloads of pings; whoever answers them clears the list
+        self.awaited: Collection[bytes] = ()  # payloads of pings of ours; other pongs are ignored
         self.pongs: list[bytes] = []  # payloads of pongs; whoever reads them clears the list
         self.closed: Close | None = None  # the peer's close frame
         self.violation: Close | None = None  # what the peer did wrong, as the close to answer with
@@ -195,7 +219,7 @@ class Receiver:
             self.pings.append(payload)
         elif self._opcode == Opcode.CLOSE:
             self.closed = _parse_close(payload)
-        elif payload:  # ours that wait for an answer have one; keepalive's have none
+        elif payload in self.awaited:
             self.pongs.append(payload)
 
 

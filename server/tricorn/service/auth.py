@@ -14,11 +14,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicNumbers
 from jwt.utils import base64url_encode
 
+from tricorn.chat.close_codes import UNAUTHENTICATED
 from tricorn.chat.identity import Identity, NotAdmitted, is_loopback
 from tricorn.errors.report import report, report_error
-from tricorn.protocol.close import UNAUTHENTICATED
 from tricorn.service.jwt_keys import SECRET_BYTES, Key, Keys, algorithms
-from tricorn.settings import SettingError, Settings
+from tricorn.service.settings import ServiceSettings
+from tricorn.settings import SettingError
 
 MAX_TOKEN = 8192  # characters
 
@@ -38,7 +39,7 @@ class Tokens:
 
     wants_token = True
 
-    def __init__(self, keys: Keys, settings: Settings) -> None:
+    def __init__(self, keys: Keys, settings: ServiceSettings) -> None:
         self._keys = keys
         self._settings = settings
 
@@ -68,7 +69,7 @@ class Tokens:
         good = msgspec.convert(claims, _Claims)
         if not good.sub.isprintable():
             raise ValueError("the subject is not printable")
-        return Identity(good.sub, good.exp, good.conversations)
+        return Identity(good.sub, good.exp, good.conversations, settings.jwt_leeway)
 
 
 NOT_VALID = "the token is not valid"
@@ -94,7 +95,7 @@ def _refusal(error: Exception, peer: str) -> NotAdmitted:
     return NotAdmitted(UNAUTHENTICATED, REASONS.get(type(error), NOT_VALID))
 
 
-def check_exposure(settings: Settings) -> None:
+def check_exposure(settings: ServiceSettings) -> None:
     """Raise `SettingError` where strangers could come in and nobody said that they may."""
     if settings.jwt_key is None and settings.auth is None and not is_loopback(settings.host):
         raise SettingError(
@@ -103,7 +104,9 @@ def check_exposure(settings: Settings) -> None:
         )
 
 
-def make_token(key: Key, user: str, now: float, ttl: float, settings: Settings, shared: tuple[str, ...] = ()) -> str:
+def make_token(
+    key: Key, user: str, now: float, ttl: float, settings: ServiceSettings, shared: tuple[str, ...] = ()
+) -> str:
     """Sign a token for `user` that is good for `ttl` seconds from `now`, for the audience and issuer of `settings`."""
     claims: dict[str, Any] = {"sub": user, "iat": int(now), "exp": int(now + ttl)}
     if settings.jwt_audience is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
 from ssl import SSLError
 from tomllib import TOMLDecodeError
 from typing import TYPE_CHECKING
@@ -13,7 +15,7 @@ from hypercorn.config import Config
 from tricorn.settings import SettingError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 TLS = {
     "alpn_protocols",
@@ -60,14 +62,9 @@ def load_config(name: str) -> Config:
     Raises:
         SettingError: it cannot be read, or has an option that means nothing here.
     """
-    kind, colon, rest = name.partition(":")
-    loaders: dict[str, Callable[[str], Config]] = {"file": Config.from_pyfile, "python": _from_module}
-    try:
-        config = loaders[kind](rest) if colon and kind in loaders else Config.from_toml(name)
-    except (OSError, TOMLDecodeError, ImportError, SyntaxError) as error:
-        raise _problem(name, f"cannot be read: {' '.join(str(error).split())}") from None
+    config = _read(name)
     for option in vars(config):
-        _check(name, option.removeprefix("_"), strict=not colon)
+        _check(name, option.removeprefix("_"), strict=":" not in name)
     if (config.certfile is None) != (config.keyfile is None):
         raise _problem(name, "certfile and keyfile need each other")
     try:
@@ -75,6 +72,36 @@ def load_config(name: str) -> Config:
     except (OSError, SSLError) as error:  # a file that is not there, or holds something else
         raise _problem(name, f"TLS cannot be set up: {error}") from None
     return config
+
+
+def workers_of(command: Sequence[str]) -> int | None:
+    """Return how many workers Hypercorn's command line asks for; None if it is another program's.
+
+    A worker of Hypercorn has the command line of the process that started it in `sys.argv`.
+
+    Raises:
+        SettingError: a file of options that it names cannot be read.
+    """
+    program = Path(command[0])
+    if "hypercorn" not in (program.name, program.parent.name):  # bin/hypercorn, or python -m hypercorn
+        return None
+    parser = ArgumentParser(add_help=False)
+    parser.add_argument("-c", "--config")
+    parser.add_argument("-w", "--workers", type=int)
+    options, _ = parser.parse_known_args(command[1:])
+    if options.workers is not None:
+        workers: int = options.workers
+        return workers
+    return 1 if options.config is None else _read(options.config).workers
+
+
+def _read(name: str) -> Config:
+    kind, colon, rest = name.partition(":")
+    loaders: dict[str, Callable[[str], Config]] = {"file": Config.from_pyfile, "python": _from_module}
+    try:
+        return loaders[kind](rest) if colon and kind in loaders else Config.from_toml(name)
+    except (OSError, TOMLDecodeError, ImportError, SyntaxError) as error:
+        raise _problem(name, f"cannot be read: {' '.join(str(error).split())}") from None
 
 
 def _from_module(name: str) -> Config:

@@ -5,7 +5,7 @@ Whoever gets there may read it, so it is served on an address of its own.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from math import inf
@@ -16,12 +16,12 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, Proce
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from tricorn.connection import WebSocket
-from tricorn.metrics import METRICS, Counter, Gauge, Histogram, Numbers, numbers
+from tricorn.metrics import Counter, Gauge, Histogram, Metrics, Numbers, total
 from tricorn.service.pages import TEXT, Event, Receive, Send, respond
 
 if TYPE_CHECKING:
     from tricorn.listening.http import ASGIApp
+    from tricorn.websocket import WebSocket
 
 Scrape = Callable[[], Awaitable[tuple[Numbers, Mapping[str, int]]]]
 
@@ -29,11 +29,12 @@ Scrape = Callable[[], Awaitable[tuple[Numbers, Mapping[str, int]]]]
 class _Counted(Collector):
     """Turns what was counted into what `prometheus_client` writes."""
 
-    def __init__(self, numbers: Numbers) -> None:
+    def __init__(self, metrics: Iterable[Counter | Histogram], numbers: Numbers) -> None:
+        self._metrics = metrics
         self._numbers = {**numbers.grown, **numbers.current}
 
     def collect(self) -> Iterator[Metric]:
-        for metric in METRICS:
+        for metric in {metric.name: metric for metric in self._metrics}.values():  # two sets may have one in common
             labels = [metric.label] if metric.label else []
             if isinstance(metric, Histogram):
                 yield self._histogram(metric, labels)
@@ -43,14 +44,14 @@ class _Counted(Collector):
     def _family(self, counter: Counter, labels: list[str]) -> Metric:
         kind = GaugeMetricFamily if isinstance(counter, Gauge) else CounterMetricFamily
         family = kind(f"tricorn_{counter.name}", counter.text, labels=labels)
-        for value, [number] in self._numbers[counter.name].items():
+        for value, [number] in self._numbers.get(counter.name, {}).items():
             family.add_metric([value] if labels else [], number)
         return family
 
     def _histogram(self, histogram: Histogram, labels: list[str]) -> Metric:
         family = HistogramMetricFamily(f"tricorn_{histogram.name}", histogram.text, labels=labels)
         names = ["+Inf" if bound == inf else str(bound) for bound in histogram.bounds]
-        for value, [*buckets, size] in self._numbers[histogram.name].items():
+        for value, [*buckets, size] in self._numbers.get(histogram.name, {}).items():
             family.add_metric([value] if labels else [], list(zip(names, accumulate(buckets), strict=True)), size)
         return family
 
@@ -74,13 +75,23 @@ class _Processes(Collector):
         yield from families.values()
 
 
-async def this_process() -> tuple[Numbers, Mapping[str, int]]:
-    """What there is to show where there is one process. Not a checkpoint."""
-    return numbers(), {"": getpid()}
+def of_this_process(counted: Sequence[Metrics]) -> Scrape:
+    """Make a scrape of what this process has counted, if no other serves."""
+
+    async def scrape() -> tuple[Numbers, Mapping[str, int]]:
+        return total([each.numbers() for each in counted]), {"": getpid()}
+
+    return scrape
 
 
-def application(scrape: Scrape) -> ASGIApp:
-    """An app that shows what `scrape` gives: what was counted, and the ids of the processes that did so."""
+def metrics_page(described: Sequence[Metrics], scrape: Scrape) -> ASGIApp:
+    """Make the app.
+
+    Args:
+        described: the sets of metrics to show. Those of the same name in several sets are shown once.
+        scrape: returns what was counted, of all sets together, and the ids of the processes that did so.
+    """
+    metrics = {metric.name: metric for each in described for metric in each.metrics()}.values()
 
     async def app(scope: Event, receive: Receive, send: Send) -> None:
         """Answer GET and HEAD of `/metrics`."""
@@ -92,15 +103,12 @@ def application(scrape: Scrape) -> ASGIApp:
         else:
             counted, pids = await scrape()
             registry = CollectorRegistry()
-            registry.register(_Counted(counted))
+            registry.register(_Counted(metrics, counted))
             registry.register(_Processes(pids))
             await respond(send, method, 200, CONTENT_TYPE_PLAIN_0_0_4.encode(), generate_latest(registry))
 
     return app
 
 
-app = application(this_process)
-
-
 async def no_websocket(ws: WebSocket) -> None:
-    """The handler beside `app`: there is nothing to hear."""
+    """Be the handler beside the page: there is nothing to hear."""

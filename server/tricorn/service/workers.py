@@ -18,14 +18,15 @@ import trio
 from msgspec.json import Decoder, encode
 from trio import BrokenResourceError, current_time, move_on_after
 
+from tricorn.chat.backoff import Backoff
 from tricorn.errors.report import report, report_error
-from tricorn.listening.accept import BACKLOG, bind
-from tricorn.metrics import NOTHING, WORKER_ENDS, Numbers, numbers, total
+from tricorn.listening.binds import BACKLOG, addresses, bind
+from tricorn.metrics import NOTHING, Counter, Metrics, Numbers, total
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
-    from tricorn.listening.accept import Address
+    from tricorn.listening.binds import Address
 
 FIRST_PAUSE = 0.1  # seconds before a worker is replaced; each time in a row they double
 LONGEST_PAUSE = 30.0
@@ -59,8 +60,11 @@ class Worker:
             listener.listen(BACKLOG)
         return self.listeners
 
-    async def obey(self) -> None:
-        """Tell the supervisor that this process serves, and what it is asked for. Once that is gone, raise SIGTERM."""
+    async def obey(self, numbers: Callable[[], Numbers]) -> None:
+        """Tell the supervisor that this process serves and, when asked, what `numbers` returns.
+
+        Once the supervisor is gone, raise SIGTERM.
+        """
         control = trio.SocketStream(trio.socket.from_stdlib_socket(self._control))
         try:
             async with control:
@@ -73,12 +77,30 @@ class Worker:
         raise_signal(SIGTERM)
 
 
+class WorkerMetrics(Metrics):
+    """The counters of a supervisor."""
+
+    def __init__(self) -> None:
+        self.ends = Counter("worker_ends", "Workers that ended by themselves and were replaced.")
+
+
 class Supervisor:
-    """Keeps `count` workers running, each of them `command` with `--worker` and its descriptors behind it."""
+    """Keeps `count` workers running, each of them `command` with `--worker` and its descriptors behind it.
+
+    `counted` is what else this process counts; a scrape adds it to what the workers have counted.
+    """
 
     def __init__(
-        self, command: Sequence[str], count: int, reserved: Sequence[socket.socket], *, drain_timeout: float
+        self,
+        command: Sequence[str],
+        count: int,
+        reserved: Sequence[socket.socket],
+        *,
+        drain_timeout: float,
+        counted: Sequence[Metrics] = (),
     ) -> None:
+        self.metrics = WorkerMetrics()
+        self._counted = counted
         self._command = command
         self._count = count
         self._reserved = reserved
@@ -110,7 +132,8 @@ class Supervisor:
         async with self._scraping, trio.open_nursery() as nursery:
             for running in self._running.values():
                 nursery.start_soon(running.ask)
-        parts = [numbers(), self._gone, *(running.numbers for running in self._running.values())]
+        own = [each.numbers() for each in (self.metrics, *self._counted)]
+        parts = [*own, self._gone, *(running.numbers for running in self._running.values())]
         pids = {str(number): running.process.pid for number, running in sorted(self._running.items())}
         return total(parts), {"supervisor": getpid(), **pids}
 
@@ -125,7 +148,7 @@ class Supervisor:
                         await self._start(workers, range(2, self._count + 1))
                         if not self._ending.is_set():
                             self._complete = True
-                            announce([each.getsockname()[:2] for each in self._reserved])
+                            announce(addresses(self._reserved))
                 nursery.cancel_scope.cancel()
         return self._status
 
@@ -149,7 +172,7 @@ class Supervisor:
 
     async def _keep(self, number: int, up: trio.Event) -> None:
         """Run a worker, and the next when it has ended. `up` is set when it serves, or is not going to."""
-        pause = FIRST_PAUSE
+        backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         while not self._ending.is_set():
             began = current_time()
             status = await self._run_one(number, up)
@@ -163,8 +186,9 @@ class Supervisor:
                 break
             lived = current_time() - began
             if lived >= STEADY:
-                pause = FIRST_PAUSE
-            WORKER_ENDS.add()
+                backoff.reset()
+            pause = backoff.next()
+            self.metrics.ends.add()
             report(
                 "ERROR",
                 f"worker {number} ended: {_how(status)}",
@@ -174,7 +198,6 @@ class Supervisor:
             )
             with move_on_after(pause):
                 await self._ending.wait()
-            pause = min(2 * pause, LONGEST_PAUSE)
         up.set()
 
     async def _run_one(self, number: int, up: trio.Event) -> int:

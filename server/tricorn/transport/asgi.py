@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import socket
 from collections import deque
+from select import poll
 from sys import byteorder, platform
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,13 @@ MAX_PROBE_TIME = 32767  # seconds, Linux
 
 # Where the kernel tells of half a stream that ended, and can be told when to ask; elsewhere it shows in reading on.
 LINUX = platform == "linux"
+POLLRDHUP = select.POLLRDHUP if LINUX else 0
+TCP_INFO = socket.IPPROTO_TCP, socket.TCP_INFO if LINUX else 0
+KEEPALIVE = socket.SOL_SOCKET, socket.SO_KEEPALIVE
+IDLE, INTERVAL, COUNT, USER_TIMEOUT = (
+    (socket.IPPROTO_TCP, getattr(socket, name, 0))
+    for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
+)
 BYTES_ACKED = slice(120, 128)  # tcpi_bytes_acked in Linux's struct tcp_info
 
 
@@ -106,8 +114,7 @@ class AsgiTransport:
         self._writer = Waiter()  # for the writing task, while there is nothing to send
         self._fragments = bytearray()  # of the message that is being sent in fragments
         self._fragments_are_text = False
-        self._room = ParkingLot()  # tasks that wait until less is unsent
-        self._stalled = 0  # how many there are
+        self._room = ParkingLot()  # who waits until less is unsent
         self._sent = ParkingLot()  # the connection, while it waits until nothing is unsent
         self._broken = False  # nothing can be sent any more
         self._over = False  # nothing more is delivered
@@ -126,13 +133,15 @@ class AsgiTransport:
         self._taken = 0
         self._kept_alive = False
 
-    async def run(
-        self, connection: Connection, handler: Callable[[Handed], Awaitable[None]], websocket: Handed
-    ) -> None:
+    def carry(self, connection: Connection) -> None:
+        """Know the connection, which the server may abort before it runs."""
+        self._connection = connection
+
+    async def run(self, handler: Callable[[Handed], Awaitable[None]], websocket: Handed) -> None:
         """Run the connection. If cancelled, it closes in the proper way."""
         async with trio.open_nursery() as self._nursery:
             try:
-                await connection.run(handler, websocket)
+                await self._connection.run(handler, websocket)
                 if self._heard:
                     # Hypercorn's reader waits without end for somebody to take what it read, up to the disconnect.
                     with move_on_after(self._settings.close_timeout, shield=True):
@@ -144,7 +153,6 @@ class AsgiTransport:
     # For the connection
 
     def start(self, connection: Connection) -> None:
-        self._connection = connection
         self._nursery.start_soon(self._read)
         self._nursery.start_soon(self._write)
 
@@ -167,14 +175,12 @@ class AsgiTransport:
         for payload in payloads:
             self._put(payload, text)
         self._writer.wake()
-        if self._stalled and self._unsent_bytes < PUT_OFF:
-            self._room.unpark()  # the next, now that this one's is on its way, so that they go out in order
         return True
 
     def send_fragment(self, payload: bytes, *, text: bool | None, last: bool) -> bool:
         """ASGI knows no fragments: they are put together."""
         self._require_open()
-        if last and self._unsent_bytes >= PUT_OFF:
+        if self._unsent_bytes >= PUT_OFF and (last or text is not None):
             return False
         if text is not None:
             self._fragments_are_text = text
@@ -187,8 +193,7 @@ class AsgiTransport:
 
     def broadcast(self, message: Broadcast) -> bool:
         self._require_open()
-        size = len(message.payload)
-        if self._unsent_bytes + size > max(BROADCAST_MAX, size):
+        if self._unsent_bytes > BROADCAST_MAX:
             return False
         self._put(message.payload, message.text)
         self._writer.wake()
@@ -199,13 +204,8 @@ class AsgiTransport:
         raise NotImplementedError("an ASGI server shows no pongs: `ping` works on Tricorn's own server only")
 
     async def room(self) -> None:
-        self._metrics.send_stalls.add()
-        self._stalled += 1
-        try:
-            while self._unsent_bytes >= PUT_OFF and not self._broken and not self._over:
-                await self._room.park()
-        finally:
-            self._stalled -= 1
+        while self._unsent_bytes >= PUT_OFF and not self._broken and not self._over:
+            await self._room.park()
 
     async def flushed(self) -> None:
         while self._unsent_bytes and not self._broken:
@@ -349,7 +349,7 @@ class AsgiTransport:
                         self._unsent_bytes -= size
                         self._sent.unpark_all()
                         if self._unsent_bytes < PUT_OFF <= self._unsent_bytes + size:
-                            self._room.unpark()
+                            self._room.unpark_all()
                         if event["type"] == "websocket.close":
                             self._close_sent = event["code"]
                     await self._writer.wait()
@@ -385,11 +385,11 @@ class AsgiTransport:
         patience = settings.ping_interval + settings.ping_timeout
         if not LINUX or patience > MAX_PROBE_TIME:
             return
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, round(settings.ping_interval)))
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, round(settings.ping_timeout / PROBES)))
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, PROBES)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(patience * 1000))
+        sock.setsockopt(*KEEPALIVE, 1)
+        sock.setsockopt(*IDLE, max(1, round(settings.ping_interval)))
+        sock.setsockopt(*INTERVAL, max(1, round(settings.ping_timeout / PROBES)))
+        sock.setsockopt(*COUNT, PROBES)
+        sock.setsockopt(*USER_TIMEOUT, round(patience * 1000))
 
     def _hung_up(self) -> bool:
         """Whether the peer did. What it left is bounded, so that can all be read up to the end."""
@@ -397,8 +397,8 @@ class AsgiTransport:
 
         def ask(sock: socket.socket) -> None:
             nonlocal hung_up
-            asking = select.poll()
-            asking.register(sock, select.POLLRDHUP if LINUX else 0)  # and what poll always tells: POLLHUP and POLLERR
+            asking = poll()
+            asking.register(sock, POLLRDHUP)  # and what poll always tells: POLLHUP and POLLERR
             hung_up = bool(asking.poll(0))
 
         return not self._reach(ask) or hung_up
@@ -406,7 +406,7 @@ class AsgiTransport:
     def _see_progress(self, sock: socket.socket) -> None:
         """Of a long message the peer may take a part at a time: the kernel knows how many bytes it has confirmed."""
         if LINUX:
-            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, BYTES_ACKED.stop)
+            info = sock.getsockopt(*TCP_INFO, BYTES_ACKED.stop)
             taken = int.from_bytes(info[BYTES_ACKED], byteorder)
             self._progress = self._progress or taken != self._taken
             self._taken = taken

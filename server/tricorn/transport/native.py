@@ -123,7 +123,7 @@ class NativeTransport:
         self._put_off: list[bytes] = []  # frames
         self._put_off_bytes = 0
         self._unsent: bytes | memoryview = b""  # what the socket has not taken of the last write
-        self._waiting: ParkingLot | None = None  # tasks that wait until nothing is unsent, or the closing is finished
+        self._waiting: ParkingLot | None = None  # who waits until nothing is unsent, or the closing is finished
         self._broken = False  # nothing can be sent any more
         self._closing = False  # the close frame was the last thing sent
         self._close_code: int | None = None  # the one in it
@@ -161,7 +161,8 @@ class NativeTransport:
             self._poller.change(self)
 
     def send(self, payloads: Sequence[bytes], *, text: bool, more: bool) -> bool:
-        self._require_open()
+        if self._broken or self._closing:
+            self._require_open()
         if self._unsent:
             return False
         opcode = TEXT if text else BINARY
@@ -190,9 +191,9 @@ class NativeTransport:
 
     def broadcast(self, message: Broadcast) -> bool:
         self._require_open()
-        data = message.frame(self._deflater)
-        if len(self._unsent) + self._put_off_bytes + len(data) > max(BROADCAST_MAX, len(data)):
+        if len(self._unsent) + self._put_off_bytes > BROADCAST_MAX:
             return False
+        data = message.frame(self._deflater)  # not before: what a compressor remembers has to be sent
         self._put_off.append(data)
         self._put_off_bytes += len(data)
         self._poller.flush_soon(self)
@@ -201,7 +202,7 @@ class NativeTransport:
     async def ping(self) -> float:
         self._require_open()
         if self._pings is None:
-            self._pings = {}
+            self._codec.awaited = self._pings = {}
         payload = token_bytes(4)
         ping = self._pings[payload] = _Ping(current_time())
         self._put_off.append(frame(Opcode.PING, payload))
@@ -215,10 +216,8 @@ class NativeTransport:
         return ping.latency
 
     async def room(self) -> None:
-        if self._unsent and not self._broken and not self._closing:
-            self._metrics.send_stalls.add()
-            while self._unsent and not self._broken and not self._closing:
-                await self._wait()
+        while self._unsent and not self._broken and not self._closing:
+            await self._wait()
 
     async def flushed(self) -> None:
         while (self._unsent or self._put_off) and not self._broken:
@@ -322,7 +321,7 @@ class NativeTransport:
             self._put_off_bytes = 0
             self._write(frames[0] if len(frames) == 1 else b"".join(frames))
         if self._waiting is not None and not self._unsent:
-            self._waiting.unpark()  # one: the next when this one's is on its way, so that they go out in order
+            self._waiting.unpark_all()
 
     def failed(self, error: Exception) -> None:
         self._connection.fail(error)
@@ -402,12 +401,11 @@ class NativeTransport:
         now = current_time()
         for payload in pongs:
             if self._pings and payload in self._pings:
-                for each, ping in list(self._pings.items()):
-                    del self._pings[each]
+                answered = list(self._pings)
+                for each in answered[: answered.index(payload) + 1]:
+                    ping = self._pings.pop(each)
                     ping.latency = now - ping.sent_at
                     ping.answered.set()
-                    if each == payload:
-                        break
         pongs.clear()
 
     def _require_open(self) -> None:

@@ -43,7 +43,7 @@ class TokenBucket:
 
 
 class RateLimit:
-    """How fast one peer may send: `BURST` seconds' worth of messages and bytes at once, then what the settings allow."""
+    """How fast one peer may send: `BURST` seconds' worth at once, of messages and of bytes, then what is set."""
 
     __slots__ = (
         "_byte_lot",

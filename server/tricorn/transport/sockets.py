@@ -17,7 +17,7 @@ def unconfirmed(descriptor: int) -> int:
     """Return how many of the bytes sent the peer's kernel has not confirmed yet; 0 if this kernel does not tell."""
     try:
         return int.from_bytes(ioctl(descriptor, TIOCOUTQ, _NUMBER), byteorder)
-    except OSError:
+    except (OSError, ValueError):  # no socket, or one that is closed
         return 0
 
 

@@ -20,7 +20,7 @@ from tricorn.chat.protocol import SUBPROTOCOL
 from tricorn.service.auth import Tokens, make_token
 from tricorn.service.jwt_keys import Keys, parse, parse_for_signing
 from tricorn.service.pages import pages
-from tricorn.settings import Settings
+from tricorn.service.settings import ServiceSettings
 
 PATIENCE = 10  # seconds, for a whole test
 SECRET = "a secret of thirty-two bytes or more"
@@ -71,7 +71,7 @@ class Client:
 
 
 class Server:
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ServiceSettings) -> None:
         self.port = 0
         self.settings = settings
         self.connections: dict[str, WebSocket] = {}
@@ -121,9 +121,9 @@ class Server:
 
 @asynccontextmanager
 async def chat_with_tokens(
-    key: str = SECRET, gate: Callable[[Settings], Gate] | None = None, **settings: Any
+    key: str = SECRET, gate: Callable[[ServiceSettings], Gate] | None = None, **settings: Any
 ) -> AsyncGenerator[Server]:
-    made = Settings(**settings)
+    made = ServiceSettings(**settings)
     chosen = gate(made) if gate else Tokens(Keys(parse(key)), made)
     with trio.fail_after(PATIENCE):
         server = Server(made)

@@ -12,6 +12,7 @@ from functools import partial
 from itertools import count
 from subprocess import PIPE
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import trio
@@ -25,9 +26,10 @@ from tricorn.chat import SUBPROTOCOLS, Agent, Chat
 from tricorn.chat.agents.demo import demo
 from tricorn.chat.identity import Gate
 from tricorn.chat.logs.memory import MemoryLog
+from tricorn.chat.metrics import ChatMetrics
 from tricorn.chat.protocol import BATCH_SUBPROTOCOL, SUBPROTOCOL
+from tricorn.chat.settings import ChatSettings
 from tricorn.service.pages import pages
-from tricorn.settings import Settings
 
 PATIENCE = 120  # seconds, for a whole test
 
@@ -120,6 +122,11 @@ class Server:
     """Cancel it to close the server."""
     session_ended: trio.Event
     """Set when the first session has."""
+    metrics: ChatMetrics = field(default_factory=ChatMetrics)
+
+    def hits(self) -> Any:
+        """The limits of the chat that were hit, and how often."""
+        return {name: number for name, number in self.metrics.limit_hits.values.items() if number}
 
     async def recorded(self, conversation: str = "c") -> Objects:
         """The log's own account of a conversation."""
@@ -178,15 +185,18 @@ async def chat_server(
             )
 
     with trio.fail_after(PATIENCE):
-        async with Chat(agent, Settings(**settings), log, gate) as chat, trio.open_nursery() as nursery:
+        async with Chat(agent, ChatSettings(**settings), log, gate) as chat, trio.open_nursery() as nursery:
             port = await nursery.start(serving)
-            yield Server(port, log, scope, ended)
+            yield Server(port, log, scope, ended, chat.metrics)
             scope.cancel()
 
 
 @dataclass
 class ServerProcess(Server):
-    """A server in a process of its own. Its log is what it tells."""
+    """A server in a process of its own. Its log is what it tells, and what it counts is not seen."""
+
+    def hits(self) -> Any:
+        return ANY
 
     async def recorded(self, conversation: str = "c") -> Objects:
         if self.scope.cancel_called:

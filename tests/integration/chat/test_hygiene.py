@@ -75,7 +75,7 @@ async def test_a_log_that_fails(
         post = await client.post("hello")
         error = await client.answer("error")
         monkeypatch.undo()
-    assert (error["code"], error["ref"], error["message"]) == ("internal", post, "this did not work")
+    assert (error["code"], error["ref"], error["message"]) == ("internal", post, "internal server error")
     check_sees_nothing(error)
     assert error["error_id"] in [record.get("error_id") for record in records(capfd)]
 

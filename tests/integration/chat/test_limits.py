@@ -7,17 +7,15 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from time import time
 from typing import Any
-from unittest.mock import ANY
 
 import pytest
 import trio
 
 from tricorn.chat import Run
 from tricorn.chat.protocol import ENVELOPE
-from tricorn.metrics import LIMIT_HITS
 from tricorn.service.auth import Tokens, make_token
 from tricorn.service.jwt_keys import Keys, parse
-from tricorn.settings import Settings
+from tricorn.service.settings import ServiceSettings
 
 pytestmark = pytest.mark.any_server
 
@@ -29,31 +27,15 @@ KEYS = parse("a secret of at least thirty-two bytes")
 
 
 def token(user: str) -> str:
-    return make_token(KEYS[0], user, time(), 600, Settings())
+    return make_token(KEYS[0], user, time(), 600, ServiceSettings())
 
 
 @pytest.fixture
 def gate() -> Tokens:
-    return Tokens(Keys(KEYS), Settings())
+    return Tokens(Keys(KEYS), ServiceSettings())
 
 
-@pytest.fixture(autouse=True)
-def hits(request: pytest.FixtureRequest) -> Callable[[], Any]:
-    """The limits that were hit since the test began, and how often. What a process of its own counts is not seen."""
-    if request.config.getoption("--against") != "tricorn":
-        return lambda: ANY
-    before = dict(LIMIT_HITS.values)
-
-    def since() -> dict[str, float]:
-        return {name: number - before[name] for name, number in LIMIT_HITS.values.items() if number != before[name]}
-
-    return since
-
-
-Hits = Callable[[], Any]
-
-
-async def test_posts_that_come_too_fast_are_refused_and_then_the_connection(chatting: Chatting, hits: Hits) -> None:
+async def test_posts_that_come_too_fast_are_refused_and_then_the_connection(chatting: Chatting) -> None:
     async with chatting(posts_per_minute=2) as server, server.connect() as client:
         for _ in range(2):
             await client.post("hello")
@@ -65,7 +47,7 @@ async def test_posts_that_come_too_fast_are_refused_and_then_the_connection(chat
             assert "post again in" in refused["message"]
         await client.post("hello")
         assert await client.until_closed() == ([], 4003)
-    assert hits() == {"posts_per_minute": 3}
+    assert server.hits() == {"posts_per_minute": 3}
 
 
 async def test_connections_of_one_user_share_how_fast_they_may_post(chatting: Chatting, gate: Tokens) -> None:
@@ -91,7 +73,7 @@ async def test_coming_back_does_not_help_who_was_too_fast(chatting: Chatting, ga
                 await client.answer(answer)
 
 
-async def test_a_user_has_only_so_many_connections(chatting: Chatting, gate: Tokens, hits: Hits) -> None:
+async def test_a_user_has_only_so_many_connections(chatting: Chatting, gate: Tokens) -> None:
     async with chatting(gate=gate, user_connections=2) as server, server.connect(token=token("ann")):
         async with server.connect(token=token("ann")):
             async with server.connect(token=token("ann"), welcome=False) as third:
@@ -101,7 +83,7 @@ async def test_a_user_has_only_so_many_connections(chatting: Chatting, gate: Tok
                 assert await fourth.until_closed() == ([], 4503)
             async with server.connect(token=token("bob")):
                 pass
-        assert hits() == {"user_connections": 2}
+        assert server.hits() == {"user_connections": 2}
         with trio.fail_after(5):
             while not await welcomed(server):
                 await trio.lowlevel.checkpoint()
@@ -115,16 +97,16 @@ async def welcomed(server: Any) -> bool:
             return False
 
 
-async def test_where_nobody_says_who_they_are_connections_share_nothing(chatting: Chatting, hits: Hits) -> None:
+async def test_where_nobody_says_who_they_are_connections_share_nothing(chatting: Chatting) -> None:
     async with chatting(user_connections=1, posts_per_minute=1) as server, AsyncExitStack() as stack:
         for _ in range(3):
             client = await stack.enter_async_context(server.connect())
             await client.post("hello")
             await client.answer("posted")
-    assert hits() == {}
+    assert server.hits() == {}
 
 
-async def test_posts_of_a_user_that_wait_for_answers_are_bounded(chatting: Chatting, hits: Hits) -> None:
+async def test_posts_of_a_user_that_wait_for_answers_are_bounded(chatting: Chatting) -> None:
     """In all conversations together; and one that is in the log already gets its first answer all the same."""
     async with chatting(user_runs=2) as server, server.connect() as client:
         first = await client.post("wait", "c1")
@@ -142,10 +124,10 @@ async def test_posts_of_a_user_that_wait_for_answers_are_bounded(chatting: Chatt
         await client.answer("agent_completed")
         await client.post("hello", "c2", third)
         assert (await client.answer("posted"))["id"] == third
-    assert hits() == {"user_runs": 1}
+    assert server.hits() == {"user_runs": 1}
 
 
-async def test_posts_that_wait_in_a_conversation_are_bounded(chatting: Chatting, hits: Hits) -> None:
+async def test_posts_that_wait_in_a_conversation_are_bounded(chatting: Chatting) -> None:
     async with chatting(waiting_posts=1) as server, server.connect() as one, server.connect() as two:
         await one.send("open", conversation="c")
         await one.post("wait")
@@ -156,10 +138,10 @@ async def test_posts_that_wait_in_a_conversation_are_bounded(chatting: Chatting,
         assert (await two.answer("error"))["code"] == "too_many"
         await two.post("hello", "another")
         await two.answer("posted")
-    assert hits() == {"waiting_posts": 1}
+    assert server.hits() == {"waiting_posts": 1}
 
 
-async def test_open_conversations_and_texts_are_counted(chatting: Chatting, hits: Hits) -> None:
+async def test_open_conversations_and_texts_are_counted(chatting: Chatting) -> None:
     async def silent(run: Run) -> None:
         await trio.lowlevel.checkpoint()
 
@@ -176,10 +158,10 @@ async def test_open_conversations_and_texts_are_counted(chatting: Chatting, hits
         await client.send("open", conversation="c")
         await client.post("\1" * (ROOM // 6 - 1))
         assert len(json.dumps(await client.answer("user_message"))) <= EVENT_BYTES
-    assert hits() == {"open_conversations": 1, "text_characters": 1, "event_bytes": 1}
+    assert server.hits() == {"open_conversations": 1, "text_characters": 1, "event_bytes": 1}
 
 
-async def test_no_event_is_longer_than_it_may_be(chatting: Chatting, hits: Hits) -> None:
+async def test_no_event_is_longer_than_it_may_be(chatting: Chatting) -> None:
     async def agent(run: Run) -> None:
         for say in (run.say, run.think):
             await say("x" * (ROOM - 2))
@@ -213,14 +195,14 @@ async def test_no_event_is_longer_than_it_may_be(chatting: Chatting, hits: Hits)
     assert completed["error"] == "the tool failed"
     assert seen[-1]["outcome"] == "success"
     assert "text" not in seen[-1]  # it would not fit
-    assert hits() == {"event_bytes": 4}
+    assert server.hits() == {"event_bytes": 4}
 
 
-async def test_who_asks_without_reading_is_counted(chatting: Chatting, hits: Hits) -> None:
+async def test_who_asks_without_reading_is_counted(chatting: Chatting) -> None:
     request = json.dumps({"type": "nothing", "id": "x" * 10_000}).encode()  # the answer names the id
     asking = b"\x81\xfe" + len(request).to_bytes(2) + bytes(4) + request
     async with chatting(outbox=8) as server, server.connect(receive_buffer=4096) as client:
         with suppress(trio.BrokenResourceError):
             while not server.session_ended.is_set():
                 await client.stream.send_all(asking)
-    assert hits() == {"outbox": 1}
+    assert server.hits() == {"outbox": 1}

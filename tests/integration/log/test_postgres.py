@@ -19,11 +19,12 @@ from tricorn.chat.logs import conformance
 from tricorn.chat.logs.base import KEEP_EVERYTHING, Append, Log, PastLost, Retention, Unavailable
 from tricorn.chat.logs.conformance import LEASE, completed, post, thought
 from tricorn.chat.logs.postgres import PostgresLog, connect
-from tricorn.settings import SettingError, Settings
+from tricorn.chat.settings import ChatSettings
+from tricorn.settings import SettingError
 
 
 def log_at(url: str, **settings: Any) -> PostgresLog:
-    return connect(url, Settings(**{"lease": 1.5 * LEASE, **settings}))
+    return connect(url, ChatSettings(**{"lease": 1.5 * LEASE, **settings}))
 
 
 def sql(server: PostgresServer, *statements: str) -> list[tuple[Any, ...]]:
@@ -353,7 +354,7 @@ async def test_the_first_of_several_hosts_that_answers_is_taken(server: Postgres
 )
 def test_other_urls_are_refused(url: str) -> None:
     with pytest.raises(SettingError, match="postgresql://") as refused:
-        connect(url, Settings())
+        connect(url, ChatSettings())
     assert "hush" not in str(refused.value)
 
 

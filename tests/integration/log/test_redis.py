@@ -21,11 +21,12 @@ from tricorn.chat.logs import conformance
 from tricorn.chat.logs.base import KEEP_EVERYTHING, Append, Lease, Log, PastLost, Retention, Unavailable
 from tricorn.chat.logs.conformance import LEASE, completed, post, thought
 from tricorn.chat.logs.redis import RedisLog, connect
-from tricorn.settings import SettingError, Settings
+from tricorn.chat.settings import ChatSettings
+from tricorn.settings import SettingError
 
 
 def log_at(path: str, **settings: Any) -> RedisLog:
-    return connect(f"unix://{path}", Settings(**{"lease": 1.5 * LEASE, **settings}))
+    return connect(f"unix://{path}", ChatSettings(**{"lease": 1.5 * LEASE, **settings}))
 
 
 async def vanish(log: Log) -> None:
@@ -339,7 +340,7 @@ async def test_an_answered_conversation_goes_by_itself_when_it_is_old(server: Re
 )
 def test_other_urls_are_refused(url: str) -> None:
     with pytest.raises(SettingError, match="redis://") as refused:
-        connect(url, Settings())
+        connect(url, ChatSettings())
     assert "hush" not in str(refused.value)
 
 
@@ -352,25 +353,25 @@ async def test_no_redis_there() -> None:
 
 async def test_a_wrong_password_is_told_and_not_shown(server: RedisServer) -> None:
     server.ask("CONFIG", "SET", "requirepass", "right")
-    log = connect(f"unix://default:hush@{server.path}", Settings(log_timeout=0.2))
+    log = connect(f"unix://default:hush@{server.path}", ChatSettings(log_timeout=0.2))
     with pytest.raises(Unavailable, match="password") as raised:
         async with log:
             pass
     assert "hush" not in str(raised.value)
-    async with connect(f"unix://default:right@{server.path}?db=3", Settings()) as log:
+    async with connect(f"unix://default:right@{server.path}?db=3", ChatSettings()) as log:
         assert (await log.open("c")).head == 0
 
 
 async def test_databases_do_not_mix(server: RedisServer) -> None:
     address = f"unix://{server.path}"
-    async with connect(address, Settings()) as one, connect(f"{address}?db=1", Settings()) as other:
+    async with connect(address, ChatSettings()) as one, connect(f"{address}?db=1", ChatSettings()) as other:
         await one.append("c", (await one.open("c")).epoch, Append(post()))
         assert (await other.open("c")).head == 0
 
 
 @pytest.mark.parametrize("url", ["redis://localhost", "redis://u:p@[::1]:6380/2", "rediss://h", "unix:///s"])
 def test_what_is_taken(url: str) -> None:
-    assert connect(url, Settings()).shared
+    assert connect(url, ChatSettings()).shared
 
 
 async def test_an_outage_is_over_when_the_block_is_left(server: RedisServer) -> None:

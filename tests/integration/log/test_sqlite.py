@@ -24,7 +24,8 @@ from tricorn.chat.logs import conformance
 from tricorn.chat.logs.base import KEEP_EVERYTHING, Append, LeaseLost, Log, PastLost, Retention, Unavailable
 from tricorn.chat.logs.conformance import completed, post
 from tricorn.chat.logs.sqlite import SQLiteLog, connect
-from tricorn.settings import SettingError, Settings
+from tricorn.chat.settings import ChatSettings
+from tricorn.settings import SettingError
 
 NOBODY = 65534
 KILLS = 50
@@ -32,7 +33,7 @@ SEED = 20261125
 
 
 def log_at(path: Path | str, **settings: Any) -> SQLiteLog:
-    return connect(f"sqlite:///{path}", Settings(**settings))
+    return connect(f"sqlite:///{path}", ChatSettings(**settings))
 
 
 @pytest.fixture
@@ -142,7 +143,7 @@ async def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("url", ["sqlite:", "sqlite://", "sqlite:///", "sqlite://host/x", "sqlite:///x/", "other:///x"])
 def test_other_urls_are_refused(url: str) -> None:
     with pytest.raises(SettingError, match="sqlite:///PATH"):
-        connect(url, Settings())
+        connect(url, ChatSettings())
 
 
 async def test_a_path_is_relative_to_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,7 +320,7 @@ import trio
 from tricorn.chat.logs.base import Append
 from tricorn.chat.logs.conformance import post
 from tricorn.chat.logs.sqlite import connect
-from tricorn.settings import Settings
+from tricorn.chat.settings import ChatSettings
 
 async def write(log, conversation, first):
     epoch = (await log.open(conversation)).epoch
@@ -336,7 +337,7 @@ async def read(log, conversation):
         await trio.sleep(0)
 
 async def main(path, first):
-    async with connect(f"sqlite:///{path}", Settings()) as log, trio.open_nursery() as nursery:
+    async with connect(f"sqlite:///{path}", ChatSettings()) as log, trio.open_nursery() as nursery:
         for conversation in "abc":
             nursery.start_soon(write, log, conversation, first)
             nursery.start_soon(read, log, conversation)

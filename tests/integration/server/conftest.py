@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import select
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from struct import pack
 from typing import Any
 
 import pytest
 import trio
 from trio.testing import MockClock
 from websockets.client import ClientProtocol
-from websockets.frames import DATA_OPCODES, Close, Frame, Opcode
-from websockets.protocol import State
 from websockets.uri import parse_uri
 
+import tricorn
+from fixtures.client import Client, left_over
 from fixtures.hosts import HOSTS, Handler, Host, asgi, native
 from tricorn.transport.poller import Epoll, PerSocket
 
@@ -72,90 +69,14 @@ def records(capfd: pytest.CaptureFixture[str]) -> Iterator[Records]:
 
 
 @dataclass
-class Client:
-    """A WebSocket client. Nothing is read, and no ping or close frame is answered, but while it is told to receive."""
-
-    stream: trio.SocketStream
-    protocol: ClientProtocol
-    frames: deque[Frame] = field(default_factory=deque)
-
-    def request(self) -> bytes:
-        """The request head."""
-        self.protocol.send_request(self.protocol.connect())
-        return b"".join(self.protocol.data_to_send())
-
-    async def handshake(self) -> None:
-        """Receive the response, which must accept."""
-        while self.protocol.state is State.CONNECTING:
-            data = await self.stream.receive_some(65536)
-            assert data
-            self.protocol.receive_data(data)
-            assert self.protocol.handshake_exc is None, self.protocol.handshake_exc
-        self.frames += (event for event in self.protocol.events_received() if isinstance(event, Frame))
-
-    async def send(self, *messages: str | bytes) -> None:
-        """Send messages, all of them in one write."""
-        for message in messages:
-            if isinstance(message, str):
-                self.protocol.send_text(message.encode())
-            else:
-                self.protocol.send_binary(message)
-        await self.flush()
-
-    async def flush(self) -> None:
-        """Write what the protocol has to say."""
-        for data in self.protocol.data_to_send():
-            if data:
-                await self.stream.send_all(data)
-
-    async def frame(self, *, answer: bool = True) -> Frame | None:
-        """The next frame, or None at the end of the stream."""
-        while not self.frames:
-            data = await self.stream.receive_some(65536)
-            if not data:
-                return None
-            self.protocol.receive_data(data)
-            assert self.protocol.parser_exc is None, self.protocol.parser_exc
-            self.frames += (event for event in self.protocol.events_received() if isinstance(event, Frame))
-            if answer:
-                await self.flush()
-        return self.frames.popleft()
-
-    async def receive(self) -> str | bytes:
-        """The next message; it is an error if something else comes."""
-        frame = await self.frame()
-        assert frame is not None
-        assert frame.opcode in DATA_OPCODES, frame
-        assert frame.fin
-        return frame.data.decode() if frame.opcode is Opcode.TEXT else bytes(frame.data)
-
-    async def closed(self, *, answer: bool = True) -> tuple[int, str]:
-        """The code and the reason of the close frame, which must come next, and behind it the end of the stream."""
-        frame = await self.frame(answer=answer)
-        assert frame is not None
-        assert frame.opcode is Opcode.CLOSE, frame
-        assert await self.stream.receive_some() == b""
-        close = Close.parse(frame.data)
-        return close.code, close.reason
-
-    async def close(self, code: int = 1000, reason: str = "") -> None:
-        """Send a close frame."""
-        self.protocol.send_close(code, reason)
-        await self.flush()
-
-    def reset(self) -> None:
-        """Be gone with a RST."""
-        self.stream.socket.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_LINGER, pack("ii", 1, 0))
-        self.stream.socket.close()
-
-
-@dataclass
 class Server:
     port: int
     scope: trio.CancelScope
     """Cancel it to close the server."""
     over: trio.Event = field(default_factory=trio.Event)
     """It is closed."""
+    own: tricorn.Server = field(init=False)
+    """The server itself, on the native host."""
 
     @asynccontextmanager
     async def open(self, receive_buffer: int | None = None) -> AsyncGenerator[trio.SocketStream]:
@@ -188,6 +109,9 @@ class Server:
 async def run_server(host: Host, handler: Handler, **options: Any) -> AsyncGenerator[Server]:
     server = Server(0, trio.CancelScope())
 
+    if host is native:
+        options["notice"] = partial(setattr, server, "own")
+
     async def serving(task_status: trio.TaskStatus[int]) -> None:
         with server.scope:
             await host(handler, task_status=task_status, **options)
@@ -201,11 +125,6 @@ async def run_server(host: Host, handler: Handler, **options: Any) -> AsyncGener
             yield server
             server.scope.cancel()
     assert left_over() == before
-
-
-def left_over() -> tuple[int, int]:
-    """How many descriptors are open and how many tasks there are."""
-    return len(os.listdir("/proc/self/fd")), trio.lowlevel.current_statistics().tasks_living
 
 
 @pytest.fixture

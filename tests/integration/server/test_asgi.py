@@ -20,6 +20,7 @@ from fixtures.hosts import asgi, hypercorn
 from tricorn import Disconnected, Settings, WebSocket, asgi_app
 from tricorn.application import LOOK, MARGIN
 from tricorn.listening.asgi import AsgiWebSockets
+from tricorn.listening.site import Site
 from tricorn.transport.asgi import BUSY
 from tricorn.transport.descriptors import Descriptors, Ends
 
@@ -89,7 +90,7 @@ async def test_who_reads_nothing_is_cut_before_hypercorn_waits_for_it_for_ever(
 
 
 async def test_nobody_is_let_in_while_it_ends() -> None:
-    router = AsgiWebSockets(echo, {}, SETTINGS, subprotocols=(), path=None)
+    router = AsgiWebSockets(Site(echo, SETTINGS))
     await router.close()
     said: list[dict[str, Any]] = []
 
@@ -165,10 +166,10 @@ async def _ignore(event: object) -> None:
 
 async def test_a_refusal_has_its_status_where_the_server_can_say_it() -> None:
     extensions = {"websocket.http.response": {}}
-    app = asgi_app(echo, path="/ws")
+    app = asgi_app({"/ws": echo})
     start, body = await ask(app, path="/else", headers=[(b"Host", b"h")], extensions=extensions)
     assert (start["type"], start["status"]) == ("websocket.http.response.start", 404)
-    assert body["body"] == b"no WebSocket here; there is one at /ws\n"
+    assert body["body"] == b"there is no WebSocket at /else\n"
     assert await ask(app, path="/else", headers=[(b"host", b"h")]) == [{"type": "websocket.close"}]
 
 
@@ -309,7 +310,7 @@ async def test_the_kernel_asks_whether_a_peer_is_still_there(application: Served
             options.append(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL))
             options.append(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
 
-        assert found.act(Ends(ws.peer, ("127.0.0.1", server.port)), look)
+        assert found.act(Ends(ws.request.peer, ("127.0.0.1", server.port)), look)
         assert options == [1, 2, 1, 5000]
 
 
@@ -331,7 +332,7 @@ async def test_over_a_unix_socket_the_peer_is_nobody_in_particular(tmp_path: Pat
     seen: list[object] = []
 
     async def handler(ws: WebSocket) -> None:
-        seen.append(ws.peer)
+        seen.append(ws.request.peer)
         await ws.send(await ws.receive())
 
     async with over_a_unix_socket(handler, tmp_path / "socket") as stream:
@@ -344,7 +345,7 @@ async def test_over_a_unix_socket_the_peer_is_nobody_in_particular(tmp_path: Pat
         answer = b""
         while b"\x81\x01x" not in answer:
             answer += await stream.receive_some()
-    assert seen == [("unknown", 0)]
+    assert seen == [None]
 
 
 # What Hypercorn 0.18 does
@@ -428,3 +429,33 @@ async def converse(handler: Any, receive: Any, send: Any) -> None:
         scope = {"type": "websocket", "http_version": "1.1", "query_string": b"", "path": "/", "client": None}
         await app({**scope, "headers": [(b"host", b"h")]}, receive, send)
         nursery.cancel_scope.cancel()
+
+
+async def test_a_connection_may_end_before_it_is_accepted(records: Any) -> None:
+    """It is looked after, closed and aborted like the others from then on."""
+    site = Site(greet_and_sleep, SETTINGS)
+    said: list[str] = []
+    accepted = trio.Event()
+
+    async def receive() -> dict[str, Any]:
+        await trio.lowlevel.checkpoint()
+        return {"type": "websocket.disconnect", "code": 1006} if said else {"type": "websocket.connect"}
+
+    async def send(event: dict[str, Any]) -> None:
+        said.append(event["type"])
+        await accepted.wait()
+
+    scope = {"path": "/", "query_string": b"", "http_version": "2", "headers": [(b"host", b"h")]}
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(AsgiWebSockets(site).serve, scope, receive, send, lambda what: False)
+        await wait_all_tasks_blocked()
+        [connection] = site.connections
+        for now in (5, 10):
+            connection.transport.keep_alive(now)
+        connection.cancel()
+        connection.transport.abort()
+        accepted.set()
+    assert said == ["websocket.accept"]
+    assert site.connections == {}
+    [record] = records.read("INFO")
+    assert (record["code"], record["reason"]) == (1006, "no close frame")

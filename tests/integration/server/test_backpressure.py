@@ -46,7 +46,7 @@ async def test_of_a_cancelled_send_nothing_is_sent(hosted: Served) -> None:
         assert scope.cancelled_caught
         with trio.CancelScope() as scope:
             scope.cancel()
-            await ws.send_text([b"cancelled", b"before it begins"])
+            await ws.send_texts([b"cancelled", b"before it begins"])
         assert scope.cancelled_caught
         await ws.send("after")
 
@@ -125,7 +125,7 @@ async def test_who_was_given_up_is_not_read_any_more(hosted: Served, patient_clo
         assert trio.current_time() >= 8
         await client.send("late")
         await wait_all_tasks_blocked()
-        assert list(sockets[0].inbox) == ["unread"]
+        assert list(sockets[0]._connection.inbox) == ["unread"]
 
 
 async def test_who_reads_slowly_is_not_given_up(hosted: Served, patient_clock: MockClock) -> None:
@@ -269,7 +269,7 @@ async def test_a_handler_that_does_not_receive_is_backpressure_and_no_memory(hos
         nursery.start_soon(send, client)
         await wait_all_tasks_blocked()
         assert not sent.is_set()
-        assert sum(map(len, sockets[0].inbox)) <= 2 * 65536
+        assert sum(map(len, sockets[0]._connection.inbox)) <= 2 * 65536
         resume.set()
         await sent.wait()
         await client.close()

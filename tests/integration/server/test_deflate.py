@@ -89,7 +89,7 @@ class Busy:
             await ws.receive()
             self.received += 1
             await self.free.wait()
-            self.most = sum(map(len, ws.inbox))
+            self.most = sum(map(len, ws._connection.inbox))
             while True:
                 await ws.receive()
                 self.received += 1

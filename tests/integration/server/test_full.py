@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from typing import Any
 
-import pytest
 import trio
 from h11 import CLIENT, Connection, Request, Response
 from trio.testing import MockClock, wait_all_tasks_blocked
@@ -16,26 +15,22 @@ from fixtures.handlers import echo
 from tricorn import Settings
 from tricorn.listening.accept import SPARE
 from tricorn.listening.capacity import RETRY_AFTER
-from tricorn.metrics import LIMIT_HITS
-from tricorn.service.pages import pages
 
 Serving = Callable[..., AbstractAsyncContextManager[Any]]
-Hits = Callable[[], dict[str, float]]
 
 
-async def ready() -> None:
-    """Nothing speaks against it."""
+async def health(scope: Any, receive: Any, send: Any) -> None:
+    """An app whose only page says that it is well."""
+    if scope["type"] == "lifespan":
+        while True:
+            await send({"type": f"{(await receive())['type']}.complete"})
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body", "body": b""})
 
 
-@pytest.fixture(autouse=True)
-def hits() -> Iterator[Hits]:
-    """The limits that were hit since the test began, and how often."""
-    before = dict(LIMIT_HITS.values)
-
-    def since() -> dict[str, float]:
-        return {name: number - before[name] for name, number in LIMIT_HITS.values.items() if number != before[name]}
-
-    return since
+def hits(server: Any) -> dict[str, float]:
+    """The limits that this server's clients have hit, and how often."""
+    return {name: number for name, number in server.own.metrics.limit_hits.values.items() if number}
 
 
 async def refused(server: Any, stream: trio.SocketStream) -> None:
@@ -62,9 +57,9 @@ async def undisturbed(client: Any) -> None:
     assert await client.receive() == "undisturbed"
 
 
-async def test_who_comes_when_it_is_full_is_told_when_to_come_back(served: Serving, hits: Hits) -> None:
+async def test_who_comes_when_it_is_full_is_told_when_to_come_back(served: Serving) -> None:
     async with (
-        served(echo, settings=Settings(max_connections=2), app=pages(ready)) as server,
+        served(echo, settings=Settings(max_connections=2), app=health) as server,
         server.connect() as first,
     ):
         async with server.connect() as second:
@@ -80,10 +75,10 @@ async def test_who_comes_when_it_is_full_is_told_when_to_come_back(served: Servi
         async with server.connect() as next_one:
             await undisturbed(next_one)
         await undisturbed(first)
-    assert hits() == {"max_connections": 3}
+    assert hits(server) == {"max_connections": 3}
 
 
-async def test_past_what_can_be_read_sockets_are_answered_unread(served: Serving, hits: Hits) -> None:
+async def test_past_what_can_be_read_sockets_are_answered_unread(served: Serving) -> None:
     async with served(echo, settings=Settings(max_connections=1)) as server, server.connect() as first:
         async with AsyncExitStack() as silent:
             for _ in range(SPARE):
@@ -96,7 +91,7 @@ async def test_past_what_can_be_read_sockets_are_answered_unread(served: Serving
         await wait_all_tasks_blocked()
         async with server.open() as stream:
             await refused(server, stream)
-    assert hits() == {"max_connections": 2}
+    assert hits(server) == {"max_connections": 2}
 
 
 async def test_the_answer_arrives_also_where_it_was_not_waited_for(served: Serving) -> None:
@@ -109,7 +104,7 @@ async def test_the_answer_arrives_also_where_it_was_not_waited_for(served: Servi
             assert await stream.receive_some() == b""  # and no reset
 
 
-async def test_one_address_may_have_only_so_many_sockets(served: Serving, hits: Hits) -> None:
+async def test_one_address_may_have_only_so_many_sockets(served: Serving) -> None:
     async with served(echo, settings=Settings(peer_connections=2)) as server, server.connect() as first:
         async with server.open():
             await wait_all_tasks_blocked()
@@ -119,10 +114,10 @@ async def test_one_address_may_have_only_so_many_sockets(served: Serving, hits: 
         await wait_all_tasks_blocked()
         async with server.connect() as next_one:
             await undisturbed(next_one)
-    assert hits() == {"peer_connections": 1}
+    assert hits(server) == {"peer_connections": 1}
 
 
-async def test_only_so_many_may_say_nothing(served: Serving, hits: Hits) -> None:
+async def test_only_so_many_may_say_nothing(served: Serving) -> None:
     """Whoever has said what it wants is none of them."""
     async with (
         served(echo, settings=Settings(max_handshakes=2)) as server,
@@ -140,15 +135,13 @@ async def test_only_so_many_may_say_nothing(served: Serving, hits: Hits) -> None
         assert (await silent.receive_some()).startswith(b"HTTP/1.1 101 ")
         async with server.connect() as next_one:
             await undisturbed(next_one)
-    assert hits() == {"max_handshakes": 1}
+    assert hits(server) == {"max_handshakes": 1}
 
 
 # How fast one may be; the time stands still, so that it is no burst and a bit
 
 
-async def test_who_sends_too_many_messages_is_closed_behind_what_came(
-    served: Serving, hits: Hits, mock_clock: MockClock
-) -> None:
+async def test_who_sends_too_many_messages_is_closed_behind_what_came(served: Serving, mock_clock: MockClock) -> None:
     settings = Settings(messages_per_second=10)
     async with served(echo, settings=settings) as server, server.connect() as first, server.connect() as client:
         await client.send(*map(str, range(100)))
@@ -157,12 +150,10 @@ async def test_who_sends_too_many_messages_is_closed_behind_what_came(
         assert await client.receive() == "too much"
         assert await client.closed() == (4003, "more than 10 messages per second")
         await undisturbed(first)
-    assert hits() == {"messages_per_second": 1}
+    assert hits(server) == {"messages_per_second": 1}
 
 
-async def test_who_sends_too_many_bytes_is_closed_whatever_they_are(
-    served: Serving, hits: Hits, mock_clock: MockClock
-) -> None:
+async def test_who_sends_too_many_bytes_is_closed_whatever_they_are(served: Serving, mock_clock: MockClock) -> None:
     """Pings too, which no handler sees."""
     async with served(echo, settings=Settings(bytes_per_second=1000)) as server, server.connect() as client:
         for _ in range(100):
@@ -171,10 +162,10 @@ async def test_who_sends_too_many_bytes_is_closed_whatever_they_are(
         while (frame := await client.frame(answer=False)) is not None:
             last = frame
         assert last.data == (4003).to_bytes(2) + b"more than 1,000 bytes per second"
-    assert hits() == {"bytes_per_second": 1}
+    assert hits(server) == {"bytes_per_second": 1}
 
 
-async def test_who_goes_on_is_counted_once(served: Serving, hits: Hits, records: Any, mock_clock: MockClock) -> None:
+async def test_who_goes_on_is_counted_once(served: Serving, records: Any, mock_clock: MockClock) -> None:
     """While the handler still has what came before, nothing more is heard, counted or noted."""
     resume = trio.Event()
 
@@ -193,4 +184,4 @@ async def test_who_goes_on_is_counted_once(served: Serving, hits: Hits, records:
         await wait_all_tasks_blocked()
         [record] = records.read("INFO")
         assert (record["code"], record.get("notes")) == (4003, None)
-    assert hits() == {"messages_per_second": 1}
+    assert hits(server) == {"messages_per_second": 1}

@@ -14,7 +14,8 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tricorn import Settings, WebSocket, serve
-from tricorn.listening.accept import ACCEPT_AT_ONCE, listen
+from tricorn.listening.accept import ACCEPT_AT_ONCE
+from tricorn.listening.binds import listen
 
 Served = Callable[..., AbstractAsyncContextManager[Any]]
 
@@ -60,7 +61,7 @@ async def everything(stream: trio.SocketStream) -> tuple[bytes, dict[str, str], 
 async def test_what_is_refused(
     served: Served, patient_clock: MockClock, request_: bytes, status: bytes, headers: dict[str, str]
 ) -> None:
-    async with served(sleep, settings=SETTINGS, path="/") as server, server.open() as stream:
+    async with served({"/": sleep}, settings=SETTINGS) as server, server.open() as stream:
         await stream.send_all(request_)
         line, received, body = await everything(stream)
         assert line == b"HTTP/1.1 " + status
@@ -165,21 +166,21 @@ async def test_what_a_handler_knows_of_the_request(served: Served) -> None:
         async with server.connect("/%C3%A9%20/x?a=%20&b", subprotocols=["c", "b", "a"]) as client:
             assert await client.closed() == (1000, "")
             assert client.protocol.subprotocol == "b"
-            assert known[0].peer == client.stream.socket.getsockname()
+            assert known[0].request.peer == client.stream.socket.getsockname()
         async with server.open() as stream:
             await stream.send_all(GET + b"X-Y: 1\r\nx-y: \xe9\r\n" + ASKS + KEY + VERSION + b"\r\n")
             assert b"Sec-WebSocket-Protocol" not in await stream.receive_some()
             await wait_all_tasks_blocked()
         one, other = known
-        assert (one.path, one.query, one.subprotocol) == ("/é /x", "a=%20&b", "b")
-        assert one.headers["host"] == f"127.0.0.1:{server.port}"
-        assert (other.path, other.query, other.subprotocol) == ("/", "", None)
-        assert other.headers["x-y"] == "1, é"
+        assert (one.request.path, one.request.query, one.subprotocol) == ("/é /x", "a=%20&b", "b")
+        assert one.request.headers["host"] == f"127.0.0.1:{server.port}"
+        assert (other.request.path, other.request.query, other.subprotocol) == ("/", "", None)
+        assert other.request.headers["x-y"] == "1, é"
         assert one.id != other.id
 
 
 async def test_only_the_path_given_is_upgraded(served: Served) -> None:
-    async with served(sleep, path="/ws") as server:
+    async with served({"/ws": sleep}) as server:
         for path, status in (
             (b"/", b"404 Not Found"),
             (b"/ws", b"101 Switching Protocols"),

@@ -158,7 +158,7 @@ async def test_what_is_odd_and_allowed_gets_in(served: Served, head: bytes, path
     paths: list[str] = []
 
     async def note(ws: WebSocket) -> None:
-        paths.append(ws.path)
+        paths.append(ws.request.path)
 
     async with served(note, settings=SETTINGS) as server, server.open() as stream:
         assert (await answer(stream, head)).startswith("HTTP/1.1 101 ")

@@ -128,7 +128,7 @@ async def test_tls(served: Served, authority: trustme.CA, config: Config) -> Non
         seen.append(ws)
         await echo(ws)
 
-    async with served(handler, config=config, settings=SILENT, subprotocols=["b"], path="/x") as server:
+    async with served({"/x": handler}, config=config, settings=SILENT, subprotocols=["b"]) as server:
         async with encrypted(server, authority, "http/1.1") as stream:
             client = server.client(stream, "/x?y", subprotocols=["a", "b"])
             await stream.send_all(client.request())
@@ -139,8 +139,8 @@ async def test_tls(served: Served, authority: trustme.CA, config: Config) -> Non
             await client.close()
             assert (await client.frame()).opcode is Opcode.CLOSE
         [ws] = seen
-        assert (ws.path, ws.query, ws.subprotocol) == ("/x", "y", "b")
-        assert ws.peer[0] == "127.0.0.1"
+        assert (ws.request.path, ws.request.query, ws.subprotocol) == ("/x", "y", "b")
+        assert ws.request.peer[0] == "127.0.0.1"
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ async def test_tls(served: Served, authority: trustme.CA, config: Config) -> Non
 async def test_who_is_not_let_in(
     served: Served, authority: trustme.CA, config: Config, path: str, headers: dict[str, str], status: bytes
 ) -> None:
-    async with served(echo, config=config, path="/") as server, encrypted(server, authority, "http/1.1") as stream:
+    async with served({"/": echo}, config=config) as server, encrypted(server, authority, "http/1.1") as stream:
         head = {
             "host": "127.0.0.1",
             "upgrade": "websocket",

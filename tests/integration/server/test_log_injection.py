@@ -72,7 +72,7 @@ async def test_a_context(hosted: Serving, hostile: Any, capfd: pytest.CaptureFix
         if isinstance(hostile, dict):
             ws.context.update(hostile)
         else:
-            ws.context = hostile
+            ws._connection.context = hostile  # which a handler cannot do by mistake
         raise LookupError("the first error")
 
     async with hosted(handler) as server, server.connect() as client:

@@ -116,7 +116,7 @@ async def test_what_is_like_bytes_is_binary(hosted: Served, kind: Callable[[byte
 
 async def test_encoded_texts_go_out_each_as_one_message(hosted: Served) -> None:
     async def handler(ws: WebSocket) -> None:
-        await ws.send_text(text.encode() for text in ("é", "", "b"))
+        await ws.send_texts(text.encode() for text in ("é", "", "b"))
 
     async with hosted(handler) as server, server.connect() as client:
         assert [await client.receive() for _ in range(3)] == ["é", "", "b"]
@@ -125,8 +125,8 @@ async def test_encoded_texts_go_out_each_as_one_message(hosted: Served) -> None:
 
 async def test_nothing_else_can_be_sent(hosted: Served) -> None:
     async def handler(ws: WebSocket) -> None:
-        for wrong in (None, 1, ["text"]):
-            with pytest.raises(TypeError, match="a message is str or bytes, not"):
+        for wrong in (None, 1, object()):
+            with pytest.raises(TypeError, match="a message is str or bytes, or an iterable of either, not"):
                 await ws.send(wrong)  # type: ignore[arg-type]
         with pytest.raises(UnicodeEncodeError):
             await ws.send("\ud800")
@@ -242,7 +242,7 @@ async def test_a_handler_that_raises_closes_with_1011_and_disturbs_nobody(
     hosted: Served, records: Any, handler: Any
 ) -> None:
     async def route(ws: WebSocket) -> None:
-        await (echo if ws.path == "/echo" else handler)(ws)
+        await (echo if ws.request.path == "/echo" else handler)(ws)
 
     async with hosted(route) as server, server.connect("/echo") as other, server.connect() as client:
         await client.send("go")

@@ -25,10 +25,10 @@ import trio
 import tricorn
 
 async def handler(ws):
-    if ws.path == "/flood":
+    if ws.request.path == "/flood":
         await ws.send(bytes(2**24))
         await ws.send("never")
-    if ws.path == "/deaf":
+    if ws.request.path == "/deaf":
         with trio.CancelScope(shield=True):
             await ws.send("deaf")
             await trio.sleep(1)
@@ -195,7 +195,8 @@ async def never(ws: tricorn.WebSocket) -> None:
 def test_run_raises_for_a_port_in_use() -> None:
     async def hold_a_port_and_run_on_it() -> None:
         async with trio.open_nursery() as nursery:
-            [(_, port)] = await nursery.start(tricorn.serve, never, 0)
+            server = await nursery.start(tricorn.serve, never, 0)
+            port = server.addresses[0][1]
             with pytest.raises(OSError, match="in use"):
                 await trio.to_thread.run_sync(tricorn.run, never, port)
             nursery.cancel_scope.cancel()

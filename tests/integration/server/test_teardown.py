@@ -20,7 +20,6 @@ from fixtures.clock import seconds
 from fixtures.handlers import MORE_THAN_SOCKETS_HOLD, echo, flood, greet_and_sleep
 from tricorn import Settings, WebSocket, serve
 from tricorn.protocol.handshake import Head
-from tricorn.server import Server, listen
 from tricorn.transport.native import NativeTransport
 
 Served = Callable[..., AbstractAsyncContextManager[Any]]
@@ -192,17 +191,15 @@ async def test_it_can_be_cancelled_at_any_step(served: Served) -> None:
 
 
 async def test_the_server_forgets_connections_that_ended(served: Served) -> None:
-    async with served(echo) as other, trio.open_nursery() as nursery:
-        server = Server(greet_and_sleep)
-        [(_, other.port)] = await nursery.start(server.serve, await listen(0, "127.0.0.1"))
-        async with other.connect() as client:
+    async with served(greet_and_sleep) as server:
+        async with server.connect() as client:
             assert await client.receive() == "hello"
-            assert len(server._transports) == 1
+            assert len(server.own.connections) == len(server.own._site.connections) == 1
             await client.close()
             assert await client.closed() == (1000, "")
         await wait_all_tasks_blocked()
-        assert server._transports == {}
-        nursery.cancel_scope.cancel()
+        assert server.own.connections == frozenset()
+        assert server.own._site.connections == {}
 
 
 async def test_what_has_ended_is_freed_without_the_garbage_collector(served: Served) -> None:
@@ -242,7 +239,7 @@ async def test_a_bug_ends_one_connection_and_nothing_else(
     failures = [MemoryError("no memory")]
 
     def fail_once(transport: NativeTransport, *arguments: Any) -> None:
-        if failures and transport._connection.path == "/bad":
+        if failures and transport._connection.request.path == "/bad":
             raise failures.pop()
         plain(transport, *arguments)
 
@@ -270,7 +267,7 @@ async def test_a_bug_ends_one_connection_and_nothing_else(
 async def test_a_bug_before_the_handshake_ends_one_socket_and_nothing_else(
     served: Served, monkeypatch: pytest.MonkeyPatch, records: Any
 ) -> None:
-    def fail(head: Head, data: bytes) -> None:
+    def fail(head: Head, data: bytes, peer: object) -> None:
         raise RuntimeError("a bug")
 
     async with served(echo) as server, server.connect() as good:

@@ -117,7 +117,7 @@ async def test_requests_are_checked_as_on_the_native_host(
     embedded: Served, path: str, origin: str | None, answer: bytes
 ) -> None:
     settings = Settings(origins=("https://good.example",))
-    async with embedded(adapt(echo, settings=settings, path="/ws")) as server, server.open() as stream:
+    async with embedded(adapt({"/ws": echo}, settings=settings)) as server, server.open() as stream:
         if origin == "itself":
             origin = f"http://127.0.0.1:{server.port}"
         await stream.send_all(server.client(stream, path, origin=origin).request())
@@ -137,9 +137,9 @@ async def test_the_handler_sees_the_request(embedded: Served) -> None:
         assert client.protocol.subprotocol == "a"
         assert await client.closed() == (1000, "")
         [ws] = seen
-        assert (ws.path, ws.query, ws.subprotocol) == ("/a b", "c=d", "a")
-        assert ws.headers["host"] == f"127.0.0.1:{server.port}"
-        assert ws.peer == client.stream.socket.getsockname()
+        assert (ws.request.path, ws.request.query, ws.subprotocol) == ("/a b", "c=d", "a")
+        assert ws.request.headers["host"] == f"127.0.0.1:{server.port}"
+        assert ws.request.peer == client.stream.socket.getsockname()
 
 
 async def test_however_much_came_behind_the_head_is_not_lost(embedded: Served) -> None:
@@ -183,7 +183,7 @@ async def test_a_bug_ends_one_connection_and_nothing_else(
 
     async with embedded(adapt(echo)) as server, server.connect() as other:
         with monkeypatch.context() as broken, suppress(trio.BrokenResourceError):
-            broken.setattr("tricorn.trio_websocket.choose_subprotocol", fail)
+            broken.setattr("tricorn.trio_websocket.check_upgrade", fail)
             async with server.open() as stream:
                 await stream.send_all(UPGRADE)
                 assert await stream.receive_some() == b""

@@ -57,10 +57,6 @@ class Client:
         self._objects += [json.loads(line) for message in messages for line in message.split("\n")]
         self._arrived.unpark_all()
 
-    def close_at(self, deadline: float, code: int, reason: str = "") -> None:
-        self.due = (deadline, code, reason)
-        self.nursery.cancel_scope.deadline = deadline
-
     async def close(self, code: int = 1000, reason: str = "") -> None:
         self.closed = (code, reason)
         self.nursery.cancel_scope.cancel()

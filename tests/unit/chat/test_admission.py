@@ -14,12 +14,12 @@ from tricorn.chat import Chat, Run
 from tricorn.chat.session import EXPIRY_NOTICE
 from tricorn.service.auth import Tokens, make_token
 from tricorn.service.jwt_keys import Keys, parse, parse_for_signing
-from tricorn.settings import Settings
+from tricorn.service.settings import ServiceSettings
 
 Connect = Callable[..., Awaitable[Any]]
 
 SECRET = "a secret of thirty-two bytes or more"
-SETTINGS = Settings(jwt_leeway=0.0, heartbeat=3600.0)
+SETTINGS = ServiceSettings(jwt_leeway=0.0, heartbeat=3600.0)
 NOTICE = {"type": "closing", "reason": "the token expires", "retry_after": 0.0}
 
 
@@ -31,7 +31,7 @@ async def echo(run: Run) -> None:
     await run.say(run.message)
 
 
-def chat_with_tokens(settings: Settings = SETTINGS) -> Chat:
+def chat_with_tokens(settings: ServiceSettings = SETTINGS) -> Chat:
     return Chat(echo, settings, gate=Tokens(Keys(parse(SECRET)), settings))
 
 
@@ -56,7 +56,16 @@ async def test_notice_comes_before_the_end(enter: Connect, autojump_clock: MockC
         assert trio.current_time() == pytest.approx(3600 - EXPIRY_NOTICE, abs=2)
         await client.ended.wait()
         assert trio.current_time() == pytest.approx(3600, abs=2)
-        assert client.due[1:] == (4002, "the token has expired")
+        assert client.closed == (4002, "the token has expired")
+
+
+async def test_a_token_is_believed_for_the_leeway_after_it_expired(enter: Connect, autojump_clock: MockClock) -> None:
+    async with chat_with_tokens(ServiceSettings(jwt_leeway=500.0, heartbeat=3600.0)) as chat:
+        client = await enter(chat, token(1000))
+        assert await client.hear() == NOTICE
+        assert trio.current_time() == pytest.approx(1500 - EXPIRY_NOTICE, abs=2)
+        await client.ended.wait()
+        assert trio.current_time() == pytest.approx(1500, abs=2)
 
 
 async def test_a_fresh_token_pushes_the_end_and_has_its_own_notice(enter: Connect, autojump_clock: MockClock) -> None:
@@ -85,7 +94,7 @@ async def test_who_is_silent_is_closed_in_time(enter: Connect, autojump_clock: M
         client = await enter(chat)
         await client.ended.wait()
         assert trio.current_time() == pytest.approx(SETTINGS.auth_timeout)
-        assert client.due[1:] == (4500, "no good token came in time")
+        assert client.closed == (4500, "no good token came in time")
         assert client.messages == []
 
 
@@ -145,7 +154,7 @@ async def test_a_new_token_closes_what_it_does_not_open(enter: Connect) -> None:
 
 
 async def test_answers_to_authenticate_are_bounded_like_others(enter: Connect) -> None:
-    async with chat_with_tokens(Settings(outbox=2, jwt_leeway=0.0)) as chat:
+    async with chat_with_tokens(ServiceSettings(outbox=2, jwt_leeway=0.0)) as chat:
         client = await enter(chat, token(60))
         client.stop_reading()
         for _ in range(5):

@@ -16,7 +16,7 @@ from tricorn.chat import Chat, Run
 from tricorn.chat.chat import LOG_PATIENCE
 from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.quota import Quota
-from tricorn.settings import Settings
+from tricorn.chat.settings import ChatSettings
 
 Connect = Callable[..., Awaitable[Any]]
 
@@ -81,7 +81,7 @@ async def test_chats_share_nothing(connect: Connect) -> None:
 async def test_a_conversation_is_forgotten_when_it_has_lingered_out_but_not_its_log(
     connect: Connect, autojump_clock: trio.testing.MockClock
 ) -> None:
-    async with Chat(echo, Settings(linger=5.0)) as chat:
+    async with Chat(echo, ChatSettings(linger=5.0)) as chat:
         client = await connect(chat)
         client.say("open", conversation="c")
         client.say("post", id="p", conversation="c", text="x")
@@ -101,7 +101,7 @@ async def test_a_conversation_is_forgotten_when_it_has_lingered_out_but_not_its_
 async def test_a_conversation_whose_time_has_just_run_out_goes_on_for_who_comes(
     mock_clock: trio.testing.MockClock,
 ) -> None:
-    async with Chat(echo, Settings(linger=5.0)) as chat:
+    async with Chat(echo, ChatSettings(linger=5.0)) as chat:
         first = chat.conversation("c")
         with first.held():
             await trio.testing.wait_all_tasks_blocked()
@@ -111,7 +111,7 @@ async def test_a_conversation_whose_time_has_just_run_out_goes_on_for_who_comes(
         with second.held():
             await trio.testing.wait_all_tasks_blocked()
             assert chat.conversation("c") is second
-            await second.post("p", "x", Quota("local", Settings()))
+            await second.post("p", "x", Quota("local", ChatSettings()))
 
 
 # Drain

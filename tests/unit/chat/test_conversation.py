@@ -11,14 +11,16 @@ import pytest
 import trio
 import trio.testing
 
-from tricorn.chat.conversation.conversation import Conversation, Cursor, Ended, Full
+from tricorn.chat.conversation.conversation import Conversation, ConversationClosed, TooManyPosts
 from tricorn.chat.conversation.log_view import TAIL
-from tricorn.chat.logs.base import Append, Entry, LogState
+from tricorn.chat.logs.base import Append, Entry, LogState, PastLost
 from tricorn.chat.logs.memory import MemoryLog
+from tricorn.chat.metrics import ChatMetrics
 from tricorn.chat.protocol import AgentThinking
 from tricorn.chat.quota import Quota
 from tricorn.chat.run import Agent, Run
-from tricorn.settings import Settings
+from tricorn.chat.settings import ChatSettings
+from tricorn.waiter import Waiter
 
 
 class WatchedLog(MemoryLog):
@@ -30,10 +32,13 @@ class WatchedLog(MemoryLog):
         super().__init__()
         self.reads = 0
         self.error: Exception | None = None
+        self.hangs = False  # when it is asked where a conversation stands
         self.gate = trio.Event()
         self.gate.set()
 
     async def open(self, conversation: str) -> LogState:
+        if self.hangs:
+            await trio.sleep_forever()
         if self.error is not None:
             raise self.error
         return await super().open(conversation)
@@ -57,7 +62,7 @@ def log() -> WatchedLog:
 @pytest.fixture
 def begin(nursery: trio.Nursery, log: WatchedLog) -> Callable[..., Conversation]:
     def begin(agent: Agent, **settings: Any) -> Conversation:
-        conversation = Conversation("c", agent, log, Settings(**settings))
+        conversation = Conversation("c", agent, log, ChatSettings(**settings), ChatMetrics())
         nursery.start_soon(conversation.live)
         return conversation
 
@@ -68,7 +73,7 @@ Begin = Callable[..., Conversation]
 
 
 def local() -> Quota:
-    return Quota("local", Settings())
+    return Quota("local", ChatSettings())
 
 
 async def events(log: MemoryLog) -> list[dict[str, Any]]:
@@ -87,9 +92,9 @@ async def sleeper(run: Run) -> None:
     await trio.sleep_forever()
 
 
-def event(text: str = "x") -> AgentThinking:
+def event(text: str = "x", key: str | None = None) -> Append:
     """One that nobody has to answer."""
-    return AgentThinking(conversation="c", seq=0, at=0.0, run="r", text=text)
+    return Append(AgentThinking(conversation="c", seq=0, at=0.0, run="r", text=text), key)
 
 
 # Posts and runs
@@ -223,23 +228,23 @@ async def test_who_comes_back_in_time_cancels_nothing(
     conversation = begin(long, linger=30.0)
     await conversation.post("p", "x", local())
     await trio.sleep(29)
-    cursor = Cursor(conversation, 0, lambda cursor: None)
-    conversation.attach(cursor)
+    follower = Waiter()
+    conversation.attach(follower)
     await trio.sleep(100)
     assert (await events(log))[-1]["outcome"] == "success"
-    conversation.detach(cursor)
+    conversation.detach(follower)
 
 
 async def test_it_lives_while_somebody_follows_it(begin: Begin, autojump_clock: trio.testing.MockClock) -> None:
     conversation = begin(echo, linger=1.0)
-    cursors = [Cursor(conversation, 0, lambda cursor: None) for _ in range(2)]
-    for cursor in cursors:
-        conversation.attach(cursor)
+    followers = [Waiter(), Waiter()]
+    for follower in followers:
+        conversation.attach(follower)
     await trio.sleep(100)
-    conversation.detach(cursors[0])
+    conversation.detach(followers[0])
     await trio.sleep(100)
     assert not conversation.over
-    conversation.detach(cursors[1])
+    conversation.detach(followers[1])
     await conversation.ended.wait()
     assert trio.current_time() == pytest.approx(201)
 
@@ -270,7 +275,7 @@ async def test_its_end_interrupts_the_run_and_leaves_to_others_what_waits(begin:
     assert [event["post"] for event in logged if event["type"] == "agent_started"] == ["p0"]
     assert [event["outcome"] for event in logged if event["type"] == "agent_completed"] == ["interrupted"]
     assert await log.unanswered(10) == ["c"]
-    with pytest.raises(Ended):
+    with pytest.raises(ConversationClosed):
         await conversation.post("p3", "x", local())
 
 
@@ -278,11 +283,11 @@ async def test_who_has_too_many_posts_waiting_is_refused_until_one_is_answered(b
     conversation, ann = begin(sleeper, user_runs=2), local()
     seq = await conversation.post("p0", "x", ann)
     await conversation.post("p1", "x", ann)
-    with pytest.raises(Full, match="2 of your posts are not answered yet") as caught:
+    with pytest.raises(TooManyPosts, match="2 of your posts are not answered yet") as caught:
         await conversation.post("p2", "x", ann)
     assert caught.value.limit == "user_runs"
     assert await conversation.post("p0", "x", ann) == seq  # it is in the log
-    await conversation.post("of another", "x", Quota("bob", Settings()))
+    await conversation.post("of another", "x", Quota("bob", ChatSettings()))
     await trio.testing.wait_all_tasks_blocked()
     assert await conversation.cancel(next(event["run"] for event in await events(log) if "run" in event))
     await trio.testing.wait_all_tasks_blocked()
@@ -295,7 +300,7 @@ async def test_only_so_many_posts_wait(begin: Begin) -> None:
     await conversation.post("goes on", "x", local())
     await trio.testing.wait_all_tasks_blocked()
     await conversation.post("waits", "x", local())
-    with pytest.raises(Full, match="1 posts wait in this conversation") as caught:
+    with pytest.raises(TooManyPosts, match="1 posts wait in this conversation") as caught:
         await conversation.post("too many", "x", local())
     assert caught.value.limit == "waiting_posts"
 
@@ -319,7 +324,7 @@ async def test_what_is_not_posted_does_not_count(
 
 
 async def test_its_cancellation_does_the_same(log: WatchedLog) -> None:
-    conversation = Conversation("c", sleeper, log, Settings())
+    conversation = Conversation("c", sleeper, log, ChatSettings(), ChatMetrics())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(conversation.live)
         for n in range(2):
@@ -330,7 +335,7 @@ async def test_its_cancellation_does_the_same(log: WatchedLog) -> None:
     assert outcomes == ["interrupted"]
     assert await log.unanswered(10) == ["c"]
     assert conversation.ended.is_set()
-    with pytest.raises(Ended):
+    with pytest.raises(ConversationClosed):
         await conversation.post("late", "x", local())
 
 
@@ -366,65 +371,106 @@ async def test_a_log_that_stalls_holds_the_end_only_so_long(
 # Those who follow it
 
 
-async def test_an_append_notifies_who_is_attached_and_has_read_everything(begin: Begin) -> None:
+class Follower(Waiter):
+    """Counts how often it is woken."""
+
+    woken = 0
+
+    def wake(self) -> None:
+        self.woken += 1
+
+
+async def test_an_append_wakes_a_follower_that_has_read_everything_once(begin: Begin) -> None:
     conversation = begin(echo)
-    await conversation.open()
-    notified: list[Cursor] = []
-    cursor = Cursor(conversation, 0, notified.append)
-    conversation.attach(cursor)
-    assert not notified
-    await conversation._transcript.append(event(), "k")
-    assert notified == [cursor]
-    await conversation._transcript.append(event())  # it knows already that there is something
-    assert len(notified) == 1
-    conversation.rest(cursor)  # it has not read it: there is something still
-    assert len(notified) == 2
-    cursor.seq = conversation.head
-    conversation.rest(cursor)
-    await conversation._transcript.append(event(), "k")  # a repetition is no news
-    assert len(notified) == 2
-    await conversation._transcript.append(event())
-    assert len(notified) == 3
-    cursor.seq = conversation.head
-    conversation.rest(cursor)
-    conversation.detach(cursor)
-    await conversation._transcript.append(event())
-    assert len(notified) == 3
+    await conversation.view.open()
+    follower = Follower()
+    conversation.attach(follower)
+    assert follower.woken == 0
+    await conversation.view.append(event("x", "k"))
+    assert follower.woken == 1
+    await conversation.view.append(event())  # it knows already that there is something
+    assert follower.woken == 1
+    conversation.view.rest(follower)
+    await conversation.view.append(event("x", "k"))  # a repetition is no news
+    assert follower.woken == 1
+    await conversation.view.append(event())
+    assert follower.woken == 2
+    conversation.view.rest(follower)
+    conversation.detach(follower)
+    await conversation.view.append(event())
+    assert follower.woken == 2
+
+
+async def test_a_follower_that_has_read_everything_is_woken_when_the_log_has_lost_entries(
+    begin: Begin, log: WatchedLog
+) -> None:
+    conversation = begin(echo)
+    await conversation.view.open()
+    await conversation.view.append(event())
+    followers = [Follower(), Follower()]
+    for follower in followers:
+        conversation.attach(follower)
+    await conversation.view.append(event())
+    conversation.view.rest(followers[0])  # the other one is reading, and finds out when it looks for more
+    log._store.clear()
+    with pytest.raises(PastLost):
+        await conversation.look()
+    await conversation.ended.wait()
+    assert conversation.view.lost
+    assert [follower.woken for follower in followers] == [2, 1]
+
+
+async def test_followers_are_told_of_a_loss_that_a_run_finds_while_the_log_cannot_be_asked(
+    begin: Begin, log: WatchedLog
+) -> None:
+    async def agent(run: Run) -> None:
+        log._store.clear()
+        log.hangs = True
+        await run.say("into another epoch")
+
+    conversation, follower = begin(agent), Follower()
+    conversation.attach(follower)
+    await conversation.post("p", "x", local())
+    await conversation.ended.wait()
+    assert conversation.view.lost
+    assert conversation.over
+    with pytest.raises(PastLost):
+        await conversation.post("q", "x", local())
 
 
 async def test_the_log_is_asked_where_it_stands_once(begin: Begin, log: WatchedLog) -> None:
     epoch, *_ = await log.open("c")
-    entry, _ = await log.append("c", epoch, Append(event()))
+    entry, _ = await log.append("c", epoch, event())
     conversation = begin(echo)
     async with trio.open_nursery() as nursery:
         for _ in range(3):
-            nursery.start_soon(conversation.open)
-    assert conversation.epoch
-    assert conversation.head == entry.seq
+            nursery.start_soon(conversation.view.open)
+    assert conversation.view.epoch
+    assert conversation.view.head == entry.seq
     log.error = OSError()
-    await conversation.open()
+    await conversation.view.open()
 
 
 async def test_a_log_that_cannot_be_opened_is_asked_again(begin: Begin, log: WatchedLog) -> None:
     conversation = begin(echo)
     log.error = OSError()
     with pytest.raises(OSError):  # noqa: PT011
-        await conversation.open()
+        await conversation.view.open()
     log.error = None
-    await conversation.open()
-    assert conversation.epoch
+    await conversation.view.open()
+    assert conversation.view.epoch
 
 
 async def test_who_keeps_up_is_served_without_the_log(begin: Begin, log: WatchedLog) -> None:
     conversation = begin(echo)
-    await conversation.open()
+    await conversation.view.open()
     for n in range(2 * TAIL + 10):
-        await conversation._transcript.append(event(str(n)))
-    recent = await conversation.read(TAIL + 1, 5)
+        await conversation.view.append(event(str(n)))
+    recent = await conversation.view.read(TAIL + 1, 5)
     assert [entry.seq for entry in recent] == list(range(TAIL + 2, TAIL + 7))
-    assert await conversation.read(2 * TAIL + 10, 5) == []
+    assert await conversation.view.read(2 * TAIL + 10, 5) == []
     assert log.reads == 0
-    old = await conversation.read(TAIL, 5)
+    old = await conversation.view.read(TAIL, 5)
     assert [entry.seq for entry in old] == list(range(TAIL + 1, TAIL + 6))
     assert log.reads == 1
     assert old[1:] == recent[:4]
@@ -434,40 +480,40 @@ async def test_who_keeps_up_is_served_without_the_log(begin: Begin, log: Watched
 async def test_it_goes_on_where_the_log_stands(begin: Begin, log: WatchedLog) -> None:
     epoch, *_ = await log.open("c")
     for n in range(3):
-        await log.append("c", epoch, Append(event(str(n))))
+        await log.append("c", epoch, event(str(n)))
     conversation = begin(echo)
-    await conversation.open()
-    assert [entry.seq for entry in await conversation.read(1, 10)] == [2, 3]
-    await conversation._transcript.append(event())
-    assert [entry.seq for entry in await conversation.read(1, 10)] == [2, 3, 4]
-    assert [entry.seq for entry in await conversation.read(3, 10)] == [4]
+    await conversation.view.open()
+    assert [entry.seq for entry in await conversation.view.read(1, 10)] == [2, 3]
+    await conversation.view.append(event())
+    assert [entry.seq for entry in await conversation.view.read(1, 10)] == [2, 3, 4]
+    assert [entry.seq for entry in await conversation.view.read(3, 10)] == [4]
 
 
 async def test_what_others_write_into_the_log_is_not_skipped(begin: Begin, log: WatchedLog) -> None:
     conversation = begin(echo)
-    await conversation.open()
-    await conversation._transcript.append(event("1"))
-    await log.append("c", conversation.epoch, Append(event("2")))
-    await conversation._transcript.append(event("3"))
-    assert conversation.head == 3
-    assert [json.loads(entry.json)["text"] for entry in await conversation.read(0, 10)] == ["1", "2", "3"]
+    await conversation.view.open()
+    await conversation.view.append(event("1"))
+    await log.append("c", conversation.view.epoch, event("2"))
+    await conversation.view.append(event("3"))
+    assert conversation.view.head == 3
+    assert [json.loads(entry.json)["text"] for entry in await conversation.view.read(0, 10)] == ["1", "2", "3"]
 
 
 async def test_a_failed_append_disturbs_nobody(begin: Begin, log: WatchedLog) -> None:
     conversation = begin(echo)
-    await conversation.open()
+    await conversation.view.open()
     log.error = OSError("full")
     with pytest.raises(OSError, match="full"):
-        await conversation._transcript.append(event())
+        await conversation.view.append(event())
     log.error = None
-    await conversation._transcript.append(event())
-    assert conversation.head == 1
+    await conversation.view.append(event())
+    assert conversation.view.head == 1
 
 
 async def test_appends_keep_their_order(begin: Begin, log: WatchedLog) -> None:
     conversation = begin(echo)
-    await conversation.open()
+    await conversation.view.open()
     async with trio.open_nursery() as nursery:
         for n in range(20):
-            nursery.start_soon(conversation._transcript.append, event(str(n)))
-    assert [entry.seq for entry in await conversation.read(0, 100)] == list(range(1, 21))
+            nursery.start_soon(conversation.view.append, event(str(n)))
+    assert [entry.seq for entry in await conversation.view.read(0, 100)] == list(range(1, 21))

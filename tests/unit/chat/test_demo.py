@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from tricorn.chat import Run, ToolError
 from tricorn.chat.agents.arithmetic import MAX_BITS, MAX_CHARACTERS, evaluate, show
 from tricorn.chat.agents.demo import HELP, ZONES, characters, demo
-from tricorn.chat.conversation import state
-from tricorn.chat.protocol import AnyEvent
-from tricorn.chat.run import perform
+from tricorn.chat.execution import Execution
+from tricorn.chat.logs.base import Append
+from tricorn.chat.metrics import ChatMetrics
+from tricorn.chat.protocol import UserMessage
+from tricorn.chat.settings import ChatSettings
 
 
 class Asked(NamedTuple):
@@ -27,15 +29,16 @@ class Asked(NamedTuple):
 
     events: list[dict[str, Any]]
 
-    async def append(self, event: AnyEvent, key: str | None = None, answered: int | None = None) -> None:
-        self.append_nowait(event, key, answered)
+    async def append(self, append: Append) -> None:
+        self.append_nowait(append)
         await trio.lowlevel.checkpoint()
 
-    def append_nowait(self, event: AnyEvent, key: str | None = None, answered: int | None = None) -> None:
-        self.events.append(json.loads(msgspec.json.encode(event)))
+    def append_nowait(self, append: Append) -> None:
+        self.events.append(json.loads(msgspec.json.encode(append.event)))
 
-    def run(self, message: str) -> Run:
-        return Run("home", state.Asked(1, "post", "local", message), inf, self, 100_000)
+    def execution(self, message: str) -> Execution:
+        post = UserMessage(conversation="home", seq=1, at=0.0, id="post", user="local", text=message)
+        return Execution(post, None, self, ChatSettings(run_timeout=inf, event_bytes=100_000), ChatMetrics())
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self.events if event["type"] == kind]
@@ -61,7 +64,8 @@ class Asked(NamedTuple):
 
 async def ask(message: str) -> Asked:
     asked = Asked([])
-    await perform(asked.run(message), demo)
+    execution = asked.execution(message)
+    await execution.perform(demo, Run(execution))
     assert asked.events[-1]["outcome"] == "success"
     return asked
 
@@ -332,11 +336,11 @@ async def test_slow_takes_its_time(message: str, seconds: float, autojump_clock:
 
 async def test_slow_can_be_cancelled(autojump_clock: trio.testing.MockClock) -> None:
     asked = Asked([])
-    run = asked.run("slow 10")
+    execution = asked.execution("slow 10")
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(perform, run, demo)
+        nursery.start_soon(execution.perform, demo, Run(execution))
         await trio.sleep(3)
-        run.cancel()
+        execution.cancel()
     assert trio.current_time() == pytest.approx(3)
     assert asked.tool["error"] == "cancelled"
     assert asked.of("agent_message") == []

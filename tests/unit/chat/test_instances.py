@@ -17,7 +17,7 @@ from tricorn.chat.chat import LOOK_AT_ONCE
 from tricorn.chat.logs.base import Append, Entry, LogState, Unavailable
 from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.protocol import AgentThinking
-from tricorn.settings import Settings
+from tricorn.chat.settings import ChatSettings
 
 LEASE = 15.0
 Connect = Callable[..., Awaitable[Any]]
@@ -88,13 +88,13 @@ async def test_an_instance_that_died_in_a_run_is_replaced_within_the_lease(
     connect: Connect, autojump_clock: trio.testing.MockClock
 ) -> None:
     log = MemoryLog(lease=LEASE * 2 / 3)
-    async with Chat(stuck, Settings(lease=LEASE), log) as dying:
+    async with Chat(stuck, ChatSettings(lease=LEASE), log) as dying:
         client = await connect(dying)
         client.say("open", conversation="c")
         client.say("post", id="p0", conversation="c", text="0")
         client.say("post", id="p1", conversation="c", text="1")
         await client.hear_until("tool_executing")
-        async with Chat(echo, Settings(lease=LEASE, linger=inf), beside(log)) as heir:
+        async with Chat(echo, ChatSettings(lease=LEASE, linger=inf), beside(log)) as heir:
             log.vanish()
             died = trio.current_time()
             follower = await connect(heir)
@@ -120,13 +120,13 @@ async def test_who_was_thought_dead_says_nothing_more(
         went_on.set()
 
     log = MemoryLog(lease=LEASE * 2 / 3)
-    async with Chat(slow, Settings(lease=LEASE, linger=inf), log) as away:
+    async with Chat(slow, ChatSettings(lease=LEASE, linger=inf), log) as away:
         client = await connect(away)
         client.say("open", conversation="c")
         client.say("post", id="p", conversation="c", text="x")
         await client.hear_until("agent_started")
         log.vanish()
-        async with Chat(echo, Settings(lease=LEASE, linger=inf), beside(log)):
+        async with Chat(echo, ChatSettings(lease=LEASE, linger=inf), beside(log)):
             await trio.sleep(2 * LEASE)
             go_on.set()
             await trio.testing.wait_all_tasks_blocked()
@@ -134,7 +134,7 @@ async def test_who_was_thought_dead_says_nothing_more(
     check(events)
     assert not went_on.is_set()
     assert [event["outcome"] for event in events if "outcome" in event] == ["interrupted"]
-    assert "another instance answers in this conversation now" in capfd.readouterr().err
+    assert "another instance has taken over a conversation" in capfd.readouterr().err
 
 
 async def test_a_run_is_cancelled_from_another_instance(connect: Connect) -> None:
@@ -159,7 +159,7 @@ async def test_who_moves_to_another_instance_keeps_the_run_going(
         await run.say("done")
 
     log = MemoryLog()
-    settings = Settings(linger=10.0)
+    settings = ChatSettings(linger=10.0)
     async with Chat(long, settings, log) as one, Chat(long, settings, beside(log)) as other:
         here = await connect(one)
         here.say("open", conversation="c")
@@ -180,7 +180,7 @@ async def test_who_moves_to_another_instance_keeps_the_run_going(
 
 async def test_a_drain_leaves_what_waits_to_others(connect: Connect, autojump_clock: trio.testing.MockClock) -> None:
     log = MemoryLog()
-    async with Chat(echo, Settings(linger=inf), beside(log)):
+    async with Chat(echo, ChatSettings(linger=inf), beside(log)):
         async with Chat(stuck, log=log) as drained:
             client = await connect(drained)
             client.say("open", conversation="c")
@@ -229,7 +229,7 @@ async def test_however_many_an_instance_left_they_are_ended_within_the_lease(
     connect: Connect, autojump_clock: trio.testing.MockClock
 ) -> None:
     log, conversations = MemoryLog(lease=LEASE * 2 / 3), 3 * LOOK_AT_ONCE + 1
-    settings = Settings(lease=LEASE, waiting_posts=conversations, user_runs=conversations, posts_per_minute=1000)
+    settings = ChatSettings(lease=LEASE, waiting_posts=conversations, user_runs=conversations, posts_per_minute=1000)
     async with Chat(stuck, settings, log) as dying, Chat(echo, settings, beside(log)):
         client = await connect(dying)
         for n in range(conversations):
@@ -248,7 +248,7 @@ async def test_who_left_elsewhere_has_the_time_to_come_back(
     connect: Connect, autojump_clock: trio.testing.MockClock
 ) -> None:
     log = MemoryLog()
-    settings = Settings(linger=10.0)
+    settings = ChatSettings(linger=10.0)
     async with Chat(stuck, settings, log) as one, Chat(stuck, settings, beside(log)) as other:
         here, there = await connect(one), await connect(other)
         here.say("post", id="p", conversation="c", text="x")
@@ -266,7 +266,7 @@ async def test_without_lingering_a_run_ends_soon_after_the_last_has_left_anywher
     connect: Connect, autojump_clock: trio.testing.MockClock
 ) -> None:
     log = MemoryLog()
-    settings = Settings(linger=0.0)
+    settings = ChatSettings(linger=0.0)
     async with Chat(stuck, settings, log) as one, Chat(stuck, settings, beside(log)) as other:
         here, there = await connect(one), await connect(other)
         here.say("open", conversation="c")
@@ -286,7 +286,7 @@ async def test_a_post_elsewhere_counts_from_when_it_came(
     connect: Connect, autojump_clock: trio.testing.MockClock
 ) -> None:
     log = MemoryLog()
-    settings = Settings(linger=10.0)
+    settings = ChatSettings(linger=10.0)
     async with Chat(stuck, settings, log) as one, Chat(stuck, settings, beside(log)) as other:
         here, there = await connect(one), await connect(other)
         here.say("post", id="p", conversation="c", text="x")
@@ -303,7 +303,7 @@ async def test_what_was_not_heard_of_is_answered_before_the_lease_is_let_go(
     connect: Connect, autojump_clock: trio.testing.MockClock
 ) -> None:
     log = MemoryLog()
-    settings = Settings(linger=5.0)
+    settings = ChatSettings(linger=5.0)
     async with Chat(echo, settings, log) as one, Chat(echo, settings, other_log := beside(log)) as other:
         here, there = await connect(one), await connect(other)
         here.say("post", id="p", conversation="c", text="x")
@@ -489,7 +489,7 @@ async def test_a_question_that_is_not_answered_for_a_while_delays_and_loses_noth
     question: str, does: bool, connect: Connect, autojump_clock: trio.testing.MockClock
 ) -> None:
     log = Refusing(lease=LEASE * 2 / 3)
-    settings = Settings(lease=LEASE, linger=5.0)
+    settings = ChatSettings(lease=LEASE, linger=5.0)
     async with Chat(echo, settings, log) as one, Chat(echo, settings, other_log := beside(log)) as other:
         here, there = await connect(one), await connect(other)
         log.refused, log.does = question, does

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tricorn.chat.conversation.state import ConversationState, completed_key, started_key
+from tricorn.chat.conversation.state import ConversationState
+from tricorn.chat.execution import completed_key, started_key
 from tricorn.chat.logs.base import Append, Lease, LeaseLost, LogState
 from tricorn.chat.logs.memory import StoredConversation
 from tricorn.chat.protocol import AgentCompleted, AgentMessage, AgentStarted, RunEvent, UserMessage

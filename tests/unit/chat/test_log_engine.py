@@ -8,7 +8,7 @@ import trio.testing
 
 from tricorn.chat.logs.base import Unavailable
 from tricorn.chat.logs.engine import FAREWELL, Engine
-from tricorn.settings import Settings
+from tricorn.chat.settings import ChatSettings
 
 TIMEOUT = 5.0
 PERIOD = 10.0
@@ -18,7 +18,7 @@ class Fake(Engine):
     """Takes a step every `PERIOD` seconds, which fails with the errors given."""
 
     def __init__(self, *errors: Exception, opening: float = 0.0, farewell: float = 0.0) -> None:
-        super().__init__("Fake at home", Settings(log_timeout=TIMEOUT))
+        super().__init__("Fake at home", ChatSettings(log_timeout=TIMEOUT))
         self.errors = list(errors)
         self.steps = 0
         self._opening = opening

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, get_args
 import msgspec
 import pytest
 
-from tricorn.chat import protocol
+from tricorn.chat import close_codes, protocol
 from tricorn.protocol import close
 
 PAGE = (Path(__file__).parents[3] / "docs" / "protocol.md").read_text()
@@ -39,9 +39,9 @@ def fields(struct: type[msgspec.Struct]) -> set[str]:
 
 
 SECTIONS = sections()
-STRUCTS: dict[str, type[protocol.Message]] = {
+STRUCTS: dict[str, type[protocol.WireObject]] = {
     struct.__struct_config__.tag: struct
-    for union in (protocol.Request, protocol.Reply, protocol.AnyEvent)
+    for union in (protocol.ClientRequest, protocol.Reply, protocol.AnyEvent)
     for struct in get_args(union)
 }
 
@@ -49,7 +49,7 @@ STRUCTS: dict[str, type[protocol.Message]] = {
 @pytest.mark.parametrize("tag", STRUCTS)
 def test_every_object_is_described_field_by_field(tag: str) -> None:
     struct = STRUCTS[tag]
-    shared = fields(protocol.RunEvent) if issubclass(struct, protocol.Event) else set()
+    shared = fields(protocol.RunEvent) if issubclass(struct, protocol.ConversationEvent) else set()
     assert SECTIONS[tag].fields == fields(struct) - shared
 
 
@@ -61,8 +61,8 @@ def test_the_example_of_an_object_is_one(tag: str) -> None:
 
 
 def test_the_fields_that_several_objects_have_are_described() -> None:
-    assert fields(protocol.RunEvent) == fields(protocol.Event) | {"run"}
-    assert SECTIONS["The events"].fields == fields(protocol.Event) | {"run?"}
+    assert fields(protocol.RunEvent) == fields(protocol.ConversationEvent) | {"run"}
+    assert SECTIONS["The events"].fields == fields(protocol.ConversationEvent) | {"run?"}
     assert SECTIONS["limits"].fields == fields(protocol.Limits)
 
 
@@ -82,7 +82,7 @@ def test_the_session_that_is_shown_is_one() -> None:
     (talk,) = (text for text in re.findall(r"^```\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL) if text.startswith("←"))
     for line in talk.splitlines():
         arrow, text = line[0], line[2:]
-        msgspec.json.decode(text, type=protocol.Request if arrow == "→" else protocol.Reply | protocol.AnyEvent)
+        msgspec.json.decode(text, type=protocol.ClientRequest if arrow == "→" else protocol.Reply | protocol.AnyEvent)
 
 
 def test_the_subprotocols_are_named() -> None:
@@ -91,5 +91,6 @@ def test_the_subprotocols_are_named() -> None:
 
 
 def test_every_close_code_is_described() -> None:
-    sent_or_seen = {code for code in vars(close).values() if isinstance(code, int)} - {close.NO_STATUS}
+    codes = [*vars(close).values(), *vars(close_codes).values()]
+    sent_or_seen = {code for code in codes if isinstance(code, int)} - {close.NO_STATUS}
     assert {int(code) for code in re.findall(r"^\| (?:none, )?(\d{4}) \|", PAGE, re.MULTILINE)} == sent_or_seen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -10,9 +11,13 @@ import pytest
 import trio
 import trio.testing
 
-from tricorn.chat.conversation.state import Asked
-from tricorn.chat.protocol import AnyEvent
-from tricorn.chat.run import LAST_WORDS, SAID_AT_ONCE, Agent, Run, ToolError, perform
+from tricorn.chat.execution import LAST_WORDS, SAID_AT_ONCE, Execution
+from tricorn.chat.logs.base import Append
+from tricorn.chat.metrics import ChatMetrics
+from tricorn.chat.protocol import UserMessage
+from tricorn.chat.run import Agent, Run
+from tricorn.chat.settings import ChatSettings
+from tricorn.chat.tools import ToolError
 
 
 class Events(list[dict[str, Any]]):
@@ -24,13 +29,14 @@ class Events(list[dict[str, Any]]):
         self.fail: set[str] = set()
         self.stall: set[str] = set()
 
-    def append_nowait(self, event: AnyEvent, key: str | None = None, answered: int | None = None) -> None:
+    def append_nowait(self, append: Append) -> None:
         raise trio.WouldBlock
 
-    async def append(self, event: AnyEvent, key: str | None = None, answered: int | None = None) -> None:
+    async def append(self, append: Append) -> None:
         await trio.lowlevel.checkpoint()
         self.asked += 1
-        plain = msgspec.json.decode(msgspec.json.encode(event))
+        key = append.key
+        plain = msgspec.json.decode(msgspec.json.encode(append.event))
         if plain["type"] in self.fail:
             self.fail.remove(plain["type"])
             raise OSError("the disk is gone")
@@ -58,26 +64,32 @@ def events() -> Events:
     return Events()
 
 
+Play = Callable[..., Awaitable[Execution]]
+NewExecution = Callable[..., Execution]
+
+
+def execute(events: Events, seconds: float = 300) -> Execution:
+    post = UserMessage(conversation="c", seq=1, at=0.0, id="post-1", user="local", text="hello")
+    return Execution(post, None, events, ChatSettings(run_timeout=seconds, event_bytes=10_000), ChatMetrics())
+
+
+async def perform(execution: Execution, agent: Agent) -> None:
+    await execution.perform(agent, Run(execution))
+
+
 @pytest.fixture
-def new_run(events: Events) -> Callable[..., Run]:
-    def new(seconds: float = 300) -> Run:
-        return Run("c", Asked(1, "post-1", "local", "hello"), seconds, events, 10_000)
-
-    return new
+def new_execution(events: Events) -> NewExecution:
+    return partial(execute, events)
 
 
 @pytest.fixture
-def play(events: Events, new_run: Callable[..., Run]) -> Callable[..., Awaitable[Run]]:
-    async def play(agent: Agent, seconds: float = 300) -> Run:
-        run = new_run(seconds)
-        await perform(run, agent)
-        return run
+def play(new_execution: NewExecution) -> Play:
+    async def play(agent: Agent, seconds: float = 300) -> Execution:
+        execution = new_execution(seconds)
+        await perform(execution, agent)
+        return execution
 
     return play
-
-
-Play = Callable[..., Awaitable[Run]]
-NewRun = Callable[..., Run]
 
 
 async def sleeper(run: Run) -> None:
@@ -104,7 +116,7 @@ async def test_a_run_shows_its_work_in_order(
         await run.say("Ra")
         await run.say("in.")
 
-    run = await play(weather)
+    execution = await play(weather)
     assert events.types == [
         "agent_started",
         "agent_thinking",
@@ -114,7 +126,7 @@ async def test_a_run_shows_its_work_in_order(
         "agent_message",
         "agent_completed",
     ]
-    assert {event["run"] for event in events} == {run.id}
+    assert {event["run"] for event in events} == {execution.id}
     assert events[0]["agent"] == "weather"
     assert events[0]["post"] == "post-1"
     executing, completed = events[2:4]
@@ -143,8 +155,8 @@ async def test_an_agent_that_says_nothing_has_no_text(play: Play, events: Events
 class AtOnce(Events):
     """A log that waits for nothing."""
 
-    def append_nowait(self, event: AnyEvent, key: str | None = None, answered: int | None = None) -> None:
-        self.append_plain(msgspec.json.decode(msgspec.json.encode(event)))
+    def append_nowait(self, append: Append) -> None:
+        self.append_plain(msgspec.json.decode(msgspec.json.encode(append.event)))
 
 
 async def test_where_the_log_does_not_wait_others_have_their_turn_now_and_then() -> None:
@@ -159,7 +171,7 @@ async def test_where_the_log_does_not_wait_others_have_their_turn_now_and_then()
             for _ in range(SAID_AT_ONCE):
                 await run.say("x")
 
-    await perform(Run("c", Asked(1, "post-1", "local", "hello"), 300, events, 10_000), agent)
+    await perform(execute(events), agent)
     assert events.asked == 0
     assert events[-1]["text"] == "x" * SAID_AT_ONCE
 
@@ -229,7 +241,7 @@ async def odd(run: Run) -> None:
 async def test_an_agent_that_raises_has_failed(
     agent: Agent, play: Play, events: Events, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run = await play(agent)
+    execution = await play(agent)
     assert events.types == ["agent_started", "agent_completed"]
     last = events[-1]
     assert last["outcome"] == "failed"
@@ -237,7 +249,7 @@ async def test_an_agent_that_raises_has_failed(
     assert "secret" in record["stack_trace"]
     assert "secret" not in str(last)
     assert record["error_id"] == last["error_id"]
-    assert (record["conversation"], record["run"], record["context"]) == ("c", run.id, {"user": "local"})
+    assert (record["conversation"], record["run"], record["user"]) == ("c", execution.id, "local")
 
 
 async def test_an_agent_that_is_no_coroutine_function_has_failed(play: Play, events: Events) -> None:
@@ -254,13 +266,13 @@ async def test_what_was_said_before_a_failure_is_in_the_text(play: Play, events:
     assert (events[-1]["outcome"], events[-1]["text"]) == ("failed", "half")
 
 
-async def test_cancel_ends_a_run(new_run: NewRun, events: Events, nursery: trio.Nursery) -> None:
-    run = new_run()
+async def test_cancel_ends_a_run(new_execution: NewExecution, events: Events, nursery: trio.Nursery) -> None:
+    execution = new_execution()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(perform, run, sleeper)
+        nursery.start_soon(perform, execution, sleeper)
         await trio.testing.wait_all_tasks_blocked()
-        run.cancel()
-        run.cancel("interrupted")  # the first cause is kept
+        execution.cancel()
+        execution.cancel("interrupted")  # the first cause is kept
     assert events[-1]["outcome"] == "cancelled"
     assert "error_id" not in events[-1]
 
@@ -272,46 +284,54 @@ async def test_the_deadline_ends_a_run(play: Play, events: Events, autojump_cloc
 
 
 async def test_cancelling_after_the_deadline_changes_nothing(
-    new_run: NewRun, events: Events, autojump_clock: trio.testing.MockClock
+    new_execution: NewExecution, events: Events, autojump_clock: trio.testing.MockClock
 ) -> None:
     async def stubborn(run: Run) -> None:
         with trio.CancelScope(shield=True):
             await trio.sleep(10)
-        run.cancel()
+        execution.cancel()
         await trio.sleep_forever()
 
-    await perform(new_run(seconds=5), stubborn)
+    execution = new_execution(seconds=5)
+    await perform(execution, stubborn)
     assert events[-1]["outcome"] == "timeout"
 
 
-async def test_a_run_that_is_done_before_its_cancellation_arrives_is_a_success(play: Play, events: Events) -> None:
+async def test_a_run_that_is_done_before_its_cancellation_arrives_is_a_success(
+    new_execution: NewExecution, events: Events
+) -> None:
     async def agent(run: Run) -> None:
         await run.say("done")
-        run.cancel()
+        execution.cancel()
 
-    await play(agent)
+    execution = new_execution()
+    await perform(execution, agent)
     assert events[-1]["outcome"] == "success"
 
 
-async def test_a_run_cancelled_before_it_began_has_a_beginning_and_an_end(new_run: NewRun, events: Events) -> None:
+async def test_a_run_cancelled_before_it_began_has_a_beginning_and_an_end(
+    new_execution: NewExecution, events: Events
+) -> None:
     async def never(run: Run) -> None:
         raise AssertionError
 
-    run = new_run()
-    run.cancel("interrupted")
-    await perform(run, never)
+    execution = new_execution()
+    execution.cancel("interrupted")
+    await perform(execution, never)
     assert events.types == ["agent_started", "agent_completed"]
     assert events[-1]["outcome"] == "interrupted"
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-async def test_cancellation_from_around_interrupts_and_goes_on(new_run: NewRun, events: Events, at_once: bool) -> None:
+async def test_cancellation_from_around_interrupts_and_goes_on(
+    new_execution: NewExecution, events: Events, at_once: bool
+) -> None:
     async with trio.open_nursery() as nursery:
         with trio.CancelScope() as scope:
             nursery.start_soon(lambda: cancel_when_blocked(scope))
             if at_once:
                 scope.cancel()
-            await perform(new_run(), in_tool)
+            await perform(new_execution(), in_tool)
         assert scope.cancelled_caught
     assert events.types[0] == "agent_started"
     assert events.types.count("agent_completed") == 1
@@ -325,7 +345,7 @@ async def cancel_when_blocked(scope: trio.CancelScope) -> None:
 
 @pytest.mark.parametrize(("cause", "outcome"), [("cancel", "cancelled"), ("around", "interrupted")])
 async def test_an_agent_that_raises_while_it_is_ended_keeps_the_first_cause(
-    cause: str, outcome: str, new_run: NewRun, events: Events, capfd: pytest.CaptureFixture[str]
+    cause: str, outcome: str, new_execution: NewExecution, events: Events, capfd: pytest.CaptureFixture[str]
 ) -> None:
     async def messy(run: Run) -> None:
         async with trio.open_nursery() as nursery:
@@ -335,13 +355,13 @@ async def test_an_agent_that_raises_while_it_is_ended_keeps_the_first_cause(
             finally:
                 raise ValueError("in the cleanup")
 
-    run = new_run()
+    execution = new_execution()
     with trio.CancelScope() as scope:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(perform, run, messy)
+            nursery.start_soon(perform, execution, messy)
             await trio.testing.wait_all_tasks_blocked()
             if cause == "cancel":
-                run.cancel()
+                execution.cancel()
             else:
                 scope.cancel()
     assert scope.cancelled_caught == (cause == "around")
@@ -376,7 +396,7 @@ async def test_the_end_of_the_program_goes_on(error: type[BaseException], play: 
 
 
 async def test_after_its_end_a_run_can_say_nothing(play: Play, events: Events) -> None:
-    run = await play(sleeper, seconds=0)
+    run = Run(await play(sleeper, seconds=1e-6))
     before = list(events)
     with pytest.raises(RuntimeError, match="the run is over"):
         await run.say("more")
@@ -423,25 +443,29 @@ async def test_a_tool_that_raises_shows_an_error_and_the_exception_goes_on(
 @pytest.mark.parametrize(
     ("end", "shown", "outcome"),
     [
-        (lambda run, scope: run.cancel(), "cancelled", "cancelled"),
-        (lambda run, scope: run.cancel("interrupted"), "interrupted", "interrupted"),
-        (lambda run, scope: scope.cancel(), "cancelled", "interrupted"),
+        (lambda execution, scope: execution.cancel(), "cancelled", "cancelled"),
+        (lambda execution, scope: execution.cancel("interrupted"), "interrupted", "interrupted"),
+        (lambda execution, scope: scope.cancel(), "cancelled", "interrupted"),
     ],
 )
 async def test_tools_in_progress_are_completed_before_the_run(
-    end: Callable[[Run, trio.CancelScope], None], shown: str, outcome: str, new_run: NewRun, events: Events
+    end: Callable[[Execution, trio.CancelScope], None],
+    shown: str,
+    outcome: str,
+    new_execution: NewExecution,
+    events: Events,
 ) -> None:
     async def two(run: Run) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(in_tool, run)
             nursery.start_soon(in_tool, run)
 
-    run = new_run()
+    execution = new_execution()
     with trio.CancelScope() as scope:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(perform, run, two)
+            nursery.start_soon(perform, execution, two)
             await trio.testing.wait_all_tasks_blocked()
-            end(run, scope)
+            end(execution, scope)
     assert events.types == [
         "agent_started",
         "tool_executing",
@@ -505,13 +529,13 @@ async def test_a_tool_left_open_is_completed_before_the_run(fails: bool, play: P
 
 
 async def test_a_tool_in_a_task_outside_the_run_is_completed_once(
-    new_run: NewRun, events: Events, nursery: trio.Nursery
+    new_execution: NewExecution, events: Events, nursery: trio.Nursery
 ) -> None:
     async def agent(run: Run) -> None:
         nursery.start_soon(in_tool, run)
         await trio.testing.wait_all_tasks_blocked()
 
-    await perform(new_run(), agent)
+    await perform(new_execution(), agent)
     nursery.cancel_scope.cancel()
     with trio.CancelScope(shield=True):
         await trio.testing.wait_all_tasks_blocked()
@@ -555,18 +579,18 @@ async def test_a_result_that_refers_to_itself_is_an_error_of_the_tool(play: Play
     assert events.only("tool_completed")["error"] == "the tool failed"
 
 
-async def test_a_result_is_taken_as_it_was_when_the_tool_ended(new_run: NewRun, events: Events) -> None:
+async def test_a_result_is_taken_as_it_was_when_the_tool_ended(new_execution: NewExecution, events: Events) -> None:
     result: list[object] = [1]
 
     async def agent(run: Run) -> None:
         async with run.tool("count") as tool:
             tool.result = result
-            run.cancel()
+            execution.cancel()
         raise AssertionError
 
-    run = new_run()
+    execution = new_execution()
     try:
-        await perform(run, agent)
+        await perform(execution, agent)
     finally:
         result.append(object())
     assert events.only("tool_completed")["result"] == [1]
@@ -628,11 +652,11 @@ async def test_the_end_repeats_the_answer_only_where_it_fits(
         for _ in range(pieces):
             await run.say("x" * 1000)
 
-    run = await play(agent)
+    execution = await play(agent)
     assert events.types.count("agent_message") == pieces
     assert events[-1].get("text") == ("x" * 1000 * pieces if told else None)
     assert events[-1]["outcome"] == "success"
-    assert len(run._answer) <= 8  # and so much of it is kept
+    assert len(execution._answer) <= 8  # and so much of it is kept
 
 
 # A log that fails
@@ -672,27 +696,29 @@ async def test_a_log_that_stalls_holds_the_end_only_so_long(
 
 
 async def test_all_that_a_run_owes_at_its_end_shares_one_deadline(
-    new_run: NewRun, events: Events, autojump_clock: trio.testing.MockClock
+    new_execution: NewExecution, events: Events, autojump_clock: trio.testing.MockClock
 ) -> None:
     async def nested(run: Run) -> None:
         async with run.tool("outer"), run.tool("inner"):
-            run.cancel()
+            execution.cancel()
             await trio.sleep_forever()
 
     events.stall |= {"tool_completed", "agent_completed"}
-    await perform(new_run(), nested)
+    execution = new_execution()
+    await perform(execution, nested)
     assert trio.current_time() == pytest.approx(LAST_WORDS)
 
 
 async def test_an_error_in_a_tool_of_a_run_that_is_being_ended_is_not_hidden(
-    new_run: NewRun, events: Events, capfd: pytest.CaptureFixture[str]
+    new_execution: NewExecution, events: Events, capfd: pytest.CaptureFixture[str]
 ) -> None:
     async def agent(run: Run) -> None:
         async with run.tool("t"):
-            run.cancel()
+            execution.cancel()
             raise ValueError("in the tool")
 
-    await perform(new_run(), agent)
+    execution = new_execution()
+    await perform(execution, agent)
     assert events.only("tool_completed")["error"] == "the tool failed"
     assert events[-1]["outcome"] == "cancelled"
     assert "in the tool" in capfd.readouterr().err

@@ -15,9 +15,9 @@ import trio.testing
 from tricorn.chat import SUBPROTOCOLS, Chat, Run
 from tricorn.chat.logs.base import Append, Entry, LogState
 from tricorn.chat.logs.memory import MemoryLog
-from tricorn.chat.protocol import AgentThinking, Request
+from tricorn.chat.protocol import AgentThinking, ClientRequest
 from tricorn.chat.session import BATCH_BYTES, EVENTS_PER_TURN, decode
-from tricorn.settings import Settings
+from tricorn.chat.settings import ChatSettings
 
 Connect = Callable[..., Awaitable[Any]]
 
@@ -68,7 +68,7 @@ class BadLog(MemoryLog):
 
 
 async def test_welcome_comes_first(connect: Connect, nursery: trio.Nursery) -> None:
-    settings = Settings(heartbeat=7.0, text_characters=9, open_conversations=3, max_message_bytes=1000)
+    settings = ChatSettings(heartbeat=7.0, text_characters=9, open_conversations=3, max_message_bytes=1000)
     async with Chat(echo, settings) as chat:
         client = await connect(chat)
         client.say("authenticate", token="any")
@@ -136,7 +136,7 @@ def test_unknown_fields_are_ignored() -> None:
 
 
 def test_every_request_is_known() -> None:
-    for request in Request.__args__:
+    for request in ClientRequest.__args__:
         tag = request.__struct_config__.tag
         error = decode(json.dumps({"type": tag, "conversation": 5, "token": 5}))
         assert tag == "ping" or error.code == "malformed"  # type: ignore[union-attr]
@@ -269,7 +269,7 @@ async def test_several_connections_on_one_conversation(connect: Connect) -> None
 
 
 async def test_too_many_conversations(connect: Connect) -> None:
-    async with Chat(echo, Settings(open_conversations=2)) as chat:
+    async with Chat(echo, ChatSettings(open_conversations=2)) as chat:
         client = await connect(chat)
         for name in "abca":
             client.say("open", conversation=name)
@@ -283,7 +283,7 @@ async def test_too_many_conversations(connect: Connect) -> None:
 
 @pytest.mark.parametrize(("text", "code"), [("x" * 11, "too_long"), ("", "malformed"), (" \n", "malformed")])
 async def test_texts_that_are_refused(text: str, code: str, connect: Connect) -> None:
-    async with Chat(echo, Settings(text_characters=10)) as chat:
+    async with Chat(echo, ChatSettings(text_characters=10)) as chat:
         client = await connect(chat)
         client.say("post", id="p1", conversation="c", text=text)
         client.say("post", id="p2", conversation="c", text="x" * 10)
@@ -342,7 +342,7 @@ async def test_a_run_goes_on_without_its_user(connect: Connect, autojump_clock: 
         await trio.sleep(100)
         await run.say("done")
 
-    async with Chat(slow, Settings(linger=inf)) as chat:
+    async with Chat(slow, ChatSettings(linger=inf)) as chat:
         client = await connect(chat)
         client.say("open", conversation="c")
         client.say("post", id="p", conversation="c", text="hello")
@@ -357,7 +357,7 @@ async def test_a_run_goes_on_without_its_user(connect: Connect, autojump_clock: 
 
 
 async def test_a_cancelled_session_detaches(connect: Connect, autojump_clock: trio.testing.MockClock) -> None:
-    async with Chat(echo, Settings(linger=1.0)) as chat:
+    async with Chat(echo, ChatSettings(linger=1.0)) as chat:
         client = await connect(chat)
         client.say("open", conversation="c")
         await client.hear_until("opened")
@@ -372,7 +372,7 @@ async def test_a_cancelled_session_detaches(connect: Connect, autojump_clock: tr
 
 
 async def test_heartbeat_when_nothing_else_was_sent(connect: Connect, autojump_clock: trio.testing.MockClock) -> None:
-    async with Chat(echo, Settings(heartbeat=20.0)) as chat:
+    async with Chat(echo, ChatSettings(heartbeat=20.0)) as chat:
         client = await connect(chat)
         began = trio.current_time()
         assert await client.hear() == {"type": "heartbeat"}
@@ -391,7 +391,7 @@ async def test_heartbeat_when_nothing_else_was_sent(connect: Connect, autojump_c
 async def test_heartbeats_of_many_come_early_and_never_late(
     connect: Connect, autojump_clock: trio.testing.MockClock
 ) -> None:
-    async with Chat(echo, Settings(heartbeat=20.0)) as chat:
+    async with Chat(echo, ChatSettings(heartbeat=20.0)) as chat:
         one = await connect(chat)
         await trio.sleep(1)
         other = await connect(chat)
@@ -496,7 +496,7 @@ async def test_a_line_that_is_longer_than_a_batch_is_a_message_by_itself(connect
 
 
 async def test_many_requests_at_once_from_a_client_that_reads(connect: Connect) -> None:
-    async with Chat(echo, Settings(outbox=8)) as chat:
+    async with Chat(echo, ChatSettings(outbox=8)) as chat:
         client = await connect(chat, "tricorn.v1.batch")
         client.send('{"type":"ping"}\n' * 1000)
         for _ in range(1000):
@@ -506,7 +506,7 @@ async def test_many_requests_at_once_from_a_client_that_reads(connect: Connect) 
 
 
 async def test_asking_without_reading_closes_with_4004(connect: Connect) -> None:
-    async with Chat(echo, Settings(outbox=8)) as chat:
+    async with Chat(echo, ChatSettings(outbox=8)) as chat:
         client = await connect(chat)
         client.stop_reading()
         client.say("ping")

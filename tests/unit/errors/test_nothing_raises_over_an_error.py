@@ -23,6 +23,7 @@ ALLOWED = {
     ("application.py", "_fail"): "the start has failed, and Hypercorn makes one line of SystemExit",
     ("connection.py", "Connection._tear_down"): "what was raised before is reported, and so is what this raises",
     ("connection.py", "Connection.run"): "the error in flight has been reported",
+    ("errors/audit/rules.py", "audit"): "the caller prints why a file cannot be audited",
     ("listening/accept.py", "accept_forever"): "the error is a lack of descriptors, which is reported",
     ("listening/accept.py", "Acceptor._answer"): "the error in flight is Refuse, and this sends it",
     ("listening/asgi.py", "AsgiWebSockets.serve"): "the error in flight is Refuse, and this sends it",
@@ -31,9 +32,8 @@ ALLOWED = {
     ("protocol/handshake.py", "Head.receive_data"): "what the peer sent is at fault, and Refuse says so",
     ("protocol/handshake.py", "offered_extensions"): "what the peer sent is at fault, and Refuse says so",
     ("server.py", "Server._serve"): "the program's drain cannot raise an Exception here, and the context is kept",
-    ("settings.py", "_checked"): "SettingError says what is wrong with the value",
-    ("settings.py", "parse_bind"): "SettingError says what is wrong with the text",
-    ("settings.py", "parse_count"): "SettingError says what is wrong with the text",
+    ("errors/audit/rules.py", "audit"): "Unreadable says which file cannot be read, and why",
+    ("settings.py", "Rule.read"): "SettingError says what is wrong with the text",
     ("trio_websocket.py", "adapt.serve"): "the error in flight is Refuse, and this sends it",
 }
 

@@ -21,7 +21,7 @@ import tricorn
 from tricorn.errors import report as report_module
 from tricorn.errors.report import counted, report, report_error, send_records
 from tricorn.errors.sinks import LEVELS
-from tricorn.service.drill import drill
+from tricorn.service.chat_drill import drill_chat
 
 Records = Callable[[], list[dict[str, Any]]]
 
@@ -100,7 +100,8 @@ async def test_an_embedded_server_writes_nothing_below_warning(records: Records,
     async def handler(ws: tricorn.WebSocket) -> None:
         await ws.receive()
 
-    [(host, port)] = await nursery.start(tricorn.serve, handler, 0)
+    server = await nursery.start(tricorn.serve, handler, 0)
+    [(host, port)] = server.addresses
     with trio.fail_after(30):
         async with await trio.open_tcp_stream(host, port) as stream:
             await stream.send_all(
@@ -341,7 +342,7 @@ def test_a_logger_that_fails_leaves_the_record_on_stderr(logger: tuple[logging.L
 
 async def test_the_drill_says_nothing_anywhere(logger: tuple[logging.Logger, Kept], records: Records) -> None:
     before = send_records(logger[0], "DEBUG")
-    await drill()
+    await drill_chat()
     assert logger[1].texts == []
     assert records() == []
     assert send_records(*before) == (logger[0], "DEBUG")

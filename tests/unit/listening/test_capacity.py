@@ -7,12 +7,12 @@ import gc
 import pytest
 
 from tricorn.listening.capacity import RETRY_AFTER, AtCapacity, Capacity, PeerCapacity
-from tricorn.metrics import LIMIT_HITS
+from tricorn.metrics import ServerMetrics
 
 
 def test_a_place_is_free_again_behind_the_block() -> None:
-    hits = LIMIT_HITS.values["max_handshakes"]
-    places = Capacity(1, "max_handshakes")
+    metrics = ServerMetrics()
+    places = Capacity(1, "max_handshakes", metrics)
     with places:
         assert places.taken == 1
         with pytest.raises(AtCapacity) as caught, places:
@@ -23,11 +23,11 @@ def test_a_place_is_free_again_behind_the_block() -> None:
     assert places.taken == 0
     assert caught.value.status == 503
     assert int(caught.value.headers["Retry-After"]) in RETRY_AFTER
-    assert LIMIT_HITS.values["max_handshakes"] - hits == 1
+    assert metrics.limit_hits.values["max_handshakes"] == 1
 
 
 def test_those_who_are_refused_together_do_not_come_back_together() -> None:
-    assert {int(AtCapacity("").headers["Retry-After"]) for _ in range(1000)} == set(RETRY_AFTER)
+    assert {int(AtCapacity().headers["Retry-After"]) for _ in range(1000)} == set(RETRY_AFTER)
 
 
 @pytest.mark.parametrize(
@@ -41,15 +41,22 @@ def test_those_who_are_refused_together_do_not_come_back_together() -> None:
     ],
 )
 def test_whose_places_they_are(one: str, other: str, same: bool) -> None:
-    peers = PeerCapacity(1)
-    with peers.of(one):
-        assert (peers.of(other).taken == 1) is same
+    peers = PeerCapacity(1, ServerMetrics())
+    with peers.of((one, 1)):
+        assert (peers.of((other, 2)).taken == 1) is same
+
+
+def test_peers_on_a_unix_socket_share_their_places() -> None:
+    peers = PeerCapacity(1, ServerMetrics())
+    with peers.of(None):
+        assert peers.of(None).taken == 1
+        assert peers.of(("192.0.2.1", 1)).taken == 0
 
 
 def test_places_of_nobody_are_forgotten() -> None:
-    peers = PeerCapacity(1)
+    peers = PeerCapacity(1, ServerMetrics())
     for number in range(100):
-        with peers.of(f"192.0.2.{number}"):
+        with peers.of((f"192.0.2.{number}", 1)):
             pass
     gc.collect()
     assert len(peers._by_network) == 0

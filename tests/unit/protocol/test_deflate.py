@@ -388,3 +388,69 @@ def allocated(snapshot: tracemalloc.Snapshot) -> int:
     """Bytes that the module under test holds; other threads of this process allocate too."""
     ours = snapshot.filter_traces([tracemalloc.Filter(True, deflate.__file__)])
     return sum(trace.size for trace in ours.traces)
+
+
+# §6.1: messages that are sent in fragments
+
+
+MESSAGES = st.lists(
+    st.one_of(
+        st.tuples(st.just(True), st.binary(max_size=300)),
+        st.tuples(st.just(False), st.lists(st.binary(max_size=100) | st.just(b""), min_size=1, max_size=6)),
+    ),
+    max_size=8,
+)
+
+
+@pytest.mark.parametrize("takeover", [True, False])
+@given(messages=MESSAGES, bits=st.integers(9, 15))
+def test_whole_and_fragmented_messages_are_inflated_by_websockets(
+    takeover: bool, messages: list[tuple[bool, bytes | list[bytes]]], bits: int
+) -> None:
+    deflater = Deflater(Agreement(takeover, True, bits, 15))
+    theirs = PerMessageDeflate(not takeover, False, bits, 15)
+    for whole, content in messages:
+        if whole:
+            assert isinstance(content, bytes)
+            frames = [deflater.frame(Opcode.BINARY, content)]
+            expected = content
+        else:
+            opcodes = [Opcode.BINARY, *[Opcode.CONTINUATION] * (len(content) - 1)]
+            last = len(content) - 1
+            frames = [deflater.fragment(opcodes[i], bytes(part), last=i == last) for i, part in enumerate(content)]
+            expected = b"".join(content)
+        assert b"".join(theirs.decode(their_frame(each)).data for each in frames) == expected
+
+
+@pytest.mark.parametrize("takeover", [True, False])
+@pytest.mark.parametrize("content", [*product((b"", b"one", b"two" * 100), repeat=3)])
+def test_empty_fragments_at_each_position(takeover: bool, content: tuple[bytes, ...]) -> None:
+    """Behind a message and before one, since the compressor may remember it."""
+    deflater = Deflater(Agreement(takeover, True, 12, 15))
+    theirs = PerMessageDeflate(not takeover, False, 12, 15)
+    for before in (b"before", b""):
+        assert theirs.decode(their_frame(deflater.frame(Opcode.TEXT, before))).data == before
+        first, *middle, last = content
+        frames = [
+            deflater.fragment(Opcode.TEXT, first, last=False),
+            *[deflater.fragment(Opcode.CONTINUATION, each, last=False) for each in middle],
+            deflater.fragment(Opcode.CONTINUATION, last, last=True),
+        ]
+        assert b"".join(theirs.decode(their_frame(each)).data for each in frames) == b"".join(content)
+
+
+@pytest.mark.parametrize("takeover", [True, False])
+def test_frames_can_be_shared_if_nothing_is_remembered(takeover: bool) -> None:
+    deflater = Deflater(Agreement(takeover, True, 12, 15))
+    assert deflater.shareable == (None if takeover else 12)
+    first, second = (deflater.frame(Opcode.TEXT, b"again and again") for _ in range(2))
+    assert (first == second) is not takeover
+
+
+def their_frame(frame: bytes) -> TheirFrame:
+    """A frame of the server, as `websockets` has it."""
+    size, payload = frame[1], frame[2:]
+    if size == 126:
+        size, payload = int.from_bytes(frame[2:4], "big"), frame[4:]
+    assert len(payload) == size
+    return TheirFrame(TheirOpcode(frame[0] & 15), payload, fin=frame[0] >= FIN, rsv1=bool(frame[0] & RSV1))

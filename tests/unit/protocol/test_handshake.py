@@ -9,15 +9,15 @@ import pytest
 from tricorn.protocol.handshake import (
     Head,
     Offer,
-    Refused,
-    Request,
     accept,
-    check,
+    check_origin,
+    check_upgrade,
     choose_subprotocol,
     offered_extensions,
     refuse,
     wants_websocket,
 )
+from tricorn.request import Accept, Refuse, Request
 
 HEADERS = {
     "host": "example.com",
@@ -32,6 +32,11 @@ HEAD = b"GET /chat?a=1&b=%20 HTTP/1.1\r\nHost: example.com\r\nX-One: 1\r\nx-two:
 def request(method: str = "GET", version: str = "1.1", path: str = "/", **headers: str | None) -> Request:
     changed = HEADERS | {name.replace("_", "-"): value for name, value in headers.items()}
     return Request(method, path, "", version, {name: value for name, value in changed.items() if value is not None})
+
+
+def check(asked: Request) -> None:
+    check_upgrade(asked)
+    check_origin(asked, ())
 
 
 # The head
@@ -83,18 +88,18 @@ def test_an_absolute_form_goes_before_the_host_header() -> None:
 
 @pytest.mark.parametrize("host", ["", "a.example", "a.example:", "127.0.0.1:80", "[::1]", "[::1]:80", "x_y%41"])
 def test_hosts_that_are_well_formed(host: str) -> None:
-    check(request(host=host), None)
+    check_origin(request(host=host), ())
 
 
 @pytest.mark.parametrize("host", ["a b", "a/b", "a, b", "u@h", "a:b", "::1", "[::1", "a?b", "\xe9", "a\x01"])
 def test_hosts_that_are_not(host: str) -> None:
-    with pytest.raises(Refused, match="the Host must be"):
-        check(request(host=host), None)
+    with pytest.raises(Refuse, match="the Host must be"):
+        check_origin(request(host=host), ())
 
 
 @pytest.mark.parametrize("version", ["0.9", "2.0", "3.1"])
 def test_other_versions_of_http(version: str) -> None:
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(Refuse) as caught:
         Head(1000).receive_data(f"GET / HTTP/{version}\r\nHost: h\r\n\r\n".encode())
     assert caught.value.status == HTTPStatus.HTTP_VERSION_NOT_SUPPORTED
 
@@ -113,7 +118,7 @@ def test_other_versions_of_http(version: str) -> None:
     ],
 )
 def test_a_malformed_head(data: bytes) -> None:
-    with pytest.raises(Refused, match="bad request head") as caught:
+    with pytest.raises(Refuse, match="bad request head") as caught:
         Head(1000).receive_data(data)
     assert caught.value.status == HTTPStatus.BAD_REQUEST
 
@@ -127,7 +132,7 @@ def feed(head: Head, data: bytes, size: int) -> None:
 @pytest.mark.parametrize("end", [b"", b"\r\n\r\n"])
 def test_a_head_that_is_too_large_however_it_comes(size: int, end: bytes) -> None:
     data = b"GET / HTTP/1.1\r\nHost: a\r\nx: " + b"x" * 1000 + end
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(Refuse) as caught:
         feed(Head(1000), data, size)
     assert caught.value.status == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
 
@@ -185,31 +190,29 @@ def test_who_names_no_protocol_wants_no_websocket() -> None:
     ],
 )
 def test_what_is_upgraded(good: Request) -> None:
-    check(good, None)
-    check(good, "/")
+    check(good)
 
 
 @pytest.mark.parametrize(
     ("bad", "status", "text"),
     [
-        (request(path="/other"), 404, "no WebSocket here; there is one at /ws"),
-        (request("POST", path="/ws"), 405, "a WebSocket upgrade is a GET request"),
-        (request(connection="keep-alive", path="/ws"), 400, "the Connection header must name Upgrade"),
-        (request(connection=None, path="/ws"), 400, "the Connection header must name Upgrade"),
-        (request(host="a b", path="/ws"), 400, "the Host must be a name or an address, with or without a port"),
-        (request(content_length="1", path="/ws"), 413, "a WebSocket upgrade has no body"),
-        (request(transfer_encoding="chunked", path="/ws"), 413, "a WebSocket upgrade has no body"),
-        (request(sec_websocket_version="8", path="/ws"), 426, "the Sec-WebSocket-Version must be 13"),
-        (request(sec_websocket_version=None, path="/ws"), 426, "the Sec-WebSocket-Version must be 13"),
+        (request("POST"), 405, "a WebSocket upgrade is a GET request"),
+        (request(connection="keep-alive"), 400, "the Connection header must name Upgrade"),
+        (request(connection=None), 400, "the Connection header must name Upgrade"),
+        (request(host="a b"), 400, "the Host must be a name or an address, with or without a port"),
+        (request(content_length="1"), 413, "a WebSocket upgrade has no body"),
+        (request(transfer_encoding="chunked"), 413, "a WebSocket upgrade has no body"),
+        (request(sec_websocket_version="8"), 426, "the Sec-WebSocket-Version must be 13"),
+        (request(sec_websocket_version=None), 426, "the Sec-WebSocket-Version must be 13"),
         *(
-            (request(sec_websocket_key=key, path="/ws"), 400, "the Sec-WebSocket-Key must be 16 bytes in base64")
+            (request(sec_websocket_key=key), 400, "the Sec-WebSocket-Key must be 16 bytes in base64")
             for key in (None, "", "short", "é", "dGhlIHNhbXBsZSBub25jZ", "AAAAAAAAAAAAAAAAAAAA", HEADERS["host"])
         ),
     ],
 )
 def test_what_is_refused(bad: Request, status: int, text: str) -> None:
-    with pytest.raises(Refused) as caught:
-        check(bad, "/ws")
+    with pytest.raises(Refuse) as caught:
+        check(bad)
     assert (caught.value.status, str(caught.value)) == (status, text)
 
 
@@ -224,8 +227,8 @@ def test_what_is_refused(bad: Request, status: int, text: str) -> None:
     ],
 )
 def test_what_a_refusal_says_in_its_headers(bad: Request, headers: dict[str, str]) -> None:
-    with pytest.raises(Refused) as caught:
-        check(bad, None)
+    with pytest.raises(Refuse) as caught:
+        check_upgrade(bad)
     assert caught.value.headers == headers
 
 
@@ -250,7 +253,7 @@ def test_choose_subprotocol(offered: str | None, known: list[str], chosen: str |
 
 def test_accept_answers_the_example_of_the_rfc() -> None:
     """RFC 6455 §1.3."""
-    assert accept(request(), None) == (
+    assert accept(request(), Accept()) == (
         b"HTTP/1.1 101 Switching Protocols\r\n"
         b"Upgrade: websocket\r\n"
         b"Connection: Upgrade\r\n"
@@ -260,11 +263,11 @@ def test_accept_answers_the_example_of_the_rfc() -> None:
 
 
 def test_accept_names_the_subprotocol() -> None:
-    assert accept(request(), "chat").endswith(b"=\r\nSec-WebSocket-Protocol: chat\r\n\r\n")
+    assert accept(request(), Accept("chat")).endswith(b"=\r\nSec-WebSocket-Protocol: chat\r\n\r\n")
 
 
 def test_refuse() -> None:
-    assert refuse(Refused(HTTPStatus.METHOD_NOT_ALLOWED, "a é", {"Allow": "GET"}), Head(1000)) == (
+    assert refuse(Refuse(HTTPStatus.METHOD_NOT_ALLOWED, "a é", {"Allow": "GET"}), Head(1000)) == (
         b"HTTP/1.1 405 Method Not Allowed\r\n"
         b"Connection: close\r\n"
         b"Content-Type: text/plain; charset=utf-8\r\n"
@@ -278,7 +281,7 @@ def test_refuse() -> None:
 def test_refuse_without_content_for_head() -> None:
     head = Head(1000)
     head.receive_data(b"HEAD / HTTP/1.1\r\nHost: h\r\n\r\n")
-    assert refuse(Refused(HTTPStatus.METHOD_NOT_ALLOWED, "no"), head).endswith(b"Content-Length: 3\r\n\r\n")
+    assert refuse(Refuse(HTTPStatus.METHOD_NOT_ALLOWED, "no"), head).endswith(b"Content-Length: 3\r\n\r\n")
 
 
 # Extensions
@@ -298,10 +301,10 @@ def test_extensions_are_read(header: str | None, offers: list[Offer]) -> None:
 
 @pytest.mark.parametrize("header", ["", ",", "a;", "a;=1", "a; b=", "a b", 'a; b="x y"', 'a; b="', "\xe9"])
 def test_malformed_extensions_are_refused(header: str) -> None:
-    with pytest.raises(Refused, match="bad Sec-WebSocket-Extensions") as caught:
+    with pytest.raises(Refuse, match="bad Sec-WebSocket-Extensions") as caught:
         offered_extensions(request(sec_websocket_extensions=header))
     assert caught.value.status == HTTPStatus.BAD_REQUEST
 
 
 def test_accept_names_the_extensions() -> None:
-    assert accept(request(), None, "x; y").endswith(b"=\r\nSec-WebSocket-Extensions: x; y\r\n\r\n")
+    assert accept(request(), Accept(), "x; y").endswith(b"=\r\nSec-WebSocket-Extensions: x; y\r\n\r\n")

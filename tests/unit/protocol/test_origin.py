@@ -6,7 +6,8 @@ from http import HTTPStatus
 
 import pytest
 
-from tricorn.protocol.handshake import Refused, Request, check
+from tricorn.protocol.handshake import check_origin, check_upgrade
+from tricorn.request import Refuse, Request
 
 HANDSHAKE = {
     "upgrade": "websocket",
@@ -18,7 +19,9 @@ HANDSHAKE = {
 
 def knock(host: str, origin: str | None, origins: tuple[str, ...] = ()) -> None:
     headers = {**HANDSHAKE, "host": host, **({} if origin is None else {"origin": origin})}
-    check(Request("GET", "/ws", "", "1.1", headers), "/ws", origins)
+    request = Request("GET", "/ws", "", "1.1", headers)
+    check_upgrade(request)
+    check_origin(request, origins)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +66,7 @@ def test_the_own_pages_may_connect_and_what_is_no_browser(host: str, origin: str
     ],
 )
 def test_pages_of_others_get_403(host: str, origin: str) -> None:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(Refuse) as refused:
         knock(host, origin)
     assert refused.value.status == HTTPStatus.FORBIDDEN
     assert origin not in str(refused.value) or not origin
@@ -80,5 +83,5 @@ def test_the_list_is_taken_literally() -> None:
         "https://app.example.evil",
         "https://x.app.example",
     ):
-        with pytest.raises(Refused):
+        with pytest.raises(Refuse):
             knock("example.org", origin, ("https://app.example",))

@@ -348,7 +348,7 @@ def test_bytes_are_counted_not_characters() -> None:
 
 
 def size_of(receiver: Receiver) -> int:
-    return sum(map(getsizeof, vars(receiver).values()))
+    return sum(getsizeof(getattr(receiver, name)) for name in Receiver.__slots__)
 
 
 @pytest.mark.parametrize("opcode", [Opcode.TEXT, Opcode.BINARY])
@@ -374,6 +374,13 @@ def test_unasked_pongs_take_no_memory() -> None:
     before = size_of(receiver)
     receiver.receive_data(masked(PONG, bytes(125)) * 1000)
     assert size_of(receiver) < before + 200
+
+
+def test_pongs_are_kept_that_are_awaited() -> None:
+    receiver = Receiver(LIMIT)
+    receiver.awaited = {b"one": 1, b"two": 2}
+    receiver.receive_data(masked(PONG, b"two") + masked(PONG) + masked(PONG, b"three") + masked(PONG, b"one"))
+    assert receiver.pongs == [b"two", b"one"]
 
 
 # Properties

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from tricorn.chat.identity import Everybody, Identity, NotAdmitted, ThisMachine, handshake_token
 from tricorn.service.auth import MAX_TOKEN, Tokens, check_exposure, make_token, rehearse
 from tricorn.service.jwt_keys import Keys, parse, parse_for_signing
-from tricorn.settings import Secret, SettingError, Settings
+from tricorn.service.settings import Secret, ServiceSettings
+from tricorn.settings import SettingError
 
 SECRET = "a secret of thirty-two bytes or more"
 RSA = rsa.generate_private_key(65537, 2048)
@@ -44,7 +45,7 @@ def segment(value: object) -> str:
 
 
 async def admit(token: str | None, key: str = SECRET, **settings: Any) -> Identity:
-    return await Tokens(Keys(parse(key)), Settings(**settings)).admit(token, "203.0.113.9", {})
+    return await Tokens(Keys(parse(key)), ServiceSettings(**settings)).admit(token, "203.0.113.9", {})
 
 
 async def refused(token: str | None, key: str = SECRET, **settings: Any) -> tuple[int, str]:
@@ -73,18 +74,18 @@ async def test_each_kind_of_key(private: Any, algorithm: str) -> None:
     token = jwt.encode(claims(), private, algorithm=algorithm)
     for key in (pem(private.public_key()), pem(private), f"\n{pem(private)}\n"):
         assert (await admit(token, key)).user == "ada"
-    made = make_token(parse_for_signing(pem(private)), "bob", time(), 60, Settings())
+    made = make_token(parse_for_signing(pem(private)), "bob", time(), 60, ServiceSettings())
     assert (await admit(made, pem(private.public_key()))).user == "bob"
 
 
 async def test_a_secret() -> None:
     token = jwt.encode(claims(exp=2**40, conversations=["team-*", "all"]), SECRET)
-    assert await admit(token) == Identity("ada", 2**40, ("team-*", "all"))
-    assert await admit(token, f"{SECRET}\n") == Identity("ada", 2**40, ("team-*", "all"))
+    assert await admit(token, jwt_leeway=7.0) == Identity("ada", 2**40, ("team-*", "all"), leeway=7.0)
+    assert await admit(token, f"{SECRET}\n", jwt_leeway=0.0) == Identity("ada", 2**40, ("team-*", "all"))
 
 
 async def test_for_whom_and_by_whom() -> None:
-    settings = Settings(jwt_audience="chat", jwt_issuer="https://issuer.example")
+    settings = ServiceSettings(jwt_audience="chat", jwt_issuer="https://issuer.example")
     token = make_token(parse_for_signing(SECRET), "ada", time(), 60, settings, ("team-*",))
     both = {"jwt_audience": "chat", "jwt_issuer": "https://issuer.example"}
     assert (await admit(token, **both)).shared == ("team-*",)
@@ -290,17 +291,17 @@ async def test_other_machines_and_names_that_lead_here(peer: str, host: str) -> 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.2", "chat.example", "127.0.0.1.example"])
 def test_nobody_is_let_in_by_accident(host: str) -> None:
     with pytest.raises(SettingError) as raised:
-        check_exposure(Settings(host=host))
+        check_exposure(ServiceSettings(host=host))
     for way_out in ("TRICORN_JWT_KEY", "127.0.0.1", "--auth none"):
         assert way_out in str(raised.value)
-    check_exposure(Settings(host=host, auth="none"))
-    check_exposure(Settings(host=host, jwt_key=Secret(SECRET)))
+    check_exposure(ServiceSettings(host=host, auth="none"))
+    check_exposure(ServiceSettings(host=host, jwt_key=Secret(SECRET)))
 
 
 def test_cloud_run_is_no_exception() -> None:
     with pytest.raises(SettingError):
-        check_exposure(Settings.from_environ({"K_SERVICE": "chat", "PORT": "8080"}))
-    check_exposure(Settings.from_environ({"K_SERVICE": "chat", "PORT": "8080", "TRICORN_AUTH": "none"}))
+        check_exposure(ServiceSettings.from_environ({"K_SERVICE": "chat", "PORT": "8080"}))
+    check_exposure(ServiceSettings.from_environ({"K_SERVICE": "chat", "PORT": "8080", "TRICORN_AUTH": "none"}))
 
 
 # Where a token is

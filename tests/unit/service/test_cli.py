@@ -14,7 +14,8 @@ from trio.testing import MockClock
 from tricorn.chat.agents.demo import demo
 from tricorn.chat.client.screen import one_line
 from tricorn.chat.client.terminal import chat, websocket_url
-from tricorn.service.cli import load_agent, main
+from tricorn.service.cli import main
+from tricorn.service.loader import load_agent
 from tricorn.settings import SettingError
 
 AGENTS = """

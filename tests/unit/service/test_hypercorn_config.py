@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from tricorn.service.hypercorn_config import HTTP, INSTEAD, TLS, Config, load_config
+from tricorn.service.hypercorn_config import HTTP, INSTEAD, TLS, Config, load_config, workers_of
 from tricorn.settings import SettingError
 
 
@@ -84,3 +84,28 @@ def test_what_cannot_be_read(name: str, problem: str) -> None:
     with pytest.raises(SettingError) as caught:
         load_config(name)
     assert str(caught.value) == f"--config {name}: cannot be read: {problem}"
+
+
+@pytest.mark.parametrize(
+    ("command", "workers"),
+    [
+        ("/venv/bin/hypercorn -k trio tricorn.asgi:app", 1),
+        ("/venv/bin/hypercorn -k trio -w 2 tricorn.asgi:app", 2),
+        ("/venv/bin/hypercorn --workers=3 tricorn.asgi:app -b 127.0.0.1:0", 3),
+        ("/lib/hypercorn/__main__.py -w4 --keep-alive 5 tricorn.asgi:app", 4),
+        ("hypercorn -c five.toml tricorn.asgi:app", 5),
+        ("hypercorn --config file:six.py tricorn.asgi:app", 6),
+        ("hypercorn -w 1 -c five.toml tricorn.asgi:app", 1),
+        ("hypercorn -c none_said.toml tricorn.asgi:app", 1),
+        ("my_server.py -w 2", None),
+        ("-c", None),
+    ],
+)
+def test_how_many_workers_hypercorn_was_told_to_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, workers: int | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, "workers = 5\nbind = ':80'", "five.toml")
+    written(tmp_path, "workers = 6", "six.py")
+    written(tmp_path, "keep_alive_timeout = 7", "none_said.toml")
+    assert workers_of(command.split()) == workers

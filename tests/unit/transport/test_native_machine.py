@@ -13,8 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from websockets.extensions.permessage_deflate import PerMessageDeflate
 from websockets.frames import Frame, Opcode
 
-from tricorn import Disconnected, Settings, WebSocket
-from tricorn.connection import Message
+from tricorn import Accept, Disconnected, Message, Request, Settings, WebSocket
+from tricorn.listening.site import Site
 from tricorn.protocol.close import NO_STATUS, Close
 from tricorn.protocol.deflate import Agreement
 from tricorn.transport.native import NativeTransport
@@ -118,17 +118,10 @@ class Peer(RuleBasedStateMachine):
             readiness = PerSocket()
             async with trio.open_nursery() as nursery:
                 await nursery.start(readiness.run)
-                transport = NativeTransport(ours, b"", readiness, SETTINGS, agreement)
-                ws = WebSocket(
-                    transport,
-                    peer=("127.0.0.1", 1),
-                    path="/",
-                    query="",
-                    headers={},
-                    subprotocol=None,
-                    close_timeout=SETTINGS.close_timeout,
-                )
-                nursery.start_soon(ws.run, handler)
+                site = Site(handler, SETTINGS)
+                transport = NativeTransport(ours, b"", readiness, SETTINGS, site.metrics, agreement)
+                connection, ws = site.connect(transport, Request("GET", "/", "", "1.1", {}), Accept())
+                nursery.start_soon(connection.run, handler, ws)
                 for data in self.actions:
                     if data:
                         await peer.send_all(data)

@@ -20,9 +20,9 @@ from trio_websocket import (
 )
 
 from tricorn.chat.backoff import Backoff
-from tricorn.chat.protocol import SUBPROTOCOL, AnyEvent, Closing, Opened, Reply, Request, Welcome
+from tricorn.chat.close_codes import DO_NOT_COME_BACK
+from tricorn.chat.protocol import SUBPROTOCOL, AnyEvent, ClientRequest, Closing, Opened, Reply, Welcome
 from tricorn.errors.reason import innermost, reason
-from tricorn.protocol.close import DO_NOT_COME_BACK
 
 CONNECT_TIMEOUT = 10.0  # seconds; for the handshake, and for the first message after it
 DISCONNECT_TIMEOUT = 2.0  # seconds
@@ -87,7 +87,7 @@ class ReconnectingClient:
         self.left = True
         self._scope.cancel()
 
-    async def send(self, request: Request) -> None:
+    async def send(self, request: ClientRequest) -> None:
         """Send a request, unless there is no connection or it is being lost. If cancelled, the connection is lost."""
         await trio.lowlevel.checkpoint()
         if self._ws is not None:

@@ -19,8 +19,8 @@ from tricorn.chat.protocol import (
     AgentStarted,
     AnyEvent,
     Cancel,
+    ConversationEvent,
     Error,
-    Event,
     Open,
     Opened,
     Outcome,
@@ -207,7 +207,7 @@ class TerminalChat:
                     self._turn.logged = True
             case Error():
                 self._take_refusal(message)
-            case Event():
+            case ConversationEvent():
                 if message.seq > self._seq:  # else another connection brought it already
                     self._hear(message, text)
 

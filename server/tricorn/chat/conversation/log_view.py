@@ -1,31 +1,30 @@
-"""A conversation's log as one instance has it: followed, its tail in memory, and what it comes to."""
+"""A conversation's log as one instance follows it: without gaps, its tail in memory, and what it adds up to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from time import perf_counter
-from typing import cast, get_args
+from typing import Concatenate, ParamSpec, TypeVar, cast
 
 from trio import Lock, TooSlowError, WouldBlock, fail_after
 from trio.lowlevel import checkpoint_if_cancelled
 
 from tricorn.chat.conversation.state import ConversationState
-from tricorn.chat.logs.base import Append, Entry, ImmediateLog, Lease, Log, LogState, PastLost, Unavailable
-from tricorn.chat.protocol import AnyEvent
-from tricorn.metrics import APPEND_SECONDS, APPENDED
+from tricorn.chat.logs.base import Append, Entry, ImmediateLog, Log, LogState, PastLost, Unavailable
+from tricorn.chat.metrics import EVENT_TYPES, ChatMetrics
+from tricorn.waiter import Waiter
 
-# Entries kept in memory, up to twice as many: who is not further behind is served without asking the log.
-TAIL = 128
-# Entries that are asked for at a time when others wrote.
-CHUNK = 256
+TAIL = 128  # entries kept in memory, up to twice as many: readers who lag by less are served without asking the log
+CHUNK = 256  # entries that others wrote are read so many at a time
 
-_TYPES = {kind: str(kind.__struct_config__.tag) for kind in get_args(AnyEvent)}
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @contextmanager
 def patience(seconds: float) -> Iterator[None]:
-    """Give what the block asks of a log so many seconds. Raises Unavailable where that is not enough."""
+    """Give the log this long for what the block asks of it. Raises Unavailable if that is not enough."""
     try:
         with fail_after(seconds):
             yield
@@ -34,148 +33,159 @@ def patience(seconds: float) -> Iterator[None]:
 
 
 class LogView:
-    """The entries of a conversation, own and foreign, in one order without a hole. `seconds` is what a call may take.
+    """The entries of a conversation, this instance's and others', in order and without gaps.
 
-    `changed` is called after entries were added, once for all that came at a time, and where a doubt came up.
+    `first`, `head` and `state` are known after `open`. Every method that asks the log gives it `seconds`, and raises
+    Unavailable if it does not answer, PastLost if it has lost entries.
 
-    `heard` is the head as others told it, which may be old news.
-    `epoch`, `first`, `head` and `progress` are known after `open`. Everything raises Unavailable where the log does not
-    answer, and PastLost where it has lost entries.
+    Attributes:
+        key: what the log knows the conversation as: `user/id`.
+        id: its user's name for it.
+        epoch: the log's; empty before `open`.
+        state: what the entries add up to.
+        heard: the head that others told last, which may be old news.
+        lost: the log has lost entries, so that no reader can go on.
+        behind: there is, or may be, something to catch up with.
+        news: woken when `behind` becomes true.
     """
 
-    def __init__(self, key: str, log: Log, seconds: float, changed: Callable[[], None]) -> None:
+    def __init__(self, key: str, log: Log, seconds: float, metrics: ChatMetrics) -> None:
         self.key = key
         self.id = key.rpartition("/")[2]
         self.epoch = ""
         self.first = 1
-        self.head = 0
-        self.progress = ConversationState(LogState("", 1, 0, 0))
-        self.doubted = False
+        self.state = ConversationState(LogState("", 1, 0, 0))
+        self.heard = 0
+        self.lost = False
+        self.behind = True
+        self.news = Waiter()
+        self._doubted = False  # the log may have more, or less, than is known here
         self._log = log
         self._immediate = cast("ImmediateLog", log) if log.immediate else None
         self._seconds = seconds
-        self._changed = changed
-        self.heard = 0
-        self._lock = Lock()  # one at a time adds entries
+        self._metrics = metrics
+        self._lock = Lock()  # one task at a time adds entries
         self._tail: list[Entry] = []
+        self._resting: set[Waiter] = set()
 
     @property
-    def is_behind(self) -> bool:
-        """There is something to catch up with."""
-        return self.doubted or self.heard > self.head
+    def head(self) -> int:
+        """The seq of the last entry that is known here."""
+        return self.state.seq
+
+    async def ask(self, question: Callable[Concatenate[str, P], Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Ask the log something about this conversation: one of its methods, and what that takes."""
+        with patience(self._seconds):
+            return await question(self.key, *args, **kwargs)
+
+    # Following
 
     async def open(self) -> None:
-        """Learn where the conversation stands, once. A checkpoint then; if cancelled or failed, it can be tried again.
+        """Learn where the conversation stands, once. If cancelled or failed, it can be tried again.
 
-        Where that is known already, it only checks for cancellation.
+        A checkpoint. If that is known already, it only checks for cancellation.
         """
         if self.epoch:
             await checkpoint_if_cancelled()
-            return
-        async with self._lock:
-            if not self.epoch:
-                await self._look()
+        else:
+            await self.catch_up()
 
     def hear(self, head: int) -> None:
-        """Others tell that the log goes up to `head`; `catch_up` reads it."""
+        """Take notice of what others say, that the log goes up to `head`; `catch_up` reads it."""
         if head < self.heard:  # it may have lost entries
-            self.doubted = True
+            self._doubted = True
         self.heard = max(head, self.heard)
-        self._changed()
+        if self._doubted or self.heard > self.head:
+            self.behind = True
+            self.news.wake()
 
     def doubt(self) -> None:
-        """The log may have more, or less, than is known here; `catch_up` makes it certain."""
-        self.doubted = True
-        self._changed()
+        """Have `catch_up` ask the log where it stands: it may have more, or less, than is known here."""
+        self._doubted = True
+        self.hear(self.heard)
 
     async def catch_up(self) -> None:
-        """Read what others wrote, if they did: a checkpoint then. If cancelled or failed, it can be tried again."""
-        if self.epoch and not self.is_behind:
+        """Read what others wrote, if anything. If cancelled or failed, it can be tried again.
+
+        A checkpoint. If there is nothing to catch up with, it only checks for cancellation.
+        """
+        if not self.behind:
             await checkpoint_if_cancelled()
             return
         async with self._lock:
-            if self.doubted or not self.epoch:
+            if self._doubted or not self.epoch:
                 await self._look()
             else:
                 await self._read_to(self.heard)
+            self.behind = self._doubted or self.heard > self.head
 
-    async def append(
-        self, event: AnyEvent, key: str | None = None, *, lease: Lease | None = None, answered: int | None = None
-    ) -> tuple[Entry, bool]:
-        """Put an event into the log, as `Log.append` does, and add its entry, with all that others wrote before it.
+    def lose(self) -> None:
+        """Tell the readers that the log has lost entries."""
+        self.lost = True
+        self._wake_readers()
 
-        A checkpoint before that, where there is something to wait for, and none after it. If this is cancelled or
-        raises, it may be in the log, or not.
+    # Writing
+
+    async def append(self, append: Append) -> tuple[Entry, bool]:
+        """Append to the log as `Log.append` does, and add the entry, after all that others wrote before it.
+
+        A checkpoint before that if there is something to wait for, and none after it. If this is cancelled or raises,
+        the event may be in the log or not.
         """
         with suppress(WouldBlock):
-            appended = self.append_nowait(event, key, lease=lease, answered=answered)
-            if self.is_behind:
+            appended = self.append_nowait(append)
+            if self.behind:
                 await self.catch_up()
             return appended
         async with self._lock:
-            sure = False
             try:
                 began = perf_counter()
-                with patience(self._seconds):
-                    append = Append(event, key, lease, answered)
-                    entry, repeated = await self._log.append(self.key, self.epoch, append)
+                entry, repeated = await self.ask(self._log.append, self.epoch, append)
                 if self._immediate is None:
-                    APPEND_SECONDS.observe(perf_counter() - began)
+                    self._metrics.append_seconds.observe(perf_counter() - began)
                 if not repeated:
-                    APPENDED.add(_TYPES[event.__class__])
+                    self._metrics.appended.add(EVENT_TYPES[append.event.__class__])
                 if entry.seq > self.head + 1:
                     await self._read_to(entry.seq - 1)
-                sure = True
-            finally:
-                if not sure:
-                    self.doubt()
+            except BaseException:
+                self.doubt()
+                raise
             if entry.seq > self.head:
                 self._add([entry])
             return entry, repeated
 
-    def append_nowait(
-        self, event: AnyEvent, key: str | None = None, *, lease: Lease | None = None, answered: int | None = None
-    ) -> tuple[Entry, bool]:
-        """Do what `append` does; raises WouldBlock, and does nothing, where there is something to wait for.
+    def append_nowait(self, append: Append) -> tuple[Entry, bool]:
+        """Do what `append` does; raises WouldBlock, and does nothing, if there is something to wait for.
 
-        Where others wrote before the event, that and the event itself are then to be caught up with.
+        If others wrote before the event, the view is behind afterwards: it lacks that and the event.
         """
-        if self._immediate is None or self.is_behind or self._lock.locked():
+        if self._immediate is None or self.behind or self._lock.locked():
             raise WouldBlock
         try:
-            append = Append(event, key, lease, answered)
             appended = entry, repeated = self._immediate.append_nowait(self.key, self.epoch, append)
         except BaseException:
             self.doubt()
             raise
         if not repeated:
-            APPENDED.add(_TYPES[event.__class__])
-        if entry.seq == self.head + 1:
+            self._metrics.appended.add(EVENT_TYPES[append.event.__class__])
+        if entry.seq == self.state.seq + 1:
             self._add([entry])
-        elif entry.seq > self.head:
+        elif entry.seq > self.state.seq:
             self.hear(entry.seq)
         return appended
 
-    async def find(self, key: str) -> Entry | None:
-        """The entry that was added with this key."""
-        with patience(self._seconds):
-            return await self._log.find(self.key, key)
-
-    def has_in_memory(self, after: int) -> bool:
-        """Whether reading on from there needs no log."""
-        return after >= (self._tail[0].seq - 1 if self._tail else self.head)
+    # Reading
 
     async def read(self, after: int, limit: int) -> list[Entry]:
-        """Return at most `limit` entries that follow seq `after`. No checkpoint where they are still in memory.
+        """Return at most `limit` entries that follow seq `after`. No checkpoint if they are still in memory.
 
-        It is empty also where retention has taken them all.
+        The list is empty also if retention has taken them all.
         """
         if self._tail and after + 1 >= self._tail[0].seq:
             start = after + 1 - self._tail[0].seq
             return self._tail[start : start + limit]
         try:
-            with patience(self._seconds):
-                entries = await self._log.read(self.key, after, limit)
+            entries = await self.ask(self._log.read, after, limit)
         except Unavailable:
             self.doubt()
             raise
@@ -186,18 +196,26 @@ class LogView:
             self.doubt()
         return entries
 
+    def rest(self, reader: Waiter) -> None:
+        """Wake a reader, who has read everything, at the next entry or when the log is lost; once."""
+        self._resting.add(reader)
+
+    def leave(self, reader: Waiter) -> None:
+        """Do not wake a reader."""
+        self._resting.discard(reader)
+
+    # Inside
+
     async def _state(self) -> LogState:
-        with patience(self._seconds):
-            state = await self._log.open(self.key)
+        state = await self.ask(self._log.open)
         if self.epoch and state.epoch != self.epoch:
             raise PastLost
         self.first = state.first
         return state
 
     async def _look(self) -> None:
-        """Make certain what there is."""
-        self.heard, self.doubted = 0, False  # what comes from now on is news
-        sure = False
+        """Ask the log where it stands, and read up to there."""
+        self.heard, self._doubted = 0, False  # what is told from now on is news
         try:
             state = await self._state()
             if not self.epoch:
@@ -205,16 +223,14 @@ class LogView:
             self.heard = max(self.heard, state.head)
             await self._read_to(state.head)
             self.epoch = state.epoch
-            sure = True
-        finally:
-            if not sure:
-                self.doubted = True
+        except BaseException:
+            self.doubt()
+            raise
 
     async def _read_to(self, head: int) -> None:
         """Add what is in the log up to `head`, which others wrote."""
         while self.head < head:
-            with patience(self._seconds):
-                entries = await self._log.read(self.key, self.head, min(CHUNK, head - self.head))
+            entries = await self.ask(self._log.read, self.head, min(CHUNK, head - self.head))
             if entries and entries[0].seq == self.head + 1:
                 self._add(entries)
                 continue
@@ -222,12 +238,11 @@ class LogView:
             head = min(head, state.head)
             if state.first > self.head + 1:  # retention has taken what nothing depends on any more
                 self._go_on_from(state)
-            elif head > self.head:  # it says that there is more, and has it not
+            elif head > self.head:  # it says that there is more, but does not have it
                 raise PastLost
 
     def _go_on_from(self, state: LogState) -> None:
-        self.progress = ConversationState(state, self.progress.turns + 1)
-        self.head = self.progress.seq
+        self.state = ConversationState(state, self.state.turns + 1)
         self._tail.clear()
 
     def _add(self, entries: list[Entry]) -> None:
@@ -235,6 +250,11 @@ class LogView:
         if len(self._tail) > 2 * TAIL:
             del self._tail[:-TAIL]
         for entry in entries:
-            self.progress.fold(entry)
-        self.head = self.progress.seq
-        self._changed()
+            self.state.fold(entry)
+        if self._resting:
+            self._wake_readers()
+
+    def _wake_readers(self) -> None:
+        resting, self._resting = self._resting, set()
+        for reader in resting:
+            reader.wake()

@@ -1,169 +1,238 @@
-"""Who answers in a conversation: the instance that has its lease, and what it does with that."""
+"""Answering in a conversation: what the instance that has its lease does."""
 
 from __future__ import annotations
 
+from math import inf
 from time import time
 from typing import Any
 
-from trio import WouldBlock
+from trio import WouldBlock, current_time
 from trio.lowlevel import checkpoint
 
-from tricorn.chat.conversation.log_view import LogView, patience
-from tricorn.chat.conversation.state import Asked, OpenRun, completed_key
-from tricorn.chat.logs.base import Lease, LeaseLost, Log, PastLost, Unavailable
-from tricorn.chat.protocol import AgentCompleted, AnyEvent, ToolCompleted
-from tricorn.chat.run import TOOL_ENDED, Agent, Run, perform
+from tricorn.chat.conversation.log_view import LogView
+from tricorn.chat.conversation.state import OpenRun
+from tricorn.chat.execution import Cause, Execution, completed_key
+from tricorn.chat.logs.base import Append, Lease, LeaseLost, Log, PastLost, Unavailable
+from tricorn.chat.metrics import ChatMetrics
+from tricorn.chat.protocol import AgentCompleted, ToolCompleted, UserMessage
+from tricorn.chat.quota import Quota
+from tricorn.chat.run import Agent, Run
+from tricorn.chat.settings import ChatSettings
+from tricorn.chat.tools import TOOL_ENDED
 from tricorn.errors.report import report, report_error
-from tricorn.metrics import RUNS
-from tricorn.settings import Settings
+from tricorn.waiter import Waiter
 
 
 class Responder:
     """Answers the posts of a conversation under its lease, one after the other.
 
     Attributes:
-        run: the one that goes on here.
-        may_hold: whether the lease may be this instance's. Without an answer of the log that is not known.
+        may_hold: whether the lease may be this instance's. Until the log answers, that is not known.
+        asked_at: when the last post was found in the log, in Trio's time.
     """
 
-    def __init__(self, transcript: LogView, agent: Agent, log: Log, settings: Settings) -> None:
-        self.run: Run | None = None
+    def __init__(self, view: LogView, agent: Agent, log: Log, settings: ChatSettings, metrics: ChatMetrics) -> None:
         self.may_hold = False
-        self._transcript = transcript
+        self.asked_at = -inf
+        self._view = view
         self._agent = agent
         self._log = log
         self._settings = settings
+        self._metrics = metrics
         self._lease: Lease | None = None
-        self._begun = False  # the run that goes on here is in the log
-        self._lost: LeaseLost | PastLost | None = None  # what ended the run
-        self._answered = 0  # the last post that was, when entries were last added
-        self._given_up = 0  # posts up to here get no answer any more
-
-    @property
-    def due(self) -> bool:
-        """Whether a post is to be answered, or a run of an instance that has died to be ended."""
-        progress = self._transcript.progress
-        return bool(progress.posts) or progress.run is not None
+        self._execution: Execution | None = None  # of the run that is in progress here
+        self._begun = False  # it is in the log
+        self._lost: LeaseLost | PastLost | None = None  # what ended it
+        self._nudged = False
+        self._idle = False  # `answer` waits
+        self._work = Waiter()  # where `answer` waits
+        self._done = Waiter()  # woken when `answer` is about to wait
+        self._owners: dict[int, Quota] = {}  # of posts that count as runs, by seq
+        self._given_up = 0  # posts up to this seq get no answer any more
+        # As of the last `update`.
+        self._turns = 0
+        self._asked = 0  # the seq of the last post
+        self._answered = 0
+        self._waiting = 0
 
     async def answer(self) -> None:
-        """Answer until nothing is due, if the lease is to be had.
+        """Answer until nothing is due, if the lease can be had; then wait until there may be more. To be called again.
 
-        If this is cancelled, the run that goes on ends as interrupted. Raises PastLost, and Unavailable also where that
+        If this is cancelled, the run in progress ends as interrupted. Raises PastLost, and Unavailable also if the log
         kept a run from its end: the next call gives it one.
         """
-        if self._lease is None:
-            await self._claim()
-            if self._lease is None:
-                return
-        transcript = self._transcript
+        self._nudged = False
         try:
-            while True:
-                await transcript.catch_up()  # to all that was written under earlier leases
-                if transcript.progress.run is not None:
-                    await self._interrupt(transcript.progress.run)
-                elif transcript.progress.posts:
-                    await self._perform(transcript.progress.posts[0])
+            while await self._is_due():
+                if self._lease is None:
+                    await self._claim()
+                    if self._lease is None:
+                        break
+                elif self._view.state.run is not None:
+                    await self._end_orphan(self._view.state.run)
                 else:
-                    return
+                    await self._perform(self._view.state.posts[0])
         except LeaseLost:
             self._lease, self.may_hold = None, False
-            report("WARNING", "another instance answers in this conversation now", conversation=transcript.key)
+            report("WARNING", "another instance has taken over a conversation", conversation=self._view.key)
+        self._idle = True
+        self._done.wake()
+        while not self._nudged:
+            await self._work.wait()
+        self._idle = False
 
-    def follow(self) -> None:
-        """Entries were added: a run that another instance has ended is over here too."""
-        run, progress = self.run, self._transcript.progress
-        before, self._answered = self._answered, progress.answered
-        if run is None:
-            if self._lease is not None and progress.answered != before:  # by whom, where the lease is here?
-                self._transcript.doubt()
-        elif self._begun and not run.over and (progress.run is None or progress.run.id != run.id):
-            self._abandon(LeaseLost())
+    def nudge(self) -> None:
+        """See whether there is something to answer, and nobody else who does."""
+        self._nudged = True
+        self._work.wake()
 
-    def give_up(self) -> None:
-        """Have the run that goes on, and those of the posts that wait, end as cancelled."""
-        self._given_up = self._transcript.head
-        if self.run is not None:
-            self.run.cancel()
+    def update(self) -> None:
+        """Act on what the log says now. To be called after whatever may have added entries to the view."""
+        state = self._view.state
+        if state.turns == self._turns:  # at most some more of an answer
+            return
+        self._turns = state.turns
+        self._follow()
+        self._count(state.answered)
+        if state.posts and state.posts[-1].seq > self._asked:
+            self._asked = state.posts[-1].seq
+            self.asked_at = current_time()
+        if self._idle and self.may_hold and state.due:
+            self.nudge()
+
+    def charge(self, seq: int, owner: Quota) -> None:
+        """Have a post count as one of its owner's runs until it is answered, if it is not yet."""
+        if seq > self._view.state.answered:
+            owner.runs += 1
+            self._owners[seq] = owner
+
+    def cancel(self, run: str = "", cause: Cause = "cancelled") -> bool:
+        """End the run in progress here, if there is one and it is the one of this id, or none is given."""
+        if self._execution is None or run not in ("", self._execution.id):
+            return False
+        self._execution.cancel(cause)
+        return True
+
+    async def give_up(self) -> None:
+        """Have the run in progress, and those of the posts that wait, end as cancelled. Returns when they have."""
+        self._given_up = self._view.head
+        self.cancel()
+        while self._nudged or not self._idle:
+            await self._done.wait()
 
     async def let_go(self, *, unanswered: bool = False) -> bool:
-        """Give the lease back, if it is here; False where a post is not answered, unless that is left to others."""
+        """Give the lease back, if it is here; False if a post is not answered, unless that is left to others."""
         if self.may_hold and self._lease is None:
             await self._claim()
         if self._lease is None:
             return True
-        with patience(self._settings.log_timeout):
-            released = await self._log.release(self._transcript.key, self._lease, unanswered=unanswered)
+        released = await self._view.ask(self._log.release, self._lease, unanswered=unanswered)
         if released:
             self._lease, self.may_hold = None, False
         return released
 
-    def _begin(self) -> None:
-        """The run that goes on is in the log."""
-        self._begun = True
-        self.follow()
+    def close(self) -> None:
+        """Count nothing any more: the conversation is over."""
+        self.may_hold = False
+        self._count(inf)
 
-    def _abandon(self, why: LeaseLost | PastLost) -> None:
-        self._lost = self._lost or why
-        if self.run is not None:
-            self.run.abandon()
+    # For the run in progress
 
-    async def _claim(self) -> None:
-        self.may_hold = True
-        with patience(self._settings.log_timeout):
-            self._lease = await self._log.claim(self._transcript.key)
-        self.may_hold = self._lease is not None
-        self._transcript.doubt()
-
-    async def _interrupt(self, run: OpenRun) -> None:
-        """Say for the instance that began a run, and can no more, that it is over."""
-        transcript, now = self._transcript, time()
-        about: dict[str, Any] = {"conversation": transcript.id, "seq": 0, "at": 0.0, "run": run.id}
-        for call in list(run.calls.values()):
-            error, seconds = TOOL_ENDED["interrupted"], max(0.0, now - call.at)
-            completed = ToolCompleted(**about, call=call.id, tool=call.tool, seconds=seconds, error=error)
-            await transcript.append(completed, completed_key(call.id), lease=self._lease)
-        end = AgentCompleted(**about, outcome="interrupted", seconds=max(0.0, now - run.at))
-        await transcript.append(end, completed_key(run.id), lease=self._lease, answered=run.post)
-        report("WARNING", "ended a run that nobody went on with", conversation=transcript.key, run=run.id)
-
-    async def _perform(self, asked: Asked) -> None:
-        settings, transcript = self._settings, self._transcript
-        run = Run(transcript.id, asked, settings.run_timeout, self, settings.event_bytes)
-        if asked.seq <= self._given_up:
-            run.cancel()
-        self.run, self._begun, self._lost = run, False, None
-        RUNS.add()
+    async def append(self, append: Append) -> None:
+        """Append for the run in progress. If another instance has taken over, this ends the run."""
         try:
-            await perform(run, self._agent)
-        except Exception as error:  # a bug of ours: it ends this run and nothing else
-            report_error(error, conversation=transcript.key, run=run.id)
-        finally:
-            self.run = None
-            RUNS.add(amount=-1)
-        if self._lost is not None:
-            raise self._lost
-        await transcript.catch_up()
-        if transcript.progress.answered < asked.seq:
-            self._lease = None  # with the next one, the log tells how far this came
-            raise Unavailable(f"run {run.id} has no end in the log yet")
-
-    async def append(self, event: AnyEvent, key: str | None = None, answered: int | None = None) -> None:
-        """Append for the run that goes on. Where another instance is to answer, this ends the run."""
-        try:
-            await self._transcript.append(event, key, lease=self._lease, answered=answered)
+            await self._view.append(append)
         except (LeaseLost, PastLost) as error:
             self._abandon(error)
         else:
-            if not self._begun:
-                self._begin()
+            self._appended()
         if self._lost is not None:
-            await checkpoint()  # cancelled now, but not where the last words are said
+            await checkpoint()  # the run is cancelled, but not where the last words are said
 
-    def append_nowait(self, event: AnyEvent, key: str | None = None, answered: int | None = None) -> None:
-        """Do what `append` does. Raises WouldBlock where that would wait, or end the run."""
+    def append_nowait(self, append: Append) -> None:
+        """Do what `append` does. Raises WouldBlock if that would wait, or end the run."""
         try:
-            self._transcript.append_nowait(event, key, lease=self._lease, answered=answered)
+            self._view.append_nowait(append)
         except (LeaseLost, PastLost):
             raise WouldBlock from None
+        if self._view.state.turns != self._turns or not self._begun:  # and not just some more of an answer
+            self._appended()
+
+    def _appended(self) -> None:
         if not self._begun:
-            self._begin()
+            self._begun = True
+            self._follow()
+        self.update()
+
+    # Inside
+
+    async def _is_due(self) -> bool:
+        """Catch up, and return whether there is something to answer."""
+        if self._view.behind:
+            await self._view.catch_up()  # with a new lease: with all that was written under earlier ones
+        self.update()
+        return self._view.state.due
+
+    async def _claim(self) -> None:
+        self.may_hold = True
+        self._lease = await self._view.ask(self._log.claim)
+        self.may_hold = self._lease is not None
+        self._view.doubt()
+
+    async def _end_orphan(self, run: OpenRun) -> None:
+        """Append the end of a run, and of its tools, for the instance that started it and cannot any more."""
+        view, now = self._view, time()
+        about: dict[str, Any] = {"conversation": view.id, "seq": 0, "at": 0.0, "run": run.id}
+        for call in list(run.calls.values()):
+            error, seconds = TOOL_ENDED["interrupted"], max(0.0, now - call.at)
+            completed = ToolCompleted(**about, call=call.id, tool=call.tool, seconds=seconds, error=error)
+            await view.append(Append(completed, completed_key(call.id), self._lease))
+        end = AgentCompleted(**about, outcome="interrupted", seconds=max(0.0, now - run.at))
+        await view.append(Append(end, completed_key(run.id), self._lease, run.post))
+        self.update()
+        report("WARNING", "interrupted an orphaned run", conversation=view.key, run=run.id)
+
+    async def _perform(self, post: UserMessage) -> None:
+        execution = Execution(post, self._lease, self, self._settings, self._metrics)
+        if post.seq <= self._given_up:
+            execution.cancel()
+        self._execution, self._begun, self._lost = execution, False, None
+        self._metrics.runs.add()
+        try:
+            await execution.perform(self._agent, Run(execution))
+        except Exception as error:  # a bug of ours: it ends this run and nothing else
+            report_error(error, conversation=self._view.key, run=execution.id)
+        finally:
+            self._execution = None
+            self._metrics.runs.add(amount=-1)
+        if self._lost is not None:
+            raise self._lost
+        if self._view.state.answered < post.seq:
+            await self._is_due()
+        if self._view.state.answered < post.seq:
+            self._lease = None  # with the next one, the log tells how far this came
+            raise Unavailable(f"run {execution.id} has no end in the log yet")
+
+    def _follow(self) -> None:
+        """A run that another instance has ended is over here too."""
+        execution, state = self._execution, self._view.state
+        before, self._answered = self._answered, state.answered
+        if execution is None:
+            if self._lease is not None and state.answered != before:  # by whom, if the lease is here?
+                self._view.doubt()
+        elif self._begun and not execution.over and (state.run is None or state.run.id != execution.id):
+            self._abandon(LeaseLost())
+
+    def _abandon(self, why: LeaseLost | PastLost) -> None:
+        self._lost = self._lost or why
+        if self._execution is not None:
+            self._execution.abandon()
+
+    def _count(self, answered: float) -> None:
+        """Have posts up to this seq no longer count as runs, and count how many wait for the agent here."""
+        for seq in [seq for seq in self._owners if seq <= answered]:
+            self._owners.pop(seq).runs -= 1
+        waiting = self._view.state.waiting if self.may_hold else 0
+        if waiting != self._waiting:
+            self._metrics.waiting.add(amount=waiting - self._waiting)
+            self._waiting = waiting

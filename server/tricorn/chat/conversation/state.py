@@ -1,7 +1,7 @@
-"""What a conversation's log says about its posts and runs: which are not answered, and which goes on. Sans-I/O.
+"""What the entries of a log add up to: which posts are not answered, and which run is in progress. Sans-I/O.
 
-Every instance folds the same entries and so comes to the same view: what waits, what can be cancelled, and where
-another instance has to go on.
+Every instance folds the same entries and so arrives at the same state: what waits, what can be cancelled, and where
+another instance has to take over.
 """
 
 from __future__ import annotations
@@ -14,15 +14,7 @@ from msgspec import Struct
 from msgspec.json import Decoder
 
 from tricorn.chat.logs.base import Entry, LogState
-
-
-class Asked(NamedTuple):
-    """A post and its seq in the log."""
-
-    seq: int
-    id: str
-    user: str
-    text: str
+from tricorn.chat.protocol import UserMessage
 
 
 class OpenCall(NamedTuple):
@@ -44,19 +36,19 @@ class OpenRun:
 
 
 class ConversationState:
-    """What the entries up to and with `seq` come to.
+    """What the entries up to and including `seq` add up to.
 
     Attributes:
-        posts: those that are not answered, in order. That of the run that goes on is the first.
-        run: the one that goes on.
+        posts: those that are not answered, in order. The first is that of the run in progress.
+        run: the one in progress.
         answered: the seq of the last post that is answered.
-        turns: how often one of these changed, counted on from what it is made with.
+        turns: how often one of these has changed, counted on from the number given.
     """
 
     def __init__(self, state: LogState, turns: int = 0) -> None:
         self.seq = max(state.answered, state.first - 1)  # nothing before that matters
         self.answered = state.answered
-        self.posts: deque[Asked] = deque()
+        self.posts: deque[UserMessage] = deque()
         self.run: OpenRun | None = None
         self.turns = turns
 
@@ -65,15 +57,20 @@ class ConversationState:
         """How many posts wait for their run to start."""
         return len(self.posts) - (self.run is not None)
 
+    @property
+    def due(self) -> bool:
+        """Whether a post needs an answer, or a run of an instance that has died needs an end."""
+        return bool(self.posts) or self.run is not None
+
     def fold(self, entry: Entry) -> None:
-        """Take in the entry that comes next."""
+        """Take in the next entry."""
         self.seq = entry.seq
         if entry.json.startswith(_SPOKEN):
             return
         event = _decode(entry.json)
         run = self.run if self.run is not None and self.run.id == event.run else None
         if event.type == "user_message":
-            self.posts.append(Asked(entry.seq, event.id, event.user, event.text))
+            self.posts.append(_decode_post(entry.json))
             self.turns += 1
         elif event.type == "agent_started" and event.post_seq > self.answered:
             self.run = OpenRun(event.run, event.post_seq, event.at)
@@ -89,29 +86,17 @@ class ConversationState:
                 self.posts.popleft()
 
 
-def started_key(post: int) -> str:
-    """The key of the start of the run that answers the post with this seq: whoever starts it, it starts once."""
-    return f"run:{post}"
-
-
-def completed_key(id: str) -> str:
-    """The key of the end of a run or of a call: whoever ends it, it ends once."""
-    return f"{id}:completed"
-
-
 class _Event(Struct):
-    """What of any event matters here."""
+    """What matters here of any event, also of one that this version does not know."""
 
     type: str
     at: float
     run: str = ""
-    id: str = ""
-    user: str = ""
-    text: str = ""
     post_seq: int = 0
     call: str = ""
     tool: str = ""
 
 
 _decode = Decoder(_Event).decode
-_SPOKEN = (b'{"type":"agent_message"', b'{"type":"agent_thinking"')  # most of what there is, and it changes nothing
+_decode_post = Decoder(UserMessage).decode
+_SPOKEN = (b'{"type":"agent_message"', b'{"type":"agent_thinking"')  # most events, and they change nothing here

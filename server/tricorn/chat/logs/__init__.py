@@ -5,7 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 
 from tricorn.chat.logs.base import Log
-from tricorn.settings import SettingError, Settings
+from tricorn.chat.settings import ChatSettings
+from tricorn.settings import SettingError
 
 ENGINES = {
     "memory": "memory",
@@ -18,7 +19,7 @@ ENGINES = {
 }
 
 
-def connect(url: str, settings: Settings) -> Log:
+def connect(url: str, settings: ChatSettings) -> Log:
     """Make the log that this URL names; enter it to open it. For start-up: this imports the engine.
 
     Raises SettingError if there is no such log, or if a package that it needs is not installed. No message contains the

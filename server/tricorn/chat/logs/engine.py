@@ -11,8 +11,8 @@ from trio import CancelScope, Nursery, move_on_after, open_nursery, sleep
 
 from tricorn.chat.backoff import Backoff
 from tricorn.chat.logs.base import Retention, Unavailable
+from tricorn.chat.settings import ChatSettings
 from tricorn.errors.report import report_error
-from tricorn.settings import Settings
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0  # seconds between two attempts to reach the store
 FAREWELL = 1.0  # seconds to let go of everything at the end
@@ -22,7 +22,7 @@ SWEEP_PERIOD = 600.0  # seconds between two searches for entries that retention 
 class Engine:
     """A log whose tasks run while its block does, and longer than the scopes around the block: last words come late."""
 
-    def __init__(self, where: str, settings: Settings) -> None:
+    def __init__(self, where: str, settings: ChatSettings) -> None:
         """`where` tells operators which store this is."""
         self._where = where
         self._timeout = settings.log_timeout

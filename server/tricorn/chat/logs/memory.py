@@ -28,7 +28,8 @@ from tricorn.chat.logs.base import (
     Retention,
     stamp,
 )
-from tricorn.settings import SettingError, Settings
+from tricorn.chat.settings import ChatSettings
+from tricorn.settings import SettingError
 
 
 class MemoryLog:
@@ -151,7 +152,7 @@ class MemoryLog:
         self.store.watchers.pop(self, None)
 
 
-def connect(url: str, settings: Settings) -> MemoryLog:
+def connect(url: str, settings: ChatSettings) -> MemoryLog:
     """Make a log with a store of its own. Raises SettingError if the URL is not `memory:`."""
     if url != "memory:":
         raise SettingError("log: nothing may follow memory:")

@@ -37,8 +37,9 @@ from tricorn.chat.logs.calls import Call, CallQueue
 from tricorn.chat.logs.engine import SWEEP_PERIOD, Engine
 from tricorn.chat.logs.psycopg_trio import Row, TrioConnection, hosts
 from tricorn.chat.logs.watching import Watchers
+from tricorn.chat.settings import ChatSettings
 from tricorn.errors.reason import reason
-from tricorn.settings import SettingError, Settings
+from tricorn.settings import SettingError
 
 VERSION = 1
 _SCHEMA = files("tricorn.chat.logs").joinpath("postgres.sql").read_text()
@@ -84,7 +85,7 @@ class PostgresLog(Engine):
     shared = True
     immediate = False
 
-    def __init__(self, conninfo: str, where: str, settings: Settings) -> None:
+    def __init__(self, conninfo: str, where: str, settings: ChatSettings) -> None:
         super().__init__(f"PostgreSQL at {where}", settings)
         self._conninfo = conninfo
         self._ttl = settings.lease * 2 / 3
@@ -304,7 +305,7 @@ class PostgresLog(Engine):
             self._watchers.tell(conversation, head, cancelled)
 
 
-def connect(url: str, settings: Settings) -> PostgresLog:
+def connect(url: str, settings: ChatSettings) -> PostgresLog:
     """Make the log at `postgresql://[USER:PASSWORD@]HOST[:PORT]/DATABASE`, or another URL that libpq takes.
 
     Raises SettingError if it is no such URL.

@@ -37,8 +37,9 @@ from trio.lowlevel import checkpoint_if_cancelled
 from tricorn.chat.logs.base import Append, Entry, Lease, LeaseLost, LogState, OnChange, PastLost, draft
 from tricorn.chat.logs.engine import Engine
 from tricorn.chat.logs.watching import Watchers
+from tricorn.chat.settings import ChatSettings
 from tricorn.errors.reason import reason
-from tricorn.settings import SettingError, Settings
+from tricorn.settings import SettingError
 
 _SCRIPT = files("tricorn.chat.logs").joinpath("redis.lua").read_bytes()
 _SHA = sha1(_SCRIPT, usedforsecurity=False).hexdigest()
@@ -61,7 +62,7 @@ class RedisLog(Engine):
     shared = True
     immediate = False
 
-    def __init__(self, make: Callable[[], BaseConnection], where: str, settings: Settings, channels: str) -> None:
+    def __init__(self, make: Callable[[], BaseConnection], where: str, settings: ChatSettings, channels: str) -> None:
         super().__init__(f"Redis at {where}", settings)
         self._make = make
         self._ttl = settings.lease * 2 / 3
@@ -260,7 +261,7 @@ class RedisLog(Engine):
         self._watchers.tell(conversation, int(head), cancelled.decode())
 
 
-def connect(url: str, settings: Settings) -> RedisLog:
+def connect(url: str, settings: ChatSettings) -> RedisLog:
     """Make the log at `redis://[USER:PASSWORD@]HOST[:PORT][/DB]`, `rediss://…` (TLS) or `unix://[USER:PASSWORD@]/PATH[?db=DB]`.
 
     Raises SettingError if it is no such URL.

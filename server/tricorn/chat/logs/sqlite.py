@@ -19,7 +19,8 @@ from tricorn.chat.logs.base import Append, Entry, Lease, LeaseLost, LogState, On
 from tricorn.chat.logs.calls import CallQueue
 from tricorn.chat.logs.engine import SWEEP_PERIOD, Engine
 from tricorn.chat.logs.sqlite_file import File
-from tricorn.settings import SettingError, Settings
+from tricorn.chat.settings import ChatSettings
+from tricorn.settings import SettingError
 
 AT_ONCE = 500  # calls in one transaction
 LOOK_AGAIN = 0.1  # seconds between two attempts to open a file that another process has
@@ -33,7 +34,7 @@ class SQLiteLog(Engine):
     shared = False
     immediate = False
 
-    def __init__(self, path: str, settings: Settings) -> None:
+    def __init__(self, path: str, settings: ChatSettings) -> None:
         super().__init__(f"SQLite file {path}", settings)
         self._path = path
         self._calls = CallQueue()
@@ -140,7 +141,7 @@ class SQLiteLog(Engine):
             last = await self._calls.call(File.sweep, last, self._retention)
 
 
-def connect(url: str, settings: Settings) -> SQLiteLog:
+def connect(url: str, settings: ChatSettings) -> SQLiteLog:
     """Make the log in the file of `sqlite:///PATH`. `PATH` is taken literally, relative to the working directory.
 
     Raises SettingError if there is no path.

@@ -17,9 +17,9 @@ from msgspec import Meta, Struct, field
 from tricorn.chat.chat import LOG_PATIENCE
 from tricorn.service.auth import check_exposure
 from tricorn.service.pages import PAGES, READY
-from tricorn.settings import Settings
+from tricorn.service.settings import ServiceSettings
 
-SERVICE = Path(__file__).parents[2] / "docs/examples/service.yaml"
+SERVICE = Path(__file__).parents[3] / "docs/examples/service.yaml"
 KILLED_AFTER = 10  # seconds from SIGTERM to SIGKILL
 
 Name = Annotated[str, Meta(pattern=r"\A[a-z]([a-z0-9-]{0,47}[a-z0-9])?\Z")]
@@ -145,7 +145,7 @@ def test_tricorn_starts_with_what_it_sets(service: Service) -> None:
         "K_SERVICE": service.metadata.name,
         **{each.name: each.value or "what a secret has in it, at least 32 bytes" for each in container.env},
     }
-    settings = Settings.from_environ(environ)
+    settings = ServiceSettings.from_environ(environ)
     check_exposure(settings)
     assert (settings.host, settings.port) == ("0.0.0.0", 8080)
     assert settings.max_connections >= revision.container_concurrency

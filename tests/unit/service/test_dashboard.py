@@ -13,9 +13,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from promql_parser import VectorSelector
 
-from tricorn.service.metrics_page import app
+from tricorn.chat.metrics import ChatMetrics
+from tricorn.metrics import Metrics, ProcessMetrics, ServerMetrics
+from tricorn.service.metrics_page import metrics_page, of_this_process
+from tricorn.service.workers import WorkerMetrics
 
-DASHBOARD = json.loads(Path(__file__).parents[2].joinpath("docs/grafana.json").read_text())
+DASHBOARD = json.loads(Path(__file__).parents[3].joinpath("docs/grafana.json").read_text())
 PANELS = {panel["title"]: panel for panel in DASHBOARD["panels"]}
 QUERIES = [target["expr"] for panel in PANELS.values() for target in panel["targets"]]
 ADDED = {"job", "worker"}  # labels that Prometheus adds, and the supervisor of several workers
@@ -44,6 +47,8 @@ async def samples() -> dict[str, set[str]]:
     async def send(event: dict) -> None:
         sent.append(event)
 
+    sets: list[Metrics] = [ServerMetrics(), ChatMetrics(), ProcessMetrics(), WorkerMetrics()]
+    app = metrics_page(sets, of_this_process(sets))
     await app({"type": "http", "method": "GET", "path": "/metrics"}, None, send)  # type: ignore[arg-type]
     found: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(sent[1]["body"].decode()):

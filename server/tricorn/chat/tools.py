@@ -1,0 +1,42 @@
+"""How the end of a tool is shown to people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tricorn.chat.protocol import Outcome
+
+TOOL_NAME_MAX = 128  # characters
+TOOL_ERROR_MAX = 500  # characters of a ToolError's text that people are shown
+
+TOOL_FAILED = "the tool failed"
+TOOL_LEFT_OPEN = "not finished"
+TOOL_ENDED = {"cancelled": "cancelled", "timeout": "timed out", "interrupted": "interrupted"}
+
+
+class ToolError(Exception):
+    """Raise this inside a tool to have its text shown to people as the tool's error."""
+
+
+def shown(error: BaseException, cancelled: type[BaseException], ending: Outcome | None) -> str:
+    """Return what people may see of the exception that ended a tool.
+
+    If it is nothing but `cancelled`, they see why the run is ending, if it is.
+    """
+    errors = [leaf for leaf in _leaves(error) if not isinstance(leaf, cancelled)]
+    if not errors:
+        return TOOL_ENDED[ending or "cancelled"]
+    if not all(isinstance(leaf, ToolError) for leaf in errors):
+        return TOOL_FAILED
+    text = "; ".join(map(str, errors))
+    if len(text) > TOOL_ERROR_MAX:
+        text = text[:TOOL_ERROR_MAX] + "…"
+    return text.encode(errors="replace").decode() or TOOL_FAILED
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error

@@ -1,0 +1,88 @@
+"""`tricorn serve`: serve the chat."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace
+from dataclasses import replace
+from functools import partial
+
+import trio
+
+from tricorn.chat.logs.base import Unavailable
+from tricorn.errors.import_guard import import_at_once
+from tricorn.errors.report import send_records
+from tricorn.service.auth import check_exposure
+from tricorn.service.bind import parse_bind
+from tricorn.service.commands.audit import audit_targets
+from tricorn.service.hypercorn_config import load_config
+from tricorn.service.loader import load_agent
+from tricorn.service.settings import Secret, ServiceSettings
+from tricorn.service.start_up import check_shared, make_log, serve, supervise
+from tricorn.service.workers import Worker
+from tricorn.settings import COUNT, SettingError
+
+
+def command(arguments: Namespace) -> int:
+    """Serve until SIGTERM or SIGINT. The agent is looked for in the current directory too."""
+    send_records("stderr", "INFO")  # before the agent is imported, which may choose otherwise
+    import_at_once()
+    sys.path.insert(0, os.getcwd())
+    settings = _settings(arguments)
+    check_exposure(settings)
+    log = make_log(settings)
+    config = None if arguments.config is None else load_config(arguments.config)
+    say = partial(print, flush=True, file=sys.stdout)  # which serving makes a stream of records
+    if arguments.worker is None and settings.workers > 1:
+        check_shared(log, f"--workers {settings.workers}")
+        _audit(settings.agent, arguments.audit)
+        workers = [sys.executable, "-m", "tricorn", *arguments.argv, "--audit", "off"]
+        return trio.run(partial(supervise, workers, settings, config=config, say=say))
+    agent = load_agent(settings.agent)
+    _audit(settings.agent, arguments.audit)
+    worker = None if arguments.worker is None else Worker(arguments.worker)
+    try:
+        trio.run(partial(serve, agent, settings, log, config=config, worker=worker, say=say))
+    except* Unavailable as errors:
+        problem = errors.exceptions[0]
+    else:
+        return 0
+    print(f"tricorn: {problem}", file=sys.stderr)
+    return 1
+
+
+def _settings(arguments: Namespace) -> ServiceSettings:
+    """Return what the environment says, unless an argument says another."""
+    settings = ServiceSettings.from_environ()
+    if arguments.agent is not None:
+        settings = replace(settings, agent=arguments.agent)
+    if arguments.bind is not None:
+        host, port = parse_bind(arguments.bind, "--bind ")
+        settings = replace(settings, host=host, port=port)
+    if arguments.auth is not None:
+        settings = replace(settings, auth=arguments.auth)
+    if arguments.log is not None:
+        settings = replace(settings, log=Secret(arguments.log))
+    if arguments.workers is not None:
+        settings = replace(settings, workers=COUNT.read("--workers ", arguments.workers))
+    return settings
+
+
+def _audit(agent: str, mode: str) -> None:
+    """Print what the audit finds. Raises `SettingError` if it finds something and the mode is strict."""
+    if mode == "off":
+        return
+    problem = f"--agent {agent}: breaks rules of the error path, and --audit is strict"
+    strict = mode == "strict"
+    try:
+        lines = [str(finding) for finding in audit_targets([agent])]
+    except SettingError as error:
+        problem = str(error)
+        lines = [] if strict else [problem]
+    else:
+        strict = strict and bool(lines)
+    for line in lines:
+        print(f"tricorn: {line}", file=sys.stderr)
+    if strict:
+        raise SettingError(problem)

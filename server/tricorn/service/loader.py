@@ -1,0 +1,94 @@
+"""Loads what the command line names as module:function: an agent, or a handler."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from inspect import iscoroutinefunction, signature
+from os.path import basename
+from traceback import extract_tb
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from tricorn.settings import SettingError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from tricorn.chat import Agent
+    from tricorn.listening.site import Handler
+
+
+class Name(NamedTuple):
+    """A function that is named as module:function, and how to speak of it."""
+
+    label: str  # what errors begin with
+    module: str
+    path: str
+    parameter: str
+
+    def error(self, problem: str) -> SettingError:
+        """Make the error that says what is wrong with it."""
+        return SettingError(f"{self.label}: {problem}")
+
+
+def agent_name(text: str) -> Name:
+    """Split the name of an agent. Raises `SettingError` if it is not module:function."""
+    return _split(f"--agent {text}", text, "run", "tricorn.chat.agents.demo:demo")
+
+
+def load_agent(text: str) -> Agent:
+    """Import the agent that `text` (module:function) names. Raises `SettingError` that says what is wrong with it.
+
+    An agent is anything async that can be called with one argument: a function, a partial one, an object.
+    """
+    return cast("Agent", _load(agent_name(text)))
+
+
+def load_handler(text: str) -> Handler:
+    """Import a handler of WebSockets in the same way."""
+    return cast("Handler", _load(_split(f"run {text}", text, "ws", "my_server:handler")))
+
+
+def _split(label: str, text: str, parameter: str, example: str) -> Name:
+    module, _, path = text.partition(":")
+    name = Name(label, module, path, parameter)
+    if not all(part.isidentifier() for part in [*module.split("."), *path.split(".")]):
+        raise name.error(f"must be module:function, for example {example}")
+    return name
+
+
+def _load(name: Name) -> object:
+    found: Any = _import(name)
+    for part in name.path.split("."):
+        found = getattr(found, part, None)
+    takes = f"must be an async function of one parameter, like: async def {name.path}({name.parameter})"
+    if found is None:
+        raise name.error(f"there is no {name.path} in {name.module}")
+    if not callable(found):
+        raise name.error(f"is of type {type(found).__name__}; {takes}")
+    if not iscoroutinefunction(found) and not iscoroutinefunction(type(found).__call__):
+        raise name.error(f"is not async; {takes}")
+    try:
+        signature(found).bind(None)
+    except TypeError:
+        raise name.error(f"takes {signature(found)}; {takes}") from None
+    return found
+
+
+def _import(name: Name) -> ModuleType:
+    try:
+        return import_module(name.module)
+    except ModuleNotFoundError as error:
+        # What is missing may be the module itself, a package it should be in, or something that it imports.
+        if error.name and f"{name.module}.".startswith(f"{error.name}."):
+            raise name.error(f"there is no module {error.name} in this directory or installed") from None
+        raise name.error(_what_it_raised(name.module, error)) from None
+    except (Exception, SystemExit) as error:
+        raise name.error(_what_it_raised(name.module, error)) from None
+
+
+def _what_it_raised(module: str, error: BaseException) -> str:
+    shown = " ".join(f"{type(error).__name__}: {error}".split())
+    if not isinstance(error, SyntaxError):  # which says itself where it is
+        place = extract_tb(error.__traceback__)[-1]
+        shown += f" ({basename(place.filename)}, line {place.lineno})"
+    return f"importing {module} raised {shown}"

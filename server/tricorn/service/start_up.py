@@ -1,0 +1,209 @@
+"""The composition root: what `tricorn serve`, its workers and `tricorn.asgi:app` are made of, and in which order.
+
+The order is: address, keys, gate, log, drill, import guard, chat. Under Hypercorn and in a worker the address is there
+before this begins, so it comes first in the other case too.
+"""
+
+from __future__ import annotations
+
+import gc
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+import trio
+
+from tricorn.chat import SUBPROTOCOLS, Chat, close_codes
+from tricorn.chat.identity import Everybody, ThisMachine
+from tricorn.chat.logs import connect
+from tricorn.chat.metrics import ChatMetrics
+from tricorn.errors.import_guard import guarded
+from tricorn.errors.last_resort import LastResort, exit_in_time
+from tricorn.errors.report import report
+from tricorn.errors.streams import recorded
+from tricorn.listening.binds import listen
+from tricorn.listening.site import Site
+from tricorn.metrics import Metrics, ProcessMetrics, ServerMetrics, total
+from tricorn.server import Server, serve_until_signal
+from tricorn.service.auth import Tokens
+from tricorn.service.bind import bind_or_explain, show_address
+from tricorn.service.chat_drill import drill_chat
+from tricorn.service.jwt_keys import Keys, load
+from tricorn.service.metrics_page import metrics_page, no_websocket, of_this_process
+from tricorn.service.pages import pages
+from tricorn.service.workers import Supervisor, reserve
+from tricorn.settings import SettingError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Sequence
+    from socket import socket as Socket
+
+    from hypercorn.config import Config
+
+    from tricorn.chat import Agent
+    from tricorn.chat.identity import Gate
+    from tricorn.chat.logs.base import Log
+    from tricorn.listening.binds import Address
+    from tricorn.listening.http import ASGIApp
+    from tricorn.service.settings import ServiceSettings
+    from tricorn.service.workers import Worker
+
+    Say = Callable[[str], None]  # how to tell whoever started it, in a line
+
+# For `gc.set_threshold`. What a connection is made of lives long: at Python's own threshold of 700 objects, looking at
+# it again and again is a third of what very many connections cost.
+COLLECT = 10_000, 20, 20
+
+
+def make_log(settings: ServiceSettings) -> Log:
+    """Make the log that the settings name, without opening it. Raises `SettingError` if there is none of that name."""
+    return connect(settings.log.reveal() if settings.log else "memory:", settings)
+
+
+def check_shared(log: Log, processes: str) -> None:
+    """Raise `SettingError` if the log cannot be shared by `processes`, as somebody asked for them.
+
+    Each would have a log of its own, and a client that comes back may get another process.
+    """
+    if not log.shared:
+        raise SettingError(
+            f"{processes}: workers need a log that they can share, redis:// or postgresql://; "
+            "without one there must be 1"
+        )
+
+
+@asynccontextmanager
+async def start_chat(agent: Agent, settings: ServiceSettings, log: Log) -> AsyncGenerator[Chat]:
+    """Start all that a chat needs, in order, and the chat; `async with` ends it in the opposite order.
+
+    Raises:
+        SettingError: the keys cannot be read or used.
+        Unavailable: the log cannot be opened; maybe in an ExceptionGroup.
+        ExceptionGroup: the drill failed.
+    """
+    keys, gate = await _make_gate(settings)
+    async with log:
+        await drill_chat()
+        with guarded(settings.import_guard):
+            async with trio.open_nursery() as support:
+                support.start_soon(keys.stay_fresh)
+                async with Chat(agent, settings=settings, log=log, gate=gate) as chat:
+                    yield chat
+                support.cancel_scope.cancel()
+
+
+async def serve(
+    agent: Agent,
+    settings: ServiceSettings,
+    log: Log,
+    *,
+    config: Config | None = None,
+    worker: Worker | None = None,
+    say: Say,
+) -> None:
+    """Serve the chat until SIGTERM or SIGINT, as the only process or as a worker.
+
+    Raises as `start_chat` does, and `SettingError` if an address cannot be listened on.
+    """
+    listeners = [] if worker is not None else await bind_or_explain(listen, settings.host, settings.port, "--bind ")
+    for_metrics = [] if worker is not None else await _listen_for_metrics(settings)
+    async with exit_in_time(settings.drain_timeout) as last_resort, start_chat(agent, settings, log) as chat:
+        settle()
+        with recorded():
+            await _serve_chat(chat, settings, listeners, for_metrics, config, worker, say, last_resort)
+
+
+async def _serve_chat(
+    chat: Chat,
+    settings: ServiceSettings,
+    listeners: list[Socket],
+    for_metrics: list[Socket],
+    config: Config | None,
+    worker: Worker | None,
+    say: Say,
+    last_resort: LastResort,
+) -> None:
+    server = Server(
+        Site({"/ws": chat.session}, settings, subprotocols=SUBPROTOCOLS),
+        listeners if worker is None else worker.listen(),
+        app=pages(chat.why_not_ready),
+        drain=chat.drain,
+        config=config,
+    )
+    for code in close_codes.KNOWN:
+        server.metrics.know_code(code)
+    counted: list[Metrics] = [server.metrics, chat.metrics, ProcessMetrics()]
+    async with trio.open_nursery() as support:
+        await _show_metrics(support, for_metrics, metrics_page(counted, of_this_process(counted)), settings, say)
+        async with trio.open_nursery() as serving:
+            await serving.start(serve_until_signal, server, last_resort)
+            if worker is None:
+                _announce(settings, config, say, server.addresses)
+            else:
+                support.start_soon(worker.obey, lambda: total(each.numbers() for each in counted))
+        support.cancel_scope.cancel()
+
+
+async def supervise(command: Sequence[str], settings: ServiceSettings, *, config: Config | None, say: Say) -> int:
+    """Have workers serve, each of them started with `command`, and return the exit status: see `Supervisor.run`.
+
+    Raises `SettingError` if an address cannot be listened on, and ExceptionGroup if the drill failed.
+    """
+    reserved = await bind_or_explain(reserve, settings.host, settings.port, "--bind ")
+    for_metrics = await _listen_for_metrics(settings)
+    await drill_chat()
+    with guarded(settings.import_guard):
+        async with trio.open_nursery() as support:
+            process = ProcessMetrics()
+            supervisor = Supervisor(
+                command, settings.workers, reserved, drain_timeout=settings.drain_timeout, counted=[process]
+            )
+            described: list[Metrics] = [ServerMetrics(), ChatMetrics(), process, supervisor.metrics]
+            page = metrics_page(described, supervisor.scrape)
+            await _show_metrics(support, for_metrics, page, settings, say)
+            status = await supervisor.run(partial(_announce, settings, config, say))
+            support.cancel_scope.cancel()
+    return status
+
+
+def settle() -> None:
+    """Have Python's garbage collector leave alone what start-up made, and look less often at what comes.
+
+    For a process that does nothing but serve.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*COLLECT)
+
+
+async def _make_gate(settings: ServiceSettings) -> tuple[Keys, Gate]:
+    if settings.jwt_key is None:
+        return Keys(()), ThisMachine() if settings.auth is None else Everybody()
+    keys = await load(settings.jwt_key.reveal(), settings.jwks_refresh)
+    return keys, Tokens(keys, settings)
+
+
+async def _listen_for_metrics(settings: ServiceSettings) -> list[Socket]:
+    return [] if settings.metrics is None else await bind_or_explain(listen, *settings.metrics, "TRICORN_METRICS=")
+
+
+async def _show_metrics(
+    nursery: trio.Nursery, listeners: list[Socket], page: ASGIApp, settings: ServiceSettings, say: Say
+) -> None:
+    if listeners:
+        server = Server(Site(no_websocket, settings), listeners, app=page)
+        await nursery.start(server.serve)
+        say(f"Metrics are at http://{show_address(server.addresses[0])}/metrics")
+
+
+def _announce(settings: ServiceSettings, config: Config | None, say: Say, addresses: Sequence[Address]) -> None:
+    scheme = "http" if config is None or not config.ssl_enabled else "https"
+    say(f"Tricorn is listening on {scheme}://{show_address(addresses[0])}")
+    if settings.service is not None:
+        report(
+            "INFO",
+            "an instance has started",
+            service=settings.service,
+            revision=settings.revision,
+            configuration=settings.configuration,
+        )
