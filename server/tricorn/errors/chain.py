@@ -12,6 +12,7 @@ from trio import Cancelled
 
 from tricorn.errors.bound import binder
 from tricorn.errors.interrupted import takes_over
+from tricorn.request import Refuse
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -24,7 +25,8 @@ class Interruption(Exception):
     """
 
 
-ENDINGS = (Cancelled, KeyboardInterrupt, GeneratorExit, Interruption)  # what ends a task and is no error itself
+# What ends a task and is no error itself; Refuse answers a request.
+ENDINGS = (Cancelled, KeyboardInterrupt, GeneratorExit, Interruption, Refuse)
 
 cause_of = BaseException.__dict__["__cause__"].__get__
 _context = BaseException.__dict__["__context__"].__get__

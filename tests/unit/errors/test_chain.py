@@ -16,7 +16,7 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tricorn import Disconnected
+from tricorn import Disconnected, Refuse
 from tricorn.errors.chain import Interruption, first_of, hides_an_error, in_order
 from tricorn.errors.report import LINE_MAX, TRACE_MAX, report_error
 from tricorn.errors.text import ERRORS_SHOWN, title
@@ -288,6 +288,13 @@ def an_error_over_an_interruption() -> None:
         fail()
 
 
+def an_error_in_answering_a_refused_request() -> None:
+    try:
+        raise Refuse(400)
+    except Refuse:
+        fail()
+
+
 def an_interruption_alone() -> None:
     fail(Interruption)
 
@@ -469,6 +476,7 @@ SHAPES: list[Callable[[], Any]] = [
     an_interrupt_over_an_error,
     an_exit_over_an_error,
     an_error_over_an_interruption,
+    an_error_in_answering_a_refused_request,
     a_group,
     a_group_that_an_error_led_to,
     a_group_as_a_cause,
