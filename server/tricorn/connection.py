@@ -260,6 +260,7 @@ class Connection:
                     forget_contexts(through)  # they have been reported, and are not below what goes on
                     raise through
         finally:
+            through = None  # its traceback has this frame: the garbage collector need not free it
             await self._tear_down()
         return failure
 
