@@ -311,7 +311,7 @@ class Connection:
         if not self._end(cause):
             return
         self.receiver.wake()
-        if self._stalled is not None:
+        if self._stalled is not None and not self.inbox:
             self._stalled.cancel()
         if waits or sends or self.inbox:
             self._bound_tasks()
@@ -356,8 +356,8 @@ class Connection:
 
         Without `in_turn` there is no room while other tasks wait for some, or send a fragmented message.
         """
-        if self.cause is not None:
-            self._after_the_end(self.cause)
+        if self.over:
+            self.require_open()
         if self._turn is not None and not in_turn and self._turn.locked():
             return False
         more = True if self.inbox else False  # noqa: SIM210 (a call for each message costs more)
@@ -381,10 +381,12 @@ class Connection:
                 await self.room()
 
     async def room(self) -> None:
-        """Wait until there may be room, or the connection ends."""
+        """Wait until there may be room. Raises Disconnected if the connection ends with nothing to receive."""
         with CancelScope() as self._stalled:
             await self.transport.room()
-        self._stalled = None
+        if self._stalled.cancelled_caught and self.cause is not None:
+            self.tell()
+            raise Disconnected(*self.cause)
 
     async def begin_fragments(self) -> None:
         """Wait for the turn, and have no other message between the fragments that follow. Raises Disconnected."""
@@ -402,20 +404,16 @@ class Connection:
         self._sent += sent and last
         return sent
 
-    def _after_the_end(self, cause: Close) -> None:
-        """Raise Disconnected, but not before all that came before the end was received.
+    def _sent_in_vain(self) -> bool:
+        """Raise Disconnected, but not before it is certain why, and all that came before was received.
 
         A handler that sends on and on and receives nothing is told as well.
         """
         self._in_vain += 1
-        if not self.inbox or self._in_vain > IN_VAIN_MAX:
-            self.tell()
-            raise Disconnected(*cause)
-
-    def _sent_in_vain(self) -> bool:
-        """The peer is gone: that is an error as soon as it is certain why."""
-        self._in_vain += 1
-        return True
+        if self.cause is None or (self.inbox and self._in_vain < IN_VAIN_MAX):
+            return True
+        self.tell()
+        raise Disconnected(*self.cause)
 
     def end_fragments(self, error: BaseException | None) -> None:
         """Let others send again; an error that left the message incomplete ends the connection."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Generic, Self
 
 import trio
+from trio import current_time
 from trio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from tricorn.connection import Disconnected
@@ -42,13 +43,14 @@ class WebSocket(Generic[State]):
         subprotocol: the subprotocol agreed on, or None.
     """
 
-    __slots__ = ("__weakref__", "_connection", "_row", "_yielded", "state", "subprotocol")
+    __slots__ = ("__weakref__", "_connection", "_in_a_row", "_row", "_since", "_yielded", "state", "subprotocol")
 
     def __init__(self, connection: Connection, accepted: Accept) -> None:
         self.state: State = accepted.state
         self.subprotocol = accepted.subprotocol
         self._connection = connection
-        self._row = IN_A_ROW  # how many more may be received without a turn for others
+        self._in_a_row = self._row = FIRST_IN_A_ROW  # how many more may be received without a turn for others
+        self._since = 0.0  # when others had their turn
         self._yielded = False  # others had their turn since the last send: the receive before it was a checkpoint
 
     def __repr__(self) -> str:
@@ -85,8 +87,9 @@ class WebSocket(Generic[State]):
     async def receive(self) -> Message:
         """Return the next message: str for text, bytes for binary.
 
-        Checks for cancellation always, and yields if it has to wait and after 16 messages. If cancelled, no message
-        is lost.
+        Checks for cancellation always. Yields if it has to wait, and else after 16 messages, or fewer if you take a
+        millisecond or more for each: others wait a few milliseconds, or for one message. If cancelled, no message is
+        lost.
 
         Raises:
             Disconnected: the connection is over and all that came before was received.
@@ -109,8 +112,7 @@ class WebSocket(Generic[State]):
             self._row -= 1
             await checkpoint_if_cancelled()
         elif connection.inbox or connection.cause is not None:
-            self._row = IN_A_ROW
-            await checkpoint()
+            await self._let_others_run()
         while not connection.inbox:
             if connection.cause is not None:
                 connection.tell()
@@ -118,7 +120,7 @@ class WebSocket(Generic[State]):
             if connection.receiver.waiting is not None:
                 raise trio.BusyResourceError("another task is receiving from this connection")
             reading = connection.transport.idle()
-            self._row = IN_A_ROW
+            self._row = self._in_a_row
             if reading is None:
                 await connection.receiver.wait()
             else:
@@ -202,6 +204,14 @@ class WebSocket(Generic[State]):
             raise ValueError(f"a close reason may have at most {REASON_MAX} bytes in UTF-8")
         await self._connection.close(Close(code, reason))
 
+    async def _let_others_run(self) -> None:
+        """Yield. From then on receive as many in a row as the handler takes `TURN` for, at its pace up to now."""
+        took = current_time() - self._since
+        pace = IN_A_ROW if took <= 0 else int((self._in_a_row + 1) * TURN / took) - 1
+        self._row = self._in_a_row = max(0, min(pace, IN_A_ROW))
+        await checkpoint()
+        self._since = current_time()
+
     async def _send_fragments(self, fragments: Iterable[Message]) -> None:
         iterator = iter(fragments)
         await checkpoint()
@@ -231,7 +241,8 @@ class WebSocket(Generic[State]):
         return "a Unix socket" if peer is None else f"{peer[0]}:{peer[1]}"
 
 
-IN_A_ROW = 16  # messages that are received without a turn for others
+# Messages that are received without a turn for others: at most, while the handler's pace is unknown, and in seconds.
+IN_A_ROW, FIRST_IN_A_ROW, TURN = 16, 4, 0.004
 REASON_MAX = 123  # bytes, RFC 6455 §5.5.1
 ABORTED = Close(1006)
 

@@ -326,13 +326,14 @@ class NativeTransport:
     def failed(self, error: Exception) -> None:
         self._connection.fail(error)
         self.at_eof = True
-        self._poller.change(self)
+        if not self._aborted:
+            self._poller.change(self)
 
     # For the server
 
     def keep_alive(self, now: float, blocked: float) -> None:
         """Ping a silent peer, and give up one that does not answer or that takes nothing of what is sent to it."""
-        if self._closing:
+        if self._closing or self.at_eof:
             return
         settings = self._settings
         self._heard_at += blocked
@@ -351,6 +352,8 @@ class NativeTransport:
             self._connection.end(Close(STALLED, "the peer stopped reading"))
         if self._pinged_at is not None and now - self._pinged_at >= settings.ping_timeout and self.wants_read:
             self.readable()  # its answer may have come meanwhile
+            if self.at_eof:
+                return
         if self._heard or not self.wants_read:  # while reading is paused its answer may be among what is unread
             self._heard = False
             self._heard_at = now
