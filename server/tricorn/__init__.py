@@ -6,12 +6,12 @@ from tricorn.connection import Disconnected
 from tricorn.errors.report import send_records
 from tricorn.errors.sinks import Destination, Level, Record, Sink
 from tricorn.listening.binds import Address
-from tricorn.listening.site import Handlers
+from tricorn.listening.site import Drain, Handlers
 from tricorn.metrics import Counter, Histogram, Numbers, ServerMetrics
 from tricorn.protocol.close import Close
 from tricorn.protocol.receiver import Message
 from tricorn.request import Accept, BeforeUpgrade, Refuse, Request
-from tricorn.server import Drain, Server, run, serve
+from tricorn.server import Server, run, serve
 from tricorn.settings import SettingError, Settings
 from tricorn.websocket import Handler, WebSocket, broadcast
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tricorn.application import asgi_app
 from tricorn.chat import SUBPROTOCOLS, Agent, Chat
+from tricorn.errors.import_guard import import_at_once
 from tricorn.errors.report import report, send_records
 from tricorn.service.hypercorn_config import workers_of
 from tricorn.service.loader import load_agent
@@ -90,6 +91,7 @@ def _check_workers(log: Log) -> None:
 
 def _load() -> _Service:
     send_records("stderr", "INFO")  # before the agent is imported, which may choose otherwise
+    import_at_once()
     try:
         settings = ServiceSettings.from_environ()
         log = make_log(settings)

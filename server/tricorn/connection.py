@@ -7,9 +7,12 @@ from secrets import token_hex
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import trio
-from trio import Event, StrictFIFOLock, current_effective_deadline, current_time, move_on_after
+from trio import CancelScope, Event, StrictFIFOLock, current_effective_deadline, current_time, move_on_after, sleep
 
+from tricorn.errors.chain import Interruption, first_of, hides_an_error, in_order, is_any
+from tricorn.errors.failures import PASSING, forget_contexts, leaves, passing
 from tricorn.errors.report import report, report_error, trace_id
+from tricorn.errors.stuck import stuck
 from tricorn.metrics import Totals
 from tricorn.protocol.close import FAULTS, INTERNAL_ERROR, NORMAL, SERVICE_RESTART, Close
 from tricorn.protocol.phase import IllegalMove, Phase, move
@@ -22,13 +25,27 @@ if TYPE_CHECKING:
     from tricorn.protocol.deflate import Deflater
     from tricorn.protocol.receiver import Message
     from tricorn.request import Request
+    from tricorn.settings import Settings
 
+class Reaper(Protocol):
+    """Closes sockets whose tasks do not end."""
+
+    def watch(self, connection: Connection) -> None:
+        """See to it that the connection's tasks have ended at its `patience`."""
+
+    def forget(self, connection: Connection) -> None:
+        """They have."""
+
+
+LITTLE = 8192  # bytes
+FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.2  # seconds between two looks at what the peer has confirmed
+IN_VAIN_MAX = 1000  # messages
 LATER_CAUSES = 10  # that are kept; the first cause always is
 
 Handed = TypeVar("Handed")
 
 
-class Disconnected(Exception):
+class Disconnected(Interruption):
     """The connection is over.
 
     Attributes:
@@ -102,14 +119,26 @@ class Transport(Protocol):
     async def close(self, close: Close) -> None:
         """Finish what is on its way and do the closing handshake. If cancelled, whatever is unsent stays so."""
 
-    def abort(self) -> None:
-        """Close the socket at once. Never blocks, and may be called again."""
+    async def flushed(self) -> None:
+        """Wait until the kernel has all that was sent, or nothing can be sent. Cancelling it ends only the waiting."""
+
+    def waiting(self) -> int:
+        """Return how many bytes the peer's kernel has not confirmed; 0 if the connection is lost."""
+
+    def taken(self) -> object:
+        """Return a value that changes when the peer's kernel has confirmed more of what was sent."""
+
+    def abort(self, close: Close | None = None) -> None:
+        """Close the socket at once, behind a close frame if there is room for it. Never blocks; may be called again."""
 
     def traffic(self) -> Traffic:
         """Return the traffic up to now."""
 
-    def keep_alive(self, now: float) -> None:
-        """Called now and then: see whether the peer is still there, and give up one that is not or takes nothing."""
+    def keep_alive(self, now: float, blocked: float) -> None:
+        """Called now and then: see whether the peer is still there, and give up one that is not or takes nothing.
+
+        `blocked` is for how many seconds since the last call the loop stood still, which is not the peer's fault.
+        """
 
     def failed(self, error: Exception) -> None:
         """There is a bug, or no memory: it ends this connection and nothing else."""
@@ -128,6 +157,7 @@ class Connection:
         receiver: the task that waits for one.
         cause: why the connection ends, once that is certain.
         over: nothing more can be received or sent.
+        patience: when the tasks must have ended, once there is a cause, in Trio's time.
         phase: where the connection is in its life.
     """
 
@@ -137,12 +167,19 @@ class Connection:
         "_ended",
         "_ending_since",
         "_error_id",
+        "_flushes",
+        "_flushing",
         "_fragmenting",
+        "_in_vain",
         "_later_causes",
         "_metrics",
+        "_reaper",
         "_received",
         "_reported",
+        "_scope",
         "_sent",
+        "_stall_timeout",
+        "_stalled",
         "_turn",
         "cause",
         "context",
@@ -150,6 +187,7 @@ class Connection:
         "inbox",
         "nursery",
         "over",
+        "patience",
         "phase",
         "receiver",
         "request",
@@ -158,7 +196,9 @@ class Connection:
 
     nursery: trio.Nursery
 
-    def __init__(self, transport: Transport, request: Request, *, close_timeout: float, metrics: ServerMetrics) -> None:
+    def __init__(
+        self, transport: Transport, request: Request, settings: Settings, metrics: ServerMetrics, reaper: Reaper
+    ) -> None:
         self.id = token_hex(6)
         self.request = request
         self.transport = transport
@@ -168,8 +208,16 @@ class Connection:
         self.cause: Close | None = None
         self.over = False
         self.phase = Phase.ACCEPTED
-        self._close_timeout = close_timeout
+        self.patience = inf
+        self._close_timeout = settings.close_timeout
+        self._stall_timeout = settings.stall_timeout
         self._metrics = metrics
+        self._reaper = reaper
+        self._scope = CancelScope()  # around the nursery: what its tasks leave behind is seen inside it
+        self._in_vain = 0  # messages sent to a peer that is gone, before the handler is told
+        self._flushes = False  # what is unsent goes out before the close frame
+        self._flushing: CancelScope | None = None
+        self._stalled: CancelScope | None = None  # of the task that waits for room
         self._turn: StrictFIFOLock | None = None  # of the tasks that send, as soon as one had to wait
         self._fragmenting = False  # who has the turn sends a fragmented message
         self._ended: Event | None = None  # if somebody waits for it
@@ -182,36 +230,58 @@ class Connection:
 
     # For the host
 
-    async def run(
-        self, handler: Callable[[Handed], Awaitable[None]], websocket: Handed
-    ) -> BaseExceptionGroup[BaseException] | None:
+    async def run(self, handler: Callable[[Handed], Awaitable[None]], websocket: Handed) -> BaseException | None:
         """Run the connection from the handler's first step to the closed socket.
 
-        Returns the exceptions of the handler's nursery, which have been reported; raises only what is not an Exception.
-        If cancelled, the connection closes with 1012, within `close_timeout`.
+        Returns the exceptions of the handler's nursery, which have been reported. Raises only cancellations and
+        KeyboardInterrupt. If cancelled, the connection closes with 1012, within `close_timeout`.
         """
-        failure = None
+        failure = through = None
         self._metrics.opened.add()
         try:
-            async with trio.open_nursery() as self.nursery:
-                self.phase = move(self.phase, Phase.OPEN)
-                if self.cause is not None:  # the end came before the handler
-                    self.stop()
-                self.transport.start(self)
-                await handler(websocket)
-                if self.cause is None:
-                    self._end(Close(NORMAL))
-                self.stop()
-        except* Exception as errors:
-            failure = self._failed(errors)
+            with self._scope:
+                try:
+                    async with trio.open_nursery() as self.nursery:
+                        self.phase = move(self.phase, Phase.OPEN)
+                        if self.cause is not None:  # the end came before the handler
+                            self.stop()
+                        self.transport.start(self)
+                        await handler(websocket)
+                        if self.cause is None:
+                            self._end(Close(NORMAL))
+                            self._flushes = True
+                        self.stop()
+                except BaseException as error:  # noqa: ASYNC103 - what has to go on is raised again
+                    failure = self._failed(error)
+                    through = passing(error)
+                if through is not None:
+                    forget_contexts(through)  # they have been reported, and are not below what goes on
+                    raise through
         finally:
+            through = None  # its traceback has this frame: the garbage collector need not free it
             await self._tear_down()
         return failure
 
     def cancel(self) -> None:
-        """Close the connection with 1012, as cancelling what is around it does."""
+        """Close the connection with 1012, within `close_timeout`, as cancelling what is around it does."""
         self._end(Close(SERVICE_RESTART))
-        self.stop()
+        self._flushes = False
+        if self._flushing is not None:
+            self._flushing.cancel()
+        else:
+            self.stop()
+
+    def give_up(self) -> None:
+        """Close the socket though the tasks have not ended, and report where they are."""
+        self.transport.abort(self.cause)
+        report(
+            "ERROR",
+            "a connection's tasks do not end when they are cancelled; its socket was closed",
+            context=self.context,
+            **self._about(),
+            seconds=round(current_time() - self._ending_since, 3),
+            tasks=tuple(stuck(self.nursery.parent_task)),
+        )
 
     def totals(self) -> Totals:
         """Return the traffic so far."""
@@ -231,14 +301,18 @@ class Connection:
     def end(self, cause: Close) -> None:
         """The peer is gone or to be got rid of.
 
-        The handler is cancelled once it has received what came before, but within `close_timeout`.
+        A handler that waits for the peer is told. One that has something to receive is told behind that. Both have
+        `close_timeout`; one that is busy elsewhere is cancelled.
         """
+        waits = self.receiver.waiting is not None
+        sends = self._in_vain > 0 or (self._turn is not None and self._turn.locked())
         if not self._end(cause):
             return
-        self.receiver.wake()  # first, so that it gets to know why
-        if self.inbox:
-            scope = self.nursery.cancel_scope
-            scope.deadline = min(scope.deadline, current_time() + self._close_timeout)
+        self.receiver.wake()
+        if self._stalled is not None and not self.inbox:
+            self._stalled.cancel()
+        if waits or sends or self.inbox:
+            self._bound_tasks()
         else:
             self.stop()
 
@@ -251,13 +325,23 @@ class Connection:
     def stop(self) -> None:
         """Cancel the nursery: there is nothing more to receive."""
         self.over = True
-        if self.phase is not Phase.ACCEPTED:
-            self.nursery.cancel_scope.cancel()
+        self._scope.cancel()
+
+    def tell(self) -> None:
+        """The handler gets to know that the connection is over: it has `close_timeout` from now on."""
+        if not self.over:
+            self.over = True
+            self._bound_tasks()
+
+    def _bound_tasks(self) -> None:
+        self.patience = current_time() + self._close_timeout
+        self._scope.deadline = self.patience
 
     async def close(self, cause: Close) -> None:
         """Close the connection unless it is ending already, and wait until it is closed."""
         self._metrics.know_code(cause.code)
-        self._end(cause)
+        if self._end(cause):
+            self._flushes = True
         self.stop()
         if self._ended is None:
             self._ended = Event()
@@ -279,7 +363,7 @@ class Connection:
             if not self.transport.send(payloads, text=text, more=more):
                 return False
         except trio.BrokenResourceError:
-            return True  # no error yet: something that came before may still be worth receiving
+            return self._sent_in_vain()
         self._sent += len(payloads)
         return True
 
@@ -292,7 +376,15 @@ class Connection:
             self._metrics.send_stalls.add()
         async with self._turns():
             while not self.put(payloads, text, in_turn=True):
-                await self.transport.room()
+                await self.room()
+
+    async def room(self) -> None:
+        """Wait until there may be room. Raises Disconnected if the connection ends with nothing to receive."""
+        with CancelScope() as self._stalled:
+            await self.transport.room()
+        if self._stalled.cancelled_caught and self.cause is not None:
+            self.tell()
+            raise Disconnected(*self.cause)
 
     async def begin_fragments(self) -> None:
         """Wait for the turn, and have no other message between the fragments that follow. Raises Disconnected."""
@@ -306,9 +398,20 @@ class Connection:
         try:
             sent = self.transport.send_fragment(payload, text=text, last=last)
         except trio.BrokenResourceError:
-            return True
+            return self._sent_in_vain()
         self._sent += sent and last
         return sent
+
+    def _sent_in_vain(self) -> bool:
+        """Raise Disconnected, but not before it is certain why, and all that came before was received.
+
+        A handler that sends on and on and receives nothing is told as well.
+        """
+        self._in_vain += 1
+        if self.cause is None or (self.inbox and self._in_vain < IN_VAIN_MAX):
+            return True
+        self.tell()
+        raise Disconnected(*self.cause)
 
     def end_fragments(self, error: BaseException | None) -> None:
         """Let others send again; an error that left the message incomplete ends the connection."""
@@ -359,16 +462,21 @@ class Connection:
             return False
         self.cause = cause
         self._ending_since = current_time()
+        self.patience = self._ending_since + self._close_timeout
+        self._reaper.watch(self)
         return True
 
-    def _failed(self, errors: BaseExceptionGroup[BaseException]) -> BaseExceptionGroup[BaseException] | None:
+    def _failed(self, error: BaseException) -> BaseException | None:
         """Report all that is not the consequence of the connection's end, and return it."""
         reported, self._reported = self._reported, None
-        rest = errors if self.cause is None else errors.split(Disconnected)[1]
-        unreported = None if rest is None else rest.split(lambda error: error is reported)[1]
-        if unreported is not None:
-            self._end(self._report(unreported))
-        return rest
+        expected = PASSING if self.cause is None else (*PASSING, Disconnected)
+        failures = [leaf for leaf in leaves(error) if not is_any(leaf, expected)]
+        if not failures and not hides_an_error(error):
+            return None
+        new = [leaf for leaf in failures or [first_of(in_order(error))] if leaf is not reported]
+        if new and self._end(self._report(error)):
+            self._flushes = True
+        return error
 
     def _report(self, error: BaseException) -> Close:
         code = None if self.cause is None else self.cause.code
@@ -402,12 +510,17 @@ class Connection:
             cause = Close(SERVICE_RESTART if current_effective_deadline() == -inf else NORMAL)
             self._end(cause)
         self.over = True
+        self._reaper.forget(self)
         reached = self.phase
         self._move(Phase.CLOSING)
         self.inbox.clear()
         try:
-            with move_on_after(self._close_timeout, shield=True):
-                await self.transport.close(cause)
+            try:
+                if self._flushes:
+                    await self._flush()
+            finally:
+                with move_on_after(self._close_timeout, shield=True):
+                    await self.transport.close(cause)
         except Exception as error:
             self._report(error)
         finally:
@@ -418,6 +531,26 @@ class Connection:
                 self._ended.set()
             self._metrics.count_end(self, cause.code, current_time() - self._ending_since)
             self._record_end(cause, reached)
+
+    async def _flush(self) -> None:
+        """Have the peer take what it was sent, as long as it takes some of it in every `stall_timeout`.
+
+        May be cancelled. A little of it may be on its way when this returns: as much as the time for the closing
+        handshake is enough for.
+        """
+        transport, pause = self.transport, FIRST_PAUSE
+        with CancelScope() as self._flushing:
+            taken, since = transport.taken(), current_time()
+            while (waiting := transport.waiting()) and current_time() - since < self._stall_timeout:
+                with move_on_after(pause):
+                    await transport.flushed()
+                    if waiting <= LITTLE:
+                        break
+                    await sleep(pause)  # the kernel does not tell when the peer has confirmed
+                pause = min(2 * pause, LONGEST_PAUSE)
+                if transport.taken() != taken:
+                    taken, since = transport.taken(), current_time()
+        self._flushing = None
 
     def _record_end(self, cause: Close, reached: Phase) -> None:
         report(

@@ -11,19 +11,18 @@ from typing import TYPE_CHECKING, Any
 import trio
 from trio import current_time, move_on_after, sleep
 
-from tricorn.errors.report import report_error
+from tricorn.errors.last_resort import LastResort, exit_in_time
 from tricorn.listening.accept import Acceptor, accept_forever
 from tricorn.listening.asgi import AsgiWebSockets
 from tricorn.listening.binds import addresses, close_all, listen, listen_on
 from tricorn.listening.http import Hypercorn, lifespans, upgrade_required
-from tricorn.listening.site import Site
+from tricorn.listening.site import Site, run_drain
 from tricorn.protocol.phase import Phase
 from tricorn.settings import Settings
-from tricorn.transport.keep_alive import keep_alive
 from tricorn.transport.poller import best_poller
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
     from socket import socket as Socket
     from ssl import SSLContext
 
@@ -31,14 +30,12 @@ if TYPE_CHECKING:
 
     from tricorn.asgi_handler import ASGIApp
     from tricorn.listening.binds import Address
-    from tricorn.listening.site import Handlers
+    from tricorn.listening.site import Drain, Handlers
     from tricorn.metrics import ServerMetrics
     from tricorn.request import BeforeUpgrade
     from tricorn.websocket import WebSocket
 
 DEFAULTS = Settings()
-
-Drain = Callable[[], Awaitable[None]]  # what ends in order before connections are closed
 
 BATCH = 100  # connections that are closed together
 BATCH_PAUSE = 0.005  # seconds between two batches, in which the one before is through
@@ -144,7 +141,7 @@ class Server:
         with trio.CancelScope(shield=True):  # ends with the connections, and those have a deadline
             async with trio.open_nursery() as support:
                 await support.start(self._poller.run)
-                support.start_soon(keep_alive, self._site.connections, self._settings)
+                support.start_soon(self._site.look_after)
                 support.start_soon(self._inside.attend)
                 with self._holding:
                     async with lifespans(self._site, self._config), trio.open_nursery() as connections:
@@ -161,17 +158,10 @@ class Server:
         with self._draining:
             self._draining.deadline = current_time() + time
             with move_on_after(time - min(time / 2, self._pauses() * BATCH_PAUSE)):
-                await self._run_drain()
+                await run_drain(self._drain)
+                if self._http is not None:
+                    await self._http.drain()
             await self._close_in_batches()
-
-    async def _run_drain(self) -> None:
-        try:
-            if self._drain is not None:
-                await self._drain()
-        except Exception as error:
-            report_error(error, phase="draining")
-        if self._http is not None:
-            await self._http.drain()
 
     def _pauses(self) -> int:
         """How many pauses there are between the batches."""
@@ -257,7 +247,8 @@ def run(
     """Serve WebSockets until SIGTERM or SIGINT: `trio.run` of `serve`, with the same arguments, and signals.
 
     Returns once everything is closed, within `settings.drain_timeout` seconds of the signal; a second signal closes
-    every socket at once.
+    every socket at once. If a task or a thread does not end, the process exits with status 1 a second later, and a
+    record and the stacks of all threads on stderr say which.
 
     Neither this nor `serve` watches what a program imports after start-up. If yours should be watched, await
     `tricorn.errors.drill.drill` first, and call this in a block of `tricorn.errors.import_guard.guarded`.
@@ -269,16 +260,19 @@ def run(
     make = partial(Server, site, app=app, ssl_context=ssl_context, config=config, drain=drain)
 
     async def main() -> None:
-        await serve_until_signal(await _bind(make, port, host, bind, listeners))
+        server = await _bind(make, port, host, bind, listeners)
+        async with exit_in_time(settings.drain_timeout) as last_resort:
+            await serve_until_signal(server, last_resort)
 
     trio.run(main)
 
 
 async def serve_until_signal(
-    server: Server, *, task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED
+    server: Server, last_resort: LastResort, *, task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED
 ) -> None:
     """Serve until SIGTERM or SIGINT; a second signal closes every socket at once. If cancelled, the server closes."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        last_resort.watch_signals()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_obey, signals, server)
             await server.serve(task_status)

@@ -42,7 +42,6 @@ from tricorn.listening.site import Site
 from tricorn.protocol.close import ABNORMAL, NORMAL, Close
 from tricorn.protocol.handshake import Head, check_upgrade
 from tricorn.settings import Settings
-from tricorn.transport.keep_alive import keep_alive
 from tricorn.transport.memory import MemoryWire
 
 __all__ = ["Client", "Connect", "connect", "open_clients"]
@@ -168,7 +167,7 @@ async def _support(scope: trio.CancelScope, wire: MemoryWire, site: Site) -> Non
     with scope:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(wire.run)
-            nursery.start_soon(keep_alive, site.connections, site.settings)
+            nursery.start_soon(site.look_after)
 
 
 async def _serve(

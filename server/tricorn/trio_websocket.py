@@ -24,7 +24,7 @@ from tricorn.listening.site import Site
 from tricorn.protocol.handshake import accept, as_request, check_upgrade, refusal
 from tricorn.request import Refuse
 from tricorn.settings import Settings
-from tricorn.transport.keep_alive import keep_alive
+from tricorn.transport.keep_alive import Reaper, keep_alive
 from tricorn.transport.native import NativeTransport
 from tricorn.transport.stream import StreamSocket
 
@@ -95,11 +95,12 @@ def adapt(
         await stream.send_all(accept(request, accepted))  # nothing was sent before, so there is room
         wire = StreamSocket(stream, sock)
         transport = NativeTransport(wire, b"", wire, settings, site.metrics)
-        connection, websocket = site.connect(transport, request, accepted)
+        reaper = Reaper()
+        connection, websocket = site.connect(transport, request, accepted, reaper)
         try:
             async with trio.open_nursery() as support:
                 with trio.CancelScope(shield=True):  # cancelled, this start would leave its shielded task behind
-                    supporting = await support.start(partial(_support, wire, connection, settings))
+                    supporting = await support.start(partial(_support, wire, connection, reaper, settings))
                 try:
                     await connection.run(admitted, websocket)
                 finally:
@@ -117,13 +118,18 @@ async def _reject(request: WebSocketRequest, refused: Refuse) -> None:
 
 
 async def _support(
-    wire: StreamSocket, connection: Connection, settings: Settings, task_status: trio.TaskStatus[trio.CancelScope]
+    wire: StreamSocket,
+    connection: Connection,
+    reaper: Reaper,
+    settings: Settings,
+    task_status: trio.TaskStatus[trio.CancelScope],
 ) -> None:
     """What a connection needs until it has ended, also when it is cancelled."""
     with trio.CancelScope(shield=True) as scope:  # ends with the connection, and that has a deadline
         async with trio.open_nursery() as nursery:
             await nursery.start(wire.run)
             nursery.start_soon(keep_alive, {connection}, settings)
+            nursery.start_soon(reaper.run)
             task_status.started(scope)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any, Generic, Self
 
 import trio
+from trio import current_time
 from trio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from tricorn.connection import Disconnected
@@ -30,22 +31,28 @@ else:
 class WebSocket(Generic[State]):
     """One connection, as its handler sees it.
 
-    The handler runs in the connection's own nursery. It is cancelled when the peer is gone, but never before it
-    received what the peer had sent. When it returns, the connection closes with 1000; when it raises, with 1011 and an
-    error id as the reason.
+    The handler runs in the connection's own nursery, in a context of its own. When it returns, everything that it sent
+    goes out, for as long as the peer takes some of it in every `stall_timeout` seconds, and the connection closes with
+    1000; when it raises, with 1011 and an error id as the reason.
+
+    When the peer is gone, the handler first receives what the peer had sent. Once it has been told, because its
+    iteration ended or a method raised `Disconnected`, it has `close_timeout` seconds to finish, and may await anything
+    meanwhile. A handler that is busy elsewhere is cancelled.
 
     Attributes:
         state: what the hook before the upgrade has put into its `Accept`, else None.
         subprotocol: the subprotocol agreed on, or None.
     """
 
-    __slots__ = ("__weakref__", "_connection", "_paid", "state", "subprotocol")
+    __slots__ = ("__weakref__", "_connection", "_in_a_row", "_row", "_since", "_yielded", "state", "subprotocol")
 
     def __init__(self, connection: Connection, accepted: Accept) -> None:
         self.state: State = accepted.state
         self.subprotocol = accepted.subprotocol
         self._connection = connection
-        self._paid = False  # the next send is not a checkpoint: the receive before it was one
+        self._in_a_row = self._row = FIRST_IN_A_ROW  # how many more may be received without a turn for others
+        self._since = 0.0  # when others had their turn
+        self._yielded = False  # others had their turn since the last send: the receive before it was a checkpoint
 
     def __repr__(self) -> str:
         connection = self._connection
@@ -81,7 +88,9 @@ class WebSocket(Generic[State]):
     async def receive(self) -> Message:
         """Return the next message: str for text, bytes for binary.
 
-        Checks for cancellation always, and yields if it has to wait. If cancelled, no message is lost.
+        Checks for cancellation always. Yields if it has to wait, and else after 16 messages, or fewer if you take a
+        millisecond or more for each: others wait a few milliseconds, or for one message. If cancelled, no message is
+        lost.
 
         Raises:
             Disconnected: the connection is over and all that came before was received.
@@ -90,8 +99,9 @@ class WebSocket(Generic[State]):
         try:
             return await self.__anext__()
         except StopAsyncIteration:
-            assert self._connection.cause is not None  # noqa: S101
-            raise Disconnected(*self._connection.cause) from None
+            pass  # raised below, Disconnected has only what the handler is handling as its context
+        assert self._connection.cause is not None  # noqa: S101
+        raise Disconnected(*self._connection.cause)
 
     def __aiter__(self) -> Self:
         return self
@@ -99,30 +109,34 @@ class WebSocket(Generic[State]):
     async def __anext__(self) -> Message:
         """Return the next message, as `receive` does. Iteration ends when the connection is over."""
         connection = self._connection
-        if connection.inbox or connection.cause is not None:
+        if connection.inbox and self._row:
+            self._row -= 1
             await checkpoint_if_cancelled()
+        elif connection.inbox or connection.cause is not None:
+            await self._let_others_run()
         while not connection.inbox:
             if connection.cause is not None:
-                connection.stop()
+                connection.tell()
                 raise StopAsyncIteration
             if connection.receiver.waiting is not None:
                 raise trio.BusyResourceError("another task is receiving from this connection")
             reading = connection.transport.idle()
+            self._row = self._in_a_row
             if reading is None:
                 await connection.receiver.wait()
             else:
                 await reading
-        self._paid = True
+        self._yielded = True
         return connection.inbox.pop()
 
     async def send(self, message: Message | Iterable[Message]) -> None:
         """Send a message: str as text, bytes as binary, an iterable of either as one fragmented message.
 
-        Waits while the peer does not keep up. A checkpoint, but for the first send after a receive, which was one.
-        If cancelled, nothing of a str or bytes was sent. A message once begun is sent whole, or the connection ends: a
-        fragmented message that is cancelled, or whose iterable raises, after its first fragment ends it with 1011. The
-        iterable is asked for a fragment before the one in front of it is sent, and an empty one sends nothing. Other
-        messages wait until a fragmented one is complete.
+        Waits while the peer does not keep up. Checks for cancellation always, and yields unless the message answers one
+        that was received. If cancelled, nothing of a str or bytes was sent. A message once begun is sent whole, or the
+        connection ends: a fragmented message that is cancelled, or whose iterable raises, after its first fragment ends
+        it with 1011. The iterable is asked for a fragment before the one in front of it is sent, and an empty one sends
+        nothing. Other messages wait until a fragmented one is complete.
 
         Raises:
             Disconnected: the connection is over.
@@ -137,8 +151,9 @@ class WebSocket(Generic[State]):
             return
         else:
             raise TypeError(f"a message is str or bytes, or an iterable of either, not {type(message).__name__}")
-        if self._paid:
-            self._paid = False
+        if self._yielded:
+            self._yielded = False
+            await checkpoint_if_cancelled()
         else:
             await checkpoint()
         connection = self._connection
@@ -148,8 +163,9 @@ class WebSocket(Generic[State]):
     async def send_texts(self, payloads: Iterable[bytes]) -> None:
         """Send texts that are UTF-8 already, each as one message, all in one write. Otherwise like `send`."""
         whole = list(payloads)
-        if self._paid:
-            self._paid = False
+        if self._yielded:
+            self._yielded = False
+            await checkpoint_if_cancelled()
         else:
             await checkpoint()
         connection = self._connection
@@ -171,7 +187,8 @@ class WebSocket(Generic[State]):
         try:
             return await self._connection.transport.ping()
         except trio.BrokenResourceError:
-            raise Disconnected(*(self._connection.cause or ABORTED)) from None
+            pass
+        raise Disconnected(*(self._connection.cause or ABORTED))
 
     async def close(self, code: int = NORMAL, reason: str = "") -> None:
         """Close the connection, once and for all: the first cause counts. Cancels the connection's nursery.
@@ -188,6 +205,14 @@ class WebSocket(Generic[State]):
             raise ValueError(f"a close reason may have at most {REASON_MAX} bytes in UTF-8")
         await self._connection.close(Close(code, reason))
 
+    async def _let_others_run(self) -> None:
+        """Yield. From then on receive as many in a row as the handler takes `TURN` for, at its pace up to now."""
+        took = current_time() - self._since
+        pace = IN_A_ROW if took <= 0 else int((self._in_a_row + 1) * TURN / took) - 1
+        self._row = self._in_a_row = max(0, min(pace, IN_A_ROW))
+        await checkpoint()
+        self._since = current_time()
+
     async def _send_fragments(self, fragments: Iterable[Message]) -> None:
         iterator = iter(fragments)
         await checkpoint()
@@ -203,7 +228,7 @@ class WebSocket(Generic[State]):
                 payload = _payload(following, text=text)
                 following = next(iterator, _END)
                 while not connection.put_fragment(payload, text=first, last=following is _END):
-                    await connection.transport.room()
+                    await connection.room()
                 first = None
                 if following is not _END:
                     await checkpoint()
@@ -217,6 +242,8 @@ class WebSocket(Generic[State]):
         return "a Unix socket" if peer is None else f"{peer[0]}:{peer[1]}"
 
 
+# Messages that are received without a turn for others: at most, while the handler's pace is unknown, and in seconds.
+IN_A_ROW, FIRST_IN_A_ROW, TURN = 16, 4, 0.004
 REASON_MAX = 123  # bytes, RFC 6455 §5.5.1
 ABORTED = Close(1006)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -10,10 +11,11 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from tricorn import Accept, Disconnected, Request, ServerMetrics, WebSocket
+from tricorn import Accept, Disconnected, Request, ServerMetrics, Settings, WebSocket
 from tricorn.connection import Connection, Traffic
 from tricorn.protocol.close import Close
 from tricorn.protocol.phase import Phase
+from tricorn.transport.keep_alive import Reaper
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 
@@ -26,6 +28,7 @@ class Transport:
     def __init__(self, bytes_received: int = 0, close_received: int | None = None) -> None:
         self.seen = Traffic(bytes_received, 0, close_received, None)
         self.steps: list[object] = []
+        self.unconfirmed = 0
 
     def start(self, connection: Connection) -> None:
         self.steps.append("start")
@@ -41,7 +44,16 @@ class Transport:
         self.steps.append(close)
         self.seen = self.seen._replace(close_sent=close.code)
 
-    def abort(self) -> None:
+    async def flushed(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    def waiting(self) -> int:
+        return self.unconfirmed
+
+    def taken(self) -> object:
+        return -self.unconfirmed
+
+    def abort(self, close: Close | None = None) -> None:
         self.steps.append("abort")
 
     def traffic(self) -> Traffic:
@@ -59,7 +71,8 @@ Handler = Callable[[Connection, WebSocket], Awaitable[None]]
 
 def connection(transport: Any, headers: dict[str, str] | None = None) -> Connection:
     request = Request("GET", "/x", "", "1.1", headers or {}, ("::1", 5))
-    return Connection(transport, request, close_timeout=2, metrics=ServerMetrics())
+    settings = Settings(close_timeout=2, stall_timeout=20)
+    return Connection(transport, request, settings, ServerMetrics(), Reaper())
 
 
 async def run(connection: Connection, handler: Handler) -> None:
@@ -224,18 +237,30 @@ async def test_a_refused_transition_is_reported_and_hides_nothing(records: Recor
 
 
 async def test_a_refused_transition_says_what_led_to_it(records: Records) -> None:
-    """What is no Exception passes through, and what is wrong with the phase is found on the way."""
+    """What ends the program passes through, and what is wrong with the phase is found on the way."""
 
     async def handler(connection: Connection, ws: WebSocket) -> None:
         connection.phase = Phase.CLOSED
-        raise SystemExit(3)
+        raise KeyboardInterrupt
 
-    with pytest.raises(BaseExceptionGroup) as caught:
+    with pytest.raises(KeyboardInterrupt):
         await run(connection(Transport()), handler)
-    assert caught.group_contains(SystemExit)
     refused, _ = records()
     assert "cannot go from closed to closing" in refused["message"]
-    assert "SystemExit: 3" in refused["stack_trace"]
+    assert "KeyboardInterrupt" in refused["stack_trace"]
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), GeneratorExit(), asyncio.CancelledError()], ids=repr)
+async def test_what_is_no_exception_fails_one_connection(records: Records, error: BaseException) -> None:
+    async def handler(connection: Connection, ws: WebSocket) -> None:
+        raise error
+
+    transport = Transport()
+    await run(connection(transport), handler)
+    failure, end = records()
+    assert failure["message"].startswith(type(error).__name__)
+    assert (end["code"], end["reason"], end["error_id"]) == (1011, failure["error_id"], failure["error_id"])
+    assert transport.steps[1] == Close(1011, failure["error_id"])
 
 
 async def test_a_connection_that_has_ended_does_not_begin_again(records: Records) -> None:

@@ -646,14 +646,17 @@ async def test_a_disconnected_that_a_handler_lets_go_is_no_failure() -> None:
         pass
 
 
-async def test_what_is_no_exception_passes_through_the_block() -> None:
+async def test_system_exit_fails_the_handler_and_nothing_else(records: Records) -> None:
     async def handler(ws: WebSocket) -> None:
         raise SystemExit(3)
 
-    with pytest.raises(BaseExceptionGroup) as caught:
-        async with connect(handler):
-            await trio.sleep_forever()
-    assert caught.group_contains(SystemExit)
+    async with connect(handler) as client:
+        with pytest.raises(Disconnected) as told:
+            await client.receive()
+    assert told.value.code == 1011
+    assert isinstance(told.value.__cause__, BaseExceptionGroup)
+    assert isinstance(told.value.__cause__.exceptions[0], SystemExit)
+    assert [error["error_id"] for error in records("ERROR")] == [told.value.reason]
 
 
 async def test_a_bug_in_the_transport_ends_the_connection(monkeypatch: pytest.MonkeyPatch, records: Records) -> None:

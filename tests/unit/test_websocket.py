@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import trio
-from trio.testing import assert_checkpoints, assert_no_checkpoints, wait_all_tasks_blocked
+from trio.testing import MockClock, wait_all_tasks_blocked
 
-from tricorn import Accept, Disconnected, Request, ServerMetrics, WebSocket
+from tricorn import Accept, Disconnected, Request, ServerMetrics, Settings, WebSocket
 from tricorn.connection import Connection, Traffic
 from tricorn.protocol.close import Close
+from tricorn.transport.keep_alive import Reaper
 
 
 class Transport:
@@ -50,7 +52,16 @@ class Transport:
     async def close(self, close: Close) -> None:
         await trio.lowlevel.checkpoint()
 
-    def abort(self) -> None:
+    async def flushed(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    def waiting(self) -> int:
+        return 0
+
+    def taken(self) -> object:
+        return None
+
+    def abort(self, close: Close | None = None) -> None:
         pass
 
     def traffic(self) -> Traffic:
@@ -60,7 +71,8 @@ class Transport:
 async def run(handler: Any, transport: Any = None, peer: tuple[str, int] | None = ("::1", 5)) -> Connection:
     """Run a handler of the connection and of what it holds."""
     request = Request("GET", "/x", "", "1.1", {}, peer)
-    connection = Connection(transport or Transport(), request, close_timeout=2, metrics=ServerMetrics())
+    settings = Settings(close_timeout=2)
+    connection = Connection(transport or Transport(), request, settings, ServerMetrics(), Reaper())
 
     async def handle(ws: WebSocket) -> None:
         await handler(connection, ws)
@@ -126,21 +138,84 @@ async def test_what_cannot_be_sent_as_a_close_frame(code: int, reason: str) -> N
     assert (await run(handler)).cause == (1000, "")
 
 
-async def test_the_first_send_behind_a_receive_is_no_checkpoint() -> None:
+async def count_turns(turns: list[None]) -> None:
+    while True:
+        turns.append(None)
+        await trio.lowlevel.checkpoint()
+
+
+async def test_the_first_send_behind_a_receive_does_not_yield() -> None:
+    turns: list[None] = []
+
     async def handler(connection: Connection, ws: WebSocket) -> None:
+        ws.nursery.start_soon(count_turns, turns)
         connection.deliver(["one", "two"])
         for _ in range(2):
             await ws.receive()
-            with assert_no_checkpoints():
-                await ws.send("first")
-            with assert_checkpoints():
-                await ws.send("second")
-        await trio.lowlevel.checkpoint()
+            before = len(turns)
+            await ws.send("first")
+            assert len(turns) == before
+            await ws.send("second")
+            await ws.send("third")  # in a turn of all tasks each has one, in any order
+            assert len(turns) > before
 
     transport = Transport()
     await run(handler, transport)
-    assert transport.sent == [(b"first", True), (b"second", True)] * 2
-    assert transport.more == [True, True, False, False]
+    assert transport.sent == [(b"first", True), (b"second", True), (b"third", True)] * 2
+    assert transport.more == [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize(("takes", "in_a_row"), [(0, 17), (0.0001, 17), (0.001, 5), (0.003, 5), (0.1, 5)])
+async def test_others_have_their_turn_while_messages_wait(mock_clock: MockClock, takes: float, in_a_row: int) -> None:
+    """Every few milliseconds, but for the first turn of a slow handler, or behind each message."""
+
+    async def handler(connection: Connection, ws: WebSocket) -> None:
+        turns: list[None] = []
+        ws.nursery.start_soon(count_turns, turns)
+        connection.deliver(["x"] * 1000)
+        seen: list[int] = []
+        for _ in range(1000):
+            await ws.receive()
+            mock_clock.jump(takes)
+            await ws.send("y")
+            seen.append(len(turns))
+        # In a turn of all tasks each has one, in any order: at worst first in one and last in the next.
+        counts = Counter(seen)
+        assert max(counts.values()) <= 2 * in_a_row
+        later = [counts[turn] for turn in sorted(counts)[3:]]
+        assert max(later) * takes <= max(0.010, 2 * takes)
+
+    assert (await run(handler)).cause == (1000, "")
+
+
+@pytest.mark.parametrize("send", ["send", "send_texts", "fragments", "ping"])
+async def test_a_task_that_is_cancelled_sends_nothing(send: str) -> None:
+    """Also when another task of the connection has just received, so that its own send need not yield."""
+
+    async def handler(connection: Connection, ws: WebSocket) -> None:
+        connection.deliver(["one", "two"])
+        await ws.receive()
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            if send == "send":
+                await ws.send("no")
+            elif send == "send_texts":
+                await ws.send_texts([b"no"])
+            elif send == "fragments":
+                await ws.send(["n", "o"])
+            else:
+                await ws.ping()
+        assert scope.cancelled_caught
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await ws.receive()
+        assert scope.cancelled_caught
+        await ws.send("yes")
+        assert await ws.receive() == "two"
+
+    transport = Transport()
+    assert (await run(handler, transport)).cause == (1000, "")
+    assert transport.sent == [(b"yes", True)]
 
 
 async def test_a_fragment_is_asked_for_before_the_one_in_front_of_it_is_sent() -> None:

@@ -8,6 +8,8 @@ an error. The guard costs nothing while nothing is loaded, since Python asks it 
 
 from __future__ import annotations
 
+import sys
+import types
 from contextlib import contextmanager, suppress
 from sys import _getframe, meta_path
 from typing import TYPE_CHECKING, Literal
@@ -22,6 +24,23 @@ Mode = Literal["off", "count", "report", "deny"]
 
 KEPT = 1000  # modules; clients can name some, as Python looks for a module for every unknown character set
 FRAMES = 50  # the innermost ones of a stack
+
+
+def import_at_once() -> None:
+    """Have every import happen where it stands, and those that wait happen now (PEP 810, Python 3.15).
+
+    A lazy import happens where its name is first used, which may be the handling of an error. For start-up, before the
+    agent is imported.
+    """
+    set_filter = getattr(sys, "set_lazy_imports_filter", None)
+    if set_filter is None:
+        return
+    getattr(sys, "set_lazy_imports")("normal")  # noqa: B009 (this Python may not have it)
+    set_filter(lambda importing, imported, names: False)
+    for module in list(sys.modules.values()):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, getattr(types, "LazyImportType")):  # noqa: B009
+                getattr(module, name)
 
 
 @contextmanager

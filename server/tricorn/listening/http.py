@@ -24,7 +24,10 @@ from hypercorn.typing import ConnectionState
 from trio import CancelScope, Event, move_on_after, sleep_forever
 from trio.lowlevel import checkpoint
 
-from tricorn.errors.report import report_error
+from tricorn.errors.chain import ENDINGS, in_order, is_any, is_group, traceback_of
+from tricorn.errors.failures import leaves
+from tricorn.errors.report import report, report_error, report_hidden
+from tricorn.errors.text import title
 from tricorn.listening.asgi import PASSES
 from tricorn.transport.sockets import reset_when_closed, shut_down
 
@@ -41,6 +44,10 @@ if TYPE_CHECKING:
 # Past max_message_bytes the connection ends with 1009 and a record; past so many times as much Hypercorn has already
 # closed it with 1009 by itself, and tells nobody.
 SPARE_MESSAGE = 2
+
+OURS = "tricorn"
+BELOW = ("hypercorn", "h2", "h11", "hpack", "hyperframe", "priority", "wsproto")  # packages that read what a peer sends
+REASON_MAX = 200  # characters of what a peer did wrong
 
 
 class Hypercorn:
@@ -106,7 +113,10 @@ class Hypercorn:
                         serving.cancel()
                 nursery.cancel_scope.cancel()
         except* Exception as errors:
-            report_error(errors, peer=peer)
+            if is_of_a_peer(errors):
+                _report_peer(errors, peer=peer)
+            else:
+                report_error(errors, peer=peer)
         finally:
             stream.abort()
             self._leave(stream)
@@ -126,7 +136,13 @@ class Hypercorn:
                 self._leave(stream)
                 await self._websockets.serve(scope, receive, send, stream.reach)
         except Exception as error:  # for which Hypercorn answers with 500
-            report_error(error, path=scope["path"])
+            if scope["type"] == "websocket" and is_of_a_peer(error):  # our own application makes no mistake here
+                _report_peer(error, path=scope["path"])
+            else:
+                report_error(error, path=scope["path"])
+            raise
+        except BaseException as ending:
+            report_hidden(ending, path=scope["path"])
             raise
 
     def _leave(self, stream: _Guarded) -> None:
@@ -204,6 +220,31 @@ class _Guarded(trio.abc.HalfCloseableStream):
         with suppress(OSError):
             reset_when_closed(self.socket)
         self.socket.close()
+
+
+def is_of_a_peer(error: BaseException) -> bool:
+    """Return whether an error came about in Hypercorn, or below it, on nothing but what a peer has sent.
+
+    Hypercorn does not handle all that its protocols raise, and loses track of streams in a flood.
+    """
+    errors = [each for each in in_order(error) if not is_group(each) and not is_any(each, ENDINGS)]
+    return all(_came_about_below_us(each) and not is_any(each, (MemoryError,)) for each in errors)
+
+
+def _came_about_below_us(error: BaseException) -> bool:
+    package, place = None, traceback_of(error)
+    while place is not None:
+        name = str(place.tb_frame.f_globals.get("__name__")).partition(".")[0]
+        if name in BELOW or name == OURS:
+            package = name
+        place = place.tb_next
+    return package in BELOW
+
+
+def _report_peer(error: BaseException, **fields: Any) -> None:
+    """Report a mistake of a peer: no stack trace, and the last error, as those before it quote what was sent."""
+    reason = title(next(leaves(error)))
+    report("WARNING", f"the peer broke the protocol: {reason[:REASON_MAX]}", **fields)
 
 
 @asynccontextmanager

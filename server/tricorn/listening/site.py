@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from trio import move_on_after
+from trio import move_on_after, open_nursery
 
 from tricorn.asgi_handler import AsgiHandler
 from tricorn.connection import Connection
-from tricorn.errors.report import report, report_error
+from tricorn.errors.report import report, report_error, report_hidden
 from tricorn.listening.capacity import require_capacity
 from tricorn.metrics import ServerMetrics
 from tricorn.protocol.handshake import check_answer, check_origin, choose_subprotocol, offered_subprotocols
 from tricorn.request import Accept, Refuse
+from tricorn.transport.keep_alive import Reaper, keep_alive
 from tricorn.websocket import Handler, WebSocket
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 
 Handlers = Handler | AsgiHandler | Mapping[str, Handler | AsgiHandler]  # one for every path, or by path
+Drain = Callable[[], Awaitable[None]]  # what ends in order before connections are closed
 
 
 class Site:
@@ -36,6 +38,7 @@ class Site:
         settings: times and limits.
         metrics: the counters of the server.
         connections: the connections that there are, with what their handlers hold.
+        reaper: closes their sockets if their tasks do not end.
         closing: no more are let in.
         app: the application that handles every WebSocket, if it is one application.
     """
@@ -51,6 +54,7 @@ class Site:
         self.settings = settings
         self.connections: dict[Connection, WebSocket[Any]] = {}
         self.metrics = ServerMetrics(self.connections)
+        self.reaper = Reaper()
         self.closing = False
         self.app = handlers.app if isinstance(handlers, AsgiHandler) else None
         self._handlers = handlers
@@ -93,9 +97,11 @@ class Site:
             raise Refuse(HTTPStatus.SERVICE_UNAVAILABLE, "the server is going away")
         require_capacity(len(self.connections), self.settings.max_connections, "max_connections", self.metrics)
 
-    def connect(self, transport: Transport, request: Request, accepted: Accept) -> tuple[Connection, WebSocket[Any]]:
+    def connect(
+        self, transport: Transport, request: Request, accepted: Accept, reaper: Reaper | None = None
+    ) -> tuple[Connection, WebSocket[Any]]:
         """Make the connection of a request that is upgraded, and count it; end that with `forget`."""
-        connection = Connection(transport, request, close_timeout=self.settings.close_timeout, metrics=self.metrics)
+        connection = Connection(transport, request, self.settings, self.metrics, reaper or self.reaper)
         websocket = self.connections[connection] = WebSocket(connection, accepted)
         return connection, websocket
 
@@ -103,13 +109,22 @@ class Site:
         """Count a connection no longer."""
         del self.connections[connection]
 
+    async def look_after(self) -> None:
+        """Keep the connections alive or give them up, and close the sockets of those that do not end.
+
+        Runs until cancelled: not before the last connection has ended.
+        """
+        async with open_nursery() as nursery:
+            nursery.start_soon(keep_alive, self.connections, self.settings)
+            nursery.start_soon(self.reaper.run)
+
     def _route(self, path: str) -> Handler | AsgiHandler:
         if not isinstance(self._handlers, Mapping):
             return self._handlers
-        try:
-            return self._handlers[path]
-        except KeyError:
-            raise Refuse(HTTPStatus.NOT_FOUND, f"there is no WebSocket at {path}") from None
+        handler = self._handlers.get(path)
+        if handler is None:
+            raise Refuse(HTTPStatus.NOT_FOUND, f"there is no WebSocket at {path}")
+        return handler
 
     async def _ask(self, hook: BeforeUpgrade, request: Request) -> Accept:
         """Have the hook decide. Its failure is ours and not the client's: 500 with an error id, 503 if it is late."""
@@ -134,6 +149,21 @@ async def _answer_of(hook: BeforeUpgrade, request: Request) -> Accept | Refuse:
         answer = await hook(request)
     except Refuse as refused:
         return refused
+    except BaseException as ending:
+        report_hidden(ending, path=request.path, peer=request.peer)
+        raise
     if not isinstance(answer, Accept | Refuse):
         raise TypeError(f"before_upgrade must return Accept or Refuse, not {type(answer).__name__}")
     return answer
+
+
+async def run_drain(drain: Drain | None) -> None:
+    """Await a program's own `drain`. Its failure is reported, and so is one that a cancellation would hide."""
+    try:
+        if drain is not None:
+            await drain()
+    except Exception as error:
+        report_error(error, phase="draining")
+    except BaseException as ending:
+        report_hidden(ending, phase="draining")
+        raise

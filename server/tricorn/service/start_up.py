@@ -18,6 +18,7 @@ from tricorn.chat.identity import Everybody, ThisMachine
 from tricorn.chat.logs import connect
 from tricorn.chat.metrics import ChatMetrics
 from tricorn.errors.import_guard import guarded
+from tricorn.errors.last_resort import LastResort, exit_in_time
 from tricorn.errors.report import report
 from tricorn.errors.streams import recorded
 from tricorn.listening.binds import listen
@@ -106,10 +107,10 @@ async def serve(
     """
     listeners = [] if worker is not None else await bind_or_explain(listen, settings.host, settings.port, "--bind ")
     for_metrics = [] if worker is not None else await _listen_for_metrics(settings)
-    async with start_chat(agent, settings, log) as chat:
+    async with exit_in_time(settings.drain_timeout) as last_resort, start_chat(agent, settings, log) as chat:
         settle()
         with recorded():
-            await _serve_chat(chat, settings, listeners, for_metrics, config, worker, say)
+            await _serve_chat(chat, settings, listeners, for_metrics, config, worker, say, last_resort)
 
 
 async def _serve_chat(
@@ -120,6 +121,7 @@ async def _serve_chat(
     config: Config | None,
     worker: Worker | None,
     say: Say,
+    last_resort: LastResort,
 ) -> None:
     server = Server(
         Site({"/ws": chat.session}, settings, subprotocols=SUBPROTOCOLS),
@@ -134,7 +136,7 @@ async def _serve_chat(
     async with trio.open_nursery() as support:
         await _show_metrics(support, for_metrics, metrics_page(counted, of_this_process(counted)), settings, say)
         async with trio.open_nursery() as serving:
-            await serving.start(serve_until_signal, server)
+            await serving.start(serve_until_signal, server, last_resort)
             if worker is None:
                 _announce(settings, config, say, server.addresses)
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import socket
 from collections import deque
+from select import poll
 from sys import byteorder, platform
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,13 @@ MAX_PROBE_TIME = 32767  # seconds, Linux
 
 # Where the kernel tells of half a stream that ended, and can be told when to ask; elsewhere it shows in reading on.
 LINUX = platform == "linux"
+POLLRDHUP = select.POLLRDHUP if LINUX else 0
+TCP_INFO = socket.IPPROTO_TCP, socket.TCP_INFO if LINUX else 0
+KEEPALIVE = socket.SOL_SOCKET, socket.SO_KEEPALIVE
+IDLE, INTERVAL, COUNT, USER_TIMEOUT = (
+    (socket.IPPROTO_TCP, getattr(socket, name, 0))
+    for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
+)
 BYTES_ACKED = slice(120, 128)  # tcpi_bytes_acked in Linux's struct tcp_info
 
 
@@ -107,6 +115,7 @@ class AsgiTransport:
         self._fragments = bytearray()  # of the message that is being sent in fragments
         self._fragments_are_text = False
         self._room = ParkingLot()  # who waits until less is unsent
+        self._sent = ParkingLot()  # the connection, while it waits until nothing is unsent
         self._broken = False  # nothing can be sent any more
         self._over = False  # nothing more is delivered
         self._rate_limit = RateLimit(settings, metrics)
@@ -198,6 +207,17 @@ class AsgiTransport:
         while self._unsent_bytes >= PUT_OFF and not self._broken and not self._over:
             await self._room.park()
 
+    async def flushed(self) -> None:
+        while self._unsent_bytes and not self._broken:
+            await self._sent.park()
+
+    def waiting(self) -> int:
+        return 0 if self._broken else self._unsent_bytes
+
+    def taken(self) -> object:
+        self._reach(self._see_progress)
+        return self._bytes_sent, self._taken
+
     async def close(self, close: Close) -> None:
         self._over = True
         self._room.unpark_all()
@@ -209,7 +229,7 @@ class AsgiTransport:
         self._writer.wake()
         await self._finished.wait()
 
-    def abort(self) -> None:
+    def abort(self, close: Close | None = None) -> None:
         if self._aborted:
             return
         self._aborted = True
@@ -224,8 +244,9 @@ class AsgiTransport:
 
     # For the server
 
-    def keep_alive(self, now: float) -> None:
+    def keep_alive(self, now: float, blocked: float) -> None:
         """Give up a peer that takes nothing of what is sent to it."""
+        self._progress_at += blocked
         if not self._kept_alive:
             self._kept_alive = True
             self._reach(self._have_kernel_ask)
@@ -326,6 +347,7 @@ class AsgiTransport:
                         self._progress = True
                         self._bytes_sent += size
                         self._unsent_bytes -= size
+                        self._sent.unpark_all()
                         if self._unsent_bytes < PUT_OFF <= self._unsent_bytes + size:
                             self._room.unpark_all()
                         if event["type"] == "websocket.close":
@@ -354,6 +376,7 @@ class AsgiTransport:
         self._broken = True
         self._unsent.clear()
         self._room.unpark_all()
+        self._sent.unpark_all()
         self._finished.set()
 
     def _have_kernel_ask(self, sock: socket.socket) -> None:
@@ -362,11 +385,11 @@ class AsgiTransport:
         patience = settings.ping_interval + settings.ping_timeout
         if not LINUX or patience > MAX_PROBE_TIME:
             return
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, round(settings.ping_interval)))
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, round(settings.ping_timeout / PROBES)))
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, PROBES)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(patience * 1000))
+        sock.setsockopt(*KEEPALIVE, 1)
+        sock.setsockopt(*IDLE, max(1, round(settings.ping_interval)))
+        sock.setsockopt(*INTERVAL, max(1, round(settings.ping_timeout / PROBES)))
+        sock.setsockopt(*COUNT, PROBES)
+        sock.setsockopt(*USER_TIMEOUT, round(patience * 1000))
 
     def _hung_up(self) -> bool:
         """Whether the peer did. What it left is bounded, so that can all be read up to the end."""
@@ -374,8 +397,8 @@ class AsgiTransport:
 
         def ask(sock: socket.socket) -> None:
             nonlocal hung_up
-            asking = select.poll()
-            asking.register(sock, select.POLLRDHUP if LINUX else 0)  # and what poll always tells: POLLHUP and POLLERR
+            asking = poll()
+            asking.register(sock, POLLRDHUP)  # and what poll always tells: POLLHUP and POLLERR
             hung_up = bool(asking.poll(0))
 
         return not self._reach(ask) or hung_up
@@ -383,7 +406,7 @@ class AsgiTransport:
     def _see_progress(self, sock: socket.socket) -> None:
         """Of a long message the peer may take a part at a time: the kernel knows how many bytes it has confirmed."""
         if LINUX:
-            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, BYTES_ACKED.stop)
+            info = sock.getsockopt(*TCP_INFO, BYTES_ACKED.stop)
             taken = int.from_bytes(info[BYTES_ACKED], byteorder)
             self._progress = self._progress or taken != self._taken
             self._taken = taken

@@ -1,10 +1,14 @@
-"""Looking after the connections of a server, now and then."""
+"""Looking after the connections of a server: those whose peers are gone, and those whose tasks do not end."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trio import current_time, sleep
+from trio import current_time, sleep_until
+
+from tricorn.errors.report import report_error
+from tricorn.protocol.phase import Phase
+from tricorn.waiter import Waiter
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -13,16 +17,65 @@ if TYPE_CHECKING:
     from tricorn.settings import Settings
 
 LOOKS_PER_TIMEOUT = 4  # looks in the shortest timeout: a look may be late by a quarter of it
+MARGIN = 0.1  # seconds that tasks which have been cancelled have for their last steps
+ENDING = (Phase.ACCEPTED, Phase.OPEN)
 
 
 async def keep_alive(connections: Collection[Connection], settings: Settings) -> None:
-    """Keep the connections alive that there are at any time, or give them up. Runs until cancelled."""
+    """Keep the connections alive that there are at any time, or give them up. Runs until cancelled.
+
+    Time in which the loop stood still, because a handler blocked it or the process was stopped, does not count.
+    """
     period = min(settings.ping_interval, settings.ping_timeout, settings.stall_timeout) / LOOKS_PER_TIMEOUT
+    due = current_time() + period
     while True:
-        await sleep(period)
+        await sleep_until(due)
         now = current_time()
+        blocked = now - due
         for connection in list(connections):
             try:
-                connection.transport.keep_alive(now)
+                connection.transport.keep_alive(now, blocked)
             except Exception as error:
                 connection.transport.failed(error)
+        due = now + period
+
+
+class Reaper:
+    """Closes the socket of a connection whose tasks go on after they were cancelled, and reports where they are.
+
+    All connections have the same patience, so that those that end first are first in line.
+    """
+
+    def __init__(self) -> None:
+        self._line: dict[Connection, None] = {}
+        self._some = Waiter()
+
+    def watch(self, connection: Connection) -> None:
+        self._line[connection] = None
+        self._some.wake()
+
+    def forget(self, connection: Connection) -> None:
+        self._line.pop(connection, None)
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        while True:
+            if not self._line:
+                await self._some.wait()
+            while self._line:
+                first = next(iter(self._line))
+                if first.patience + MARGIN > current_time():
+                    await sleep_until(first.patience + MARGIN)
+                    if first.patience + MARGIN > current_time() and first in self._line:
+                        self._line[first] = self._line.pop(first)  # it was told since, and has more time
+                else:
+                    del self._line[first]
+                    self._look(first)
+
+    def _look(self, connection: Connection) -> None:
+        if connection.phase not in ENDING:
+            return
+        try:
+            connection.give_up()
+        except Exception as error:
+            report_error(error, phase="giving up a connection")

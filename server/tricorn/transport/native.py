@@ -17,7 +17,7 @@ from tricorn.protocol.frames import Opcode, close_frame, fragment, frame
 from tricorn.protocol.receiver import Receiver
 from tricorn.transport.flow_control import BROADCAST_MAX, PUT_OFF, READ_AHEAD, READ_DEFLATED, READ_SIZE
 from tricorn.transport.rate_limit import RateLimit
-from tricorn.transport.sockets import reset_when_closed
+from tricorn.transport.sockets import reset_when_closed, unconfirmed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,6 +86,7 @@ class NativeTransport:
         "_rest",
         "_settings",
         "_socket",
+        "_taken",
         "_unread",
         "_unsent",
         "_waiting",
@@ -136,6 +137,7 @@ class NativeTransport:
         self._pinged_at: float | None = None
         self._progress = False
         self._progress_at = 0.0
+        self._taken: object = 0
 
     @property
     def _inflates(self) -> bool:
@@ -217,6 +219,20 @@ class NativeTransport:
         while self._unsent and not self._broken and not self._closing:
             await self._wait()
 
+    async def flushed(self) -> None:
+        while (self._unsent or self._put_off) and not self._broken:
+            self.flush()
+            if self._unsent and not self._broken:
+                await self._wait()
+
+    def waiting(self) -> int:
+        if self._broken:
+            return 0
+        return unconfirmed(self._socket.fileno()) + len(self._unsent) + sum(map(len, self._put_off))
+
+    def taken(self) -> object:
+        return self._bytes_sent - unconfirmed(self._socket.fileno())
+
     async def close(self, close: Close) -> None:
         self._closing = True
         self._wake_all()
@@ -233,9 +249,13 @@ class NativeTransport:
         while not self._finished:
             await self._wait()
 
-    def abort(self) -> None:
+    def abort(self, close: Close | None = None) -> None:
         if self._aborted:
             return
+        if close is not None and close.code != ABNORMAL and not self._closing:
+            self._closing = True
+            self._put_off.append(close_frame(close))
+            self.flush()
         self._aborted = self.at_eof = True
         self._poller.unregister(self)
         if self._unsent:  # the stream ends in half a frame: the kernel need not keep the rest for it
@@ -267,19 +287,19 @@ class NativeTransport:
                 return
             self.wants_read = True
             self._poller.change(self)
+        problem = "no close frame"
         try:
             size = self._read_size
             data = self._socket.recv(READ_LARGE if self._codec.left > size == READ_SIZE else size)
         except BlockingIOError:
             return
         except OSError as error:
-            self._end_of_stream(str(error))
-            return
+            data, problem = b"", str(error)
         if data:
             self._heard = True
             self._take(data)
         else:
-            self._end_of_stream("no close frame")
+            self._end_of_stream(problem)
 
     def writable(self) -> None:
         self._write(self._unsent)
@@ -306,15 +326,23 @@ class NativeTransport:
     def failed(self, error: Exception) -> None:
         self._connection.fail(error)
         self.at_eof = True
-        self._poller.change(self)
+        if not self._aborted:
+            self._poller.change(self)
 
     # For the server
 
-    def keep_alive(self, now: float) -> None:
+    def keep_alive(self, now: float, blocked: float) -> None:
         """Ping a silent peer, and give up one that does not answer or that takes nothing of what is sent to it."""
-        if self._closing:
+        if self._closing or self.at_eof:
             return
         settings = self._settings
+        self._heard_at += blocked
+        self._progress_at += blocked
+        if self._pinged_at is not None:
+            self._pinged_at += blocked
+        if self._unsent and self._taken != (taken := self.taken()):  # of a full buffer the peer may take a little
+            self._taken = taken
+            self._progress = True
         if self._progress:
             self._progress = False
             self._progress_at = now
@@ -322,6 +350,10 @@ class NativeTransport:
             self.at_eof = True  # and read no more of it
             self._break()
             self._connection.end(Close(STALLED, "the peer stopped reading"))
+        if self._pinged_at is not None and now - self._pinged_at >= settings.ping_timeout and self.wants_read:
+            self.readable()  # its answer may have come meanwhile
+            if self.at_eof:
+                return
         if self._heard or not self.wants_read:  # while reading is paused its answer may be among what is unread
             self._heard = False
             self._heard_at = now
@@ -395,6 +427,8 @@ class NativeTransport:
         except BlockingIOError:
             sent = 0
         except OSError:
+            sent = -1
+        if sent < 0:
             self._break()
             with suppress(OSError):  # not every error that a send may have ends the stream of what is read
                 self._socket.shutdown(SHUT_RD)

@@ -40,7 +40,7 @@ class StreamSocket(Flusher):
         self._socket = sock  # under the stream
         self._nursery: trio.Nursery
         self._owner: Watched
-        self._received: bytes | OSError = b""
+        self._received: bytes | OSError | None = None
         self._sending = b""
         self._sent = 0  # bytes that were written and that `send` has not told yet
         self._error: OSError | None = None  # why nothing can be written any more
@@ -52,7 +52,9 @@ class StreamSocket(Flusher):
         return self._socket.fileno()
 
     def recv(self, size: int, /) -> bytes:
-        received, self._received = self._received, b""
+        received, self._received = self._received, None
+        if received is None:
+            raise BlockingIOError
         if isinstance(received, OSError):
             raise received
         return received

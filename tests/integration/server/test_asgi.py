@@ -451,7 +451,7 @@ async def test_a_connection_may_end_before_it_is_accepted(records: Any) -> None:
         await wait_all_tasks_blocked()
         [connection] = site.connections
         for now in (5, 10):
-            connection.transport.keep_alive(now)
+            connection.transport.keep_alive(now, 0)
         connection.cancel()
         connection.transport.abort()
         accepted.set()

@@ -1,4 +1,4 @@
-"""The peer goes, in whatever way: all that it sent before is received, and then the handler is cancelled.
+"""The peer goes, in whatever way: all that it sent before is received, and then the handler is told, or cancelled.
 
 Where the clock is `patient_clock`, time passes only when nothing else can happen: what takes no time did not wait.
 """
@@ -98,7 +98,7 @@ async def test_everything_that_was_sent_before_is_received_first(
         except Disconnected as end:
             received.append((end.code, end.reason))
         try:
-            await trio.sleep_forever()
+            await trio.sleep_forever()  # it was told, and has the close timeout from then on
         finally:
             ended.set()
 
@@ -106,7 +106,7 @@ async def test_everything_that_was_sent_before_is_received_first(
         await client.send("one", b"two", "three")
         await go(client)
         await wait_all_tasks_blocked()
-        async with seconds(0):
+        async with seconds(3):
             look.set()
             await ended.wait()
     assert received == ["one", b"two", "three", (code, reason)]

@@ -9,6 +9,7 @@ import gc
 import weakref
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -107,18 +108,19 @@ async def everything(client: Any) -> None:
     raise trio.BrokenResourceError  # the end of the stream may come instead of a reset
 
 
-async def test_who_does_not_read_does_not_delay_a_handler_that_returns(
+async def test_who_does_not_read_when_the_handler_returns_has_the_stall_timeout_and_that_of_closing(
     hosted: Served, patient_clock: MockClock, records: Any
 ) -> None:
+    settings = replace(SETTINGS, stall_timeout=5)
     sockets: list[WebSocket] = []
 
     async def handler(ws: WebSocket) -> None:
         sockets.append(ws)
         await ws.send(bytes(MORE_THAN_SOCKETS_HOLD))
 
-    async with hosted(handler, settings=SETTINGS) as server, server.connect(receive_buffer=4096):
+    async with hosted(handler, settings=settings) as server, server.connect(receive_buffer=4096):
         await wait_all_tasks_blocked()
-        async with seconds(3):
+        async with seconds(8, 0.5):
             await sockets[0].close()  # which returns when it is closed
         [record] = records.read("INFO")
         assert record["code"] == 1000

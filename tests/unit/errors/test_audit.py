@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import json
 import re
+import sys
 from pathlib import Path
+from shutil import which
+from subprocess import run as run_command
 from textwrap import dedent
 
 import pytest
@@ -21,19 +25,23 @@ def in_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def found(source: str, name: str = "agent.py", **others: str) -> list[str]:
-    """The findings in a file, each as `line rule: message`, and the file first where it is another."""
+def found(source: str, name: str = "agent.py", bound: str = "", **others: str) -> list[str]:
+    """The findings in a file, each as `line rule: message`, and the file first where it is another.
+
+    `bound`: names that a line before the first one imports.
+    """
     for other, text in others.items():
         Path(f"{other}.py").write_text(dedent(text))
     path = Path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(dedent(source))
-    return [str(finding).removeprefix(f"{path}:") for finding in audit([path])]
+    path.write_text(f"from m import {bound}\n" * bool(bound) + dedent(source))
+    findings = [finding._replace(line=finding.line - bool(bound)) for finding in audit([path])]
+    return [str(finding).removeprefix(f"{path}:") for finding in findings]
 
 
 def in_handler(statement: str, before: str = "") -> list[str]:
     """The findings where `statement` is line 100, in an except body."""
-    lines = before.splitlines()
+    lines = ["from m import TYPE_CHECKING, error, g, x", *before.splitlines()]
     lines += [""] * (96 - len(lines))
     return found(
         "\n".join(
@@ -74,7 +82,7 @@ def looked_up(name: str, instead: str, where: str = "on the error path") -> str:
     ],
 )  # fmt: skip
 def test_an_import_in_the_wrong_place(source: str, findings: list[str]) -> None:
-    assert found(source) == findings
+    assert found(source, bound="detect, name, suppress, x, y") == findings
 
 
 @pytest.mark.parametrize(
@@ -94,6 +102,70 @@ def test_an_import_in_the_wrong_place(source: str, findings: list[str]) -> None:
     ],
 )
 def test_an_import_in_a_place_that_is_right(source: str) -> None:
+    assert found(source, bound="TYPE_CHECKING, platform, quiet, sys, typing") == []
+
+
+# E1: lazy imports (PEP 810)
+
+
+LAZILY = "is lazy: it runs where a name is first used"
+
+
+@pytest.mark.parametrize(
+    ("source", "findings"),
+    [
+        ("lazy import json", [f"1 E1: `lazy import json` {LAZILY}; {TOP}"]),
+        ("import a\nlazy from . import b, c", [f"2 E1: `lazy from . import b, c` {LAZILY}; {TOP}"]),
+        ("'text'\n# lazy import\nlazy from a.b import (\n  c,\n)", [f"3 E1: `lazy from a.b import c` {LAZILY}; {TOP}"]),
+        ("é = 1; lazy import a; import b", [f"1 E1: `lazy import a` {LAZILY}; {TOP}"]),
+        ("lazy \\\n import a", [f"2 E1: `lazy import a` {LAZILY}; {TOP}"]),
+        ("if TYPE_CHECKING:\n  lazy import a", [f"2 E1: `lazy import a` {LAZILY}; {TOP}"]),
+        ("if TYPE_CHECKING: lazy import a\nelse: lazy import b",
+         [f"1 E1: `lazy import a` {LAZILY}; {TOP}", f"2 E1: `lazy import b` {LAZILY}; {TOP}"]),
+        ("def f():\n  lazy import a", [f"2 E1: `lazy import a` stands in f(); {TOP}"]),
+        ("lazy = 1\nprint(lazy)\nlazy\nimport a", []),
+        ("def lazy(lazy): return lazy", []),
+    ],
+)  # fmt: skip
+def test_a_lazy_import(source: str, findings: list[str]) -> None:
+    assert found(source, bound="TYPE_CHECKING") == findings
+
+
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        ("__lazy_modules__ = {'traceback'}", "__lazy_modules__"),
+        ("__lazy_modules__: list[str] = ['traceback']", "__lazy_modules__"),
+        ("def f():\n  global __lazy_modules__; __lazy_modules__ = []", "__lazy_modules__"),
+        ("import other\nother.__lazy_modules__ = ['json']", "other.__lazy_modules__"),
+        ("import sys\nsys.set_lazy_imports('all')", "sys.set_lazy_imports"),
+        ("import sys\ndef f(mode): sys.set_lazy_imports(mode)", "sys.set_lazy_imports"),
+        ("from sys import set_lazy_imports as s\ns('all')", "s"),
+        ("import sys\nsys.set_lazy_imports_filter(None)", "sys.set_lazy_imports_filter"),
+        ("import sys\nsys.set_lazy_imports_filter(lambda *a: True)", "sys.set_lazy_imports_filter"),
+        ("from importlib.util import LazyLoader\nLazyLoader(1)", "LazyLoader"),
+        ("import os\nos.environ['PYTHON_LAZY_IMPORTS'] = 'all'", "PYTHON_LAZY_IMPORTS"),
+        ("import os\nos.environ.setdefault('PYTHON_LAZY_IMPORTS', 'all')", "PYTHON_LAZY_IMPORTS"),
+        ("import subprocess\nsubprocess.run(['python', '-X', 'lazy_imports=all'])", "lazy_imports=all"),
+        ("import subprocess\nsubprocess.run(['x'], env={'PYTHON_LAZY_IMPORTS': 'all'})", "PYTHON_LAZY_IMPORTS"),
+    ],
+)
+def test_what_makes_other_imports_lazy(source: str, what: str) -> None:
+    line = source.count("\n") + 1
+    message = f"{what} makes imports lazy: they run where a name is first used; remove it"
+    assert [each for each in found(source) if " E7" not in each] == [f"{line} E1: {message}"]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import sys\nsys.set_lazy_imports('normal')\nsys.set_lazy_imports_filter(lambda *names: False)",
+        "import os\nprint(os.environ)\nos.environ['PATH'] = 'lazy_imports'",
+        "import sys\nprint(sys.get_lazy_imports())",
+        "print('PYTHON_LAZY_IMPORTS')",
+    ],
+)
+def test_what_makes_no_import_lazy(source: str) -> None:
     assert found(source) == []
 
 
@@ -270,15 +342,171 @@ def test_a_name_that_is_bound_on_every_way(before: str) -> None:
         ("for x in a:\n continue\nelse:\n y = 1\ntry: g()\nexcept OSError: print(y)", []),
         ("match a:\n case [x, *rest]:\n  try: g()\n  except OSError: print(x, rest)", []),
         ("match a:\n case {'x': 1, **rest}:\n  try: g()\n  except OSError: print(rest)", []),
-        ("try: g()\nexcept OSError:\n class C: x = later\n later = 1", []),
+        ("try: g()\nexcept OSError:\n class C: x = later\n later = 1", [5]),
         ("try: g()\nexcept OSError:\n def h(): return a\n h()", []),
         ("import x\ntry: g()\nexcept OSError: x(1)", []),
     ],
 )
 def test_a_local_name_that_may_not_be_bound(body: str, lines: list[int]) -> None:
     indented = "\n".join(f"    {line}" for line in body.splitlines())
-    findings = found(f"from m import g\ndef f(a):\n{indented}")
+    findings = found(f"from m import g, suppress\ndef f(a):\n{indented}")
     assert [int(line.split()[0]) for line in findings if "E2" in line] == lines
+
+
+# E2: names that are bound nowhere
+
+NEVER_BOUND = {
+    "callback": "def late(): return time.time()\nasync def agent(run):\n  try: await run.say('')\n"
+    "  except OSError: run.later(late)",
+    "decorator": "def timed(f):\n  def wrapper():\n    return f(time.time())\n  return wrapper\n@timed\n"
+    "def clean(now): ...\nasync def agent(run):\n  try: await run.say('')\n  finally: clean()",
+    "generator": "def times():\n  while True: yield time.time()\nasync def agent(run):\n  now = times()\n"
+    "  try: await run.say('')\n  finally: next(now)",
+    "exit stack": "from contextlib import ExitStack\nasync def agent(run):\n  with ExitStack() as stack:\n"
+    "    stack.callback(lambda: time.time())\n    await run.say('')",
+    "repr in an f-string": "class Thing:\n  def __repr__(self): return str(time.time())\nasync def agent(run):\n"
+    "  try: await run.say('')\n  except OSError: run.note(f'{Thing()!r}')",
+    "del": "class Thing:\n  def __del__(self): print(time.time())\nasync def agent(run):\n  thing = Thing()\n"
+    "  await run.say(str(thing))",
+    "property of an exception": "class Broken(Exception):\n  @property\n  def when(self): return time.time()\n"
+    "async def agent(run):\n  try: await run.say('')\n  except Broken as error: run.note(error.when)",
+    "str of a tool's error": "from tricorn.chat import ToolError\nclass Broken(ToolError):\n"
+    "  def __str__(self): return f'at {time.time()}'\nasync def agent(run):\n  raise Broken",
+    "derive": "class Several(ExceptionGroup):\n  def derive(self, errors): return Several(str(time.time()), errors)\n"
+    "async def agent(run):\n  raise Several('', [OSError()])",
+    "operator": "class Thing:\n  def __add__(self, other): return time.time()\nasync def agent(run):\n"
+    "  try: await run.say('')\n  except OSError: return Thing() + 1",
+}
+UNBOUND = {
+    "module": "print(x)",
+    "before it is bound": "print(x)\nx = 1",
+    "class body": "class C:\n  y = x",
+    "class name in a method": "class C:\n  x = 1\n  def m(self): return x",
+    "class name in a comprehension": "class C:\n  x = 1\n  y = [x for _ in ()]",
+    "lambda": "f = lambda: x",
+    "default": "def f(a=x): ...",
+    "decorator of a function": "@x\ndef f(): ...",
+    "decorator of a class": "@x\nclass C: ...",
+    "base": "class C(x): ...",
+    "keyword of a class": "class C(metaclass=x): ...",
+    "annotation": "def f(a: x): ...",
+    "annotation of a result": "def f() -> x: ...",
+    "annotation in a class": "class C:\n  a: x",
+    "declared only": "x: int\nprint(x)",
+    "comprehension": "[x for y in ()]",
+    "outside of a comprehension": "[x for x in ()]\nprint(x)",
+    "generator expression": "any(y for y in x)",
+    "deleted": "x = 1\ndel x\ndef f(): return x",
+    "deleted in a function": "def f():\n  x = 1\n  del x\n  return x",
+    "del of an unbound name": "def f():\n  del x",
+    "del of another scope's name": "def f():\n  x = 1\n  class C:\n    del x",
+    "after an except": "try: pass\nexcept OSError as x: pass\nprint(x)",
+    "after an except in a loop": "for _ in ():\n  try: pass\n  except OSError as x: pass\n  print(x)",
+    "augmented": "x += 1",
+    "local of another function": "def f():\n  x = 1\ndef g(): return x",
+    "local before it is bound": "def f():\n  print(x)\n  x = 1",
+    "subject of a match": "match x:\n  case 1: ...",
+    "guard of a match": "match 1:\n  case 1 if x: ...",
+    "class pattern": "match 1:\n  case x(): ...",
+    "type of an except": "try: pass\nexcept x: pass",
+    "module __getattr__": "def __getattr__(name): return 1\ndef f(): return x",
+    "f-string": "f'{x!r:>{8}}'",
+    "bare except": "try: x\nexcept: pass",
+    "star import later": "print(x)\nfrom m import *",
+    "local, after a star import": "from m import *\ndef f():\n  x = 1\n  del x\n  return x",
+}
+NOT_UNBOUND = {
+    "used by a function before it is bound": "def f(): return x\nx = 1",
+    "global in a function": "def f():\n  global x\n  x = 1\ndef g(): return x",
+    "global and deleted in functions": "def f():\n  global x\n  x = 1\ndef g():\n"
+    "  global x\n  del x\ndef h(): return x",
+    "nonlocal in a function": "def f():\n  x: int\n  def g():\n    nonlocal x\n    x = 1\n  g()\n  return x",
+    "closure that runs before": "def f():\n  x = 1\n  def g(): return x\n  g()\n  del x",
+    "closure": "def f():\n  def g(): return x\n  x = 1\n  return g",
+    "conditional": "from m import g\nif g(): x = 1\ndef f(): return x",
+    "try": "try: import x\nexcept ImportError: raise\nprint(x)",
+    "deleted on a condition": "x = 1\nif x: del x\nprint(x)",
+    "bound before the except": "x = None\ntry: pass\nexcept OSError as x: pass\nprint(x)",
+    "in an earlier round": "for y in ():\n  if y: print(x)\n  else: x = y",
+    "caught": "try: x\nexcept NameError: x = 1",
+    "walrus": "if (x := 1): pass\nprint(x)",
+    "walrus in a comprehension": "[x := y for y in ()]\nprint(x)",
+    "walrus in a comprehension of a handler": "def f():\n  try: f()\n  except OSError:\n"
+    "    [x := y for y in ()]\n    print(x)",
+    "match": "match 1:\n  case [x, *y] | {'a': x, **y}: print(x, y)\n  case object() as z: print(z)",
+    "with": "with open('') as (x, y): print(x, y)",
+    "for": "for x, (y, *z) in (): print(x, y, z)",
+    "star": "from m import *\nprint(x)",
+    "class": "class C:\n  x = 1\n  y = x, __qualname__, __module__\n  def m(self): return __class__",
+    "names of the module": "print(__name__, __file__, __doc__, __builtins__)",
+    "recursion": "def f(): return f",
+    "annotations that are text": "from __future__ import annotations\ndef f(a: x) -> y:\n  b: z = 1",
+    "local annotation": "def f():\n  a: x = 1",
+    "quoted": "def f(a: 'x'): ...",
+    "only for type checkers": "from __future__ import annotations\nfrom typing import TYPE_CHECKING\n"
+    "if TYPE_CHECKING:\n  from m import x\ndef f(a: x): ...",
+    "dead": "while 0: print(x)",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("source", NEVER_BOUND.values(), ids=NEVER_BOUND)
+def test_a_file_that_never_binds_time(source: str) -> None:
+    (finding,) = found(source)
+    assert re.match(r"\d+ E2: `time` is bound nowhere", finding)
+    assert ruff_finds(source) in (None, {int(finding.split()[0])})
+
+
+@pytest.mark.parametrize("source", UNBOUND.values(), ids=UNBOUND)
+def test_a_name_that_nothing_binds_before_it_is_used(source: str) -> None:
+    findings = found(source)
+    assert findings
+    assert all("E2: `x` is" in finding for finding in findings)
+    assert ruff_finds(source) in (None, {int(finding.split()[0]) for finding in findings})
+
+
+@pytest.mark.parametrize("source", NOT_UNBOUND.values(), ids=NOT_UNBOUND)
+def test_a_name_that_something_may_have_bound(source: str) -> None:
+    assert found(source) == []
+
+
+def test_names_for_type_checkers_only_are_not_bound_when_a_program_runs() -> None:
+    source = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n  from m import x\ndef f(): return x()"
+    assert found(source) == ["4 E2: `x` is not bound when this runs; import or define it at module level"]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="PEP 695")
+@pytest.mark.parametrize(
+    ("source", "findings"),
+    [
+        ("def f[T: int](a: T) -> T:\n  return T", 0),
+        ("class C[T]:\n  a: T\n  def m(self) -> T: return T", 0),
+        ("class C:\n  K = int\n  def m[T](self, a: K, b: T): ...", 0),
+        ("type A[T] = list[T] | B\ntype B = A", 0),
+        ("def f[T: x](a: T): ...", 1),
+        ("type A = x", 1),
+        ("def f[T](): ...\nprint(T)", 1),
+    ],
+)
+def test_type_parameters(source: str, findings: int) -> None:
+    assert len(found(source)) == findings
+
+
+def ruff_finds(source: str) -> set[int] | None:
+    """The lines of undefined names; None if ruff is not installed."""
+    if (ruff := which("ruff")) is None:
+        return None
+    command = [
+        ruff,
+        "check",
+        "--isolated",
+        "--no-cache",
+        "--select=F821,F823",
+        "--output-format=json",
+        "--exit-zero",
+        "-",
+    ]
+    done = run_command([*command, "--target-version=py311"], input=source, capture_output=True, text=True, check=True)
+    return {each["location"]["row"] for each in json.loads(done.stdout)}
 
 
 # E2: what can be reached
@@ -320,6 +548,98 @@ def reached(source: str, **others: str) -> list[str]:
         "class C:\n  def __enter__(self): time.time()\ndef f():\n  try: g()\n  except OSError:\n    with C(): pass",
         f"from typing import Protocol\nclass P(Protocol):\n  def slow(self): ...\nclass C:\n  {SLOW}\n"
         f"def f(p: P):\n  FAILED p.slow()",
+        # values
+        "if g: slow = print\nelse:\n  def slow(): time.time()\ndef f():\n  FAILED slow()",
+        "slow = lambda: time.time()\ndef f():\n  FAILED slow()",
+        "a = b = lambda: time.time()\ndef f():\n  FAILED b()",
+        "a, b = 1, lambda: time.time()\ndef f():\n  FAILED b()",
+        "def slow(): time.time()\nHANDLERS = {1: slow}\ndef f():\n  FAILED HANDLERS[g]()",
+        "def slow(): time.time()\ndef f():\n  steps = [slow]\n  FAILED [step() for step in steps]",
+        f"class B:\n  {SLOW}\nclass C: ...\ndef f(c: C | B):\n  FAILED c.slow()",
+        f"from typing import Optional\nclass C:\n  {SLOW}\ndef f(c: Optional[C]):\n  FAILED c.slow()",
+        f"class C:\n  {SLOW}\ndef f(c: type[C]):\n  FAILED c.slow(g)",
+        f"class C:\n  {SLOW}\n  def __enter__(self) -> 'Self': return self\n"
+        f"def f(c: C):\n  FAILED c.__enter__().slow()",
+        f"class E(OSError):\n  {SLOW}\ndef f():\n  try: g()\n  except (ValueError, E) as error: error.slow()",
+        "from functools import partial\ndef slow(a): time.time()\nlater = partial(slow, 1)\ndef f():\n  FAILED later()",
+        "def slow(a): time.time()\nclass C:\n  a = property(slow)\ndef f(c: C):\n  FAILED print(c.a)",
+        # what a function or an object was given
+        "def slow(): time.time()\ndef f(then):\n  FAILED then()\nf(slow)",
+        "def f(*, then):\n  FAILED then()\nf(then=lambda: time.time())",
+        "def slow(): time.time()\ndef f(then):\n  FAILED then()\ndef h(a): f(a)\nh(slow)",
+        "def slow(): time.time()\nclass C:\n  def __init__(self, then): self.then = then\n"
+        "  def f(self):\n    FAILED self.then()\nC(slow)",
+        "def slow(): time.time()\nclass C:\n  def f(self, then):\n    FAILED then()\nC().f(slow)",
+        "from typing import Any\ndef slow(): time.time()\nclass C:\n  a: int\n  then: Any\n"
+        "  def f(self):\n    FAILED self.then()\nC(1, slow)",
+        "from typing import Any\ndef slow(): time.time()\nclass C:\n  then: Any\n"
+        "  def f(self):\n    FAILED self.then()\nC(then=slow)",
+        "from dataclasses import field\nclass C:\n  at: float = field(default_factory=lambda: time.time())\n"
+        "def f():\n  FAILED C()",
+        # what runs later
+        "def slow(): yield time.time()\ndef f():\n  steps = slow()\n  FAILED print(*steps)",
+        "async def slow(): time.time()\nasync def f():\n  last = slow()\n  FAILED await last",
+        "async def slow(): yield time.time()\nasync def f():\n  s = slow()\n  FAILED await anext(s)",
+        "def f():\n  steps = (time.time() for _ in g)\n  FAILED print(*steps)",
+        "from contextlib import ExitStack\ndef f():\n  with ExitStack() as s:\n"
+        "    s.callback(slow)\ndef slow(): time.time()",
+        "def slow(*error): time.time()\ndef f(stack):\n  stack.push(slow)",
+        "async def slow(): time.time()\ndef f(stack):\n  stack.push_async_callback(slow)",
+        "async def slow(*error): time.time()\ndef f(stack):\n  stack.push_async_exit(slow)",
+        "def f(stack):\n  @stack.callback\n  def slow(): time.time()",
+        "from functools import partial\ndef slow(a): time.time()\ndef f(stack):\n  stack.callback(partial(slow, 1))",
+        "class C:\n  def __call__(self): time.time()\ndef f(stack):\n  stack.callback(C())",
+        "import atexit\ndef slow(): time.time()\natexit.register(slow)",
+        "from atexit import register\n@register\ndef slow(): time.time()",
+        "from weakref import finalize\ndef slow(): time.time()\ndef f(a):\n  finalize(a, slow)",
+        "from weakref import ref\ndef f(a):\n  return ref(a, lambda _: time.time())",
+        "from signal import SIGTERM, signal\ndef slow(*a): time.time()\nsignal(SIGTERM, slow)",
+        "def slow(*a): time.time()\ndef f(loop):\n  loop.add_signal_handler(15, slow)",
+        "def slow(task): time.time()\ndef f(task):\n  task.add_done_callback(slow)",
+        "import sys\ndef slow(*a): time.time()\nsys.excepthook = slow",
+        "async def f(nursery):\n  FAILED nursery.start_soon(lambda: time.time())",
+        # what Python calls by itself
+        "class C:\n  def __del__(self): time.time()",
+        "class C:\n  def __str__(self): time.time()",
+        "class E(Exception):\n  def derive(self, errors): time.time()",
+        "class E(Exception):\n  def __init__(self): self.at = time.time()",
+        "from trio import BrokenResourceError\nclass E(BrokenResourceError):\n  def split(self, kind): time.time()",
+        "class E(Exception): ...\nclass D(E):\n  @property\n  def at(self): time.time()",
+        "class C:\n  def __add__(self, a): time.time()\ndef f(c: C):\n  FAILED print(c + 1)",
+        "class C:\n  def __radd__(self, a): time.time()\ndef f(c: C):\n  FAILED print(1 + c)",
+        "class C:\n  def __iadd__(self, a): time.time()\ndef f(c: C):\n  FAILED c += 1",
+        "class C:\n  def __eq__(self, a): time.time()\ndef f(c: C):\n  FAILED print(c == 1)",
+        "class C:\n  def __bool__(self): time.time()\ndef f(c: C):\n  try: g()\n  finally:\n    if c: pass",
+        "class C:\n  def __len__(self): time.time()\ndef f(c: C):\n  FAILED print(not c)",
+        "class C:\n  def __contains__(self, a): time.time()\ndef f(c: C):\n  FAILED print(1 in c)",
+        "class C:\n  def __getitem__(self, a): time.time()\ndef f(c: C):\n  FAILED print(c[1])",
+        "class C:\n  def __setitem__(self, *a): time.time()\ndef f(c: C):\n  FAILED c[1] = 1",
+        "class C:\n  def __iter__(self): time.time()\ndef f(c: C):\n  try: g()\n  finally:\n    for a in c: pass",
+        "class C:\n  def __iter__(self): time.time()\ndef f(c: C):\n  FAILED print([a for a in c])",
+        "class C:\n  async def __anext__(self): time.time()\nasync def f(c: C):\n"
+        "  try: g()\n  finally:\n    async for a in c: pass",
+        "class C:\n  def __iter__(self): time.time()\ndef f(c: C):\n  try: g()\n  finally: a, b = c",
+        "class C:\n  def __bool__(self): time.time()\ndef f(c: C):\n  try: g()\n  finally: assert c",
+        "from contextlib import closing\nclass C:\n  def close(self): time.time()\ndef f():\n  with closing(C()): g()",
+        "class C:\n  def __await__(self): time.time()\nasync def f(c: C):\n  FAILED await c",
+        "class C:\n  def __len__(self): time.time()\ndef f(c: C):\n  FAILED len(c)",
+        "class C:\n  def __hash__(self): time.time()\ndef f(c: C, seen):\n  FAILED seen.add(c)",
+        "class C:\n  def __call__(self): time.time()\ndef f(c: C):\n  FAILED c()",
+        "class C:\n  @property\n  def a(self): time.time()\ndef f(c: C):\n  FAILED print(c.a)",
+        "class C:\n  @property\n  def a(self): time.time()\n  @a.setter\n"
+        "  def a(self, b): ...\ndef f(c: C):\n  FAILED print(c.a)",
+        f"class B:\n  {SLOW}\nclass C:\n  @property\n  def a(self) -> B: ...\ndef f(c: C):\n  FAILED c.a.slow()",
+        "class C:\n  def __getattr__(self, name): time.time()\ndef f(c: C):\n  FAILED print(c.a)",
+        "class C:\n  def __setattr__(self, name, a): time.time()\ndef f(c: C):\n  FAILED c.a = 1",
+        "class D:\n  def __get__(self, *a): time.time()\nclass C:\n  a = D()\ndef f(c: C):\n  FAILED print(c.a)",
+        "def deco(h):\n  def inner(): time.time()\n  return inner\n@deco\ndef a(): ...\ndef f():\n  FAILED a()",
+        "def deco(x):\n  def d(h):\n    return lambda: time.time()\n"
+        "  return d\n@deco(1)\ndef a(): ...\ndef f():\n  FAILED a()",
+        "def other(): time.time()\ndef deco(h):\n  return other\n@deco\ndef a(): ...\ndef f():\n  FAILED a()",
+        "class D:\n  def __init__(self, h): ...\n  def __call__(self): time.time()\n"
+        "@D\ndef a(): ...\ndef f():\n  FAILED a()",
+        "def f():\n  try: g()\n  finally:\n    class C: a = time.time()",
+        "def f():\n  try: g()\n  finally:\n    def h(a=time.time()): ...",
     ],
 )  # fmt: skip
 def test_what_the_error_path_can_reach(source: str) -> None:
@@ -328,6 +648,49 @@ def test_what_the_error_path_can_reach(source: str) -> None:
 
 def test_what_the_error_path_cannot_reach() -> None:
     assert reached("import time\ndef slow(): time.time()\ndef f():\n  try: slow()\n  except OSError: pass") == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def slow(): yield time.time()\ndef f():\n  steps = slow()\n  FAILED steps.close()",
+        "async def slow(): time.time()\nasync def f():\n  a = await slow()\n  FAILED print(a)",
+        "from contextlib import contextmanager\n@contextmanager\ndef slow():\n  yield time.time()\n"
+        "def f():\n  with slow() as a:\n    FAILED print(a)",
+        "class C:\n  def __init__(self): time.time()\n"
+        "  def __len__(self): time.time()\ndef f(c: C):\n  FAILED c.close()",
+        "def slow(): time.time()\ndef f(stack):\n  stack.append(slow)",
+        "import os\ndef f(stack, fd):\n  stack.callback(os.close, fd)",
+        "class Stack:\n  def push(self, a): ...\ndef slow(): time.time()\ndef f(stack: Stack):\n  stack.push(slow)",
+    ],
+)
+def test_what_runs_before_the_failure_is_not_on_the_error_path(source: str) -> None:
+    assert reached(f"import time\nfrom m import g\n{source}") == []
+
+
+CLEAN_UP = "def clean_up(*a): return time.time()\n"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        f"{CLEAN_UP}steps = []\nsteps.append(clean_up)\ndef f():\n  FAILED [step() for step in steps]",
+        f"{CLEAN_UP}def f(run):\n  run.on_error = clean_up\n  FAILED run.on_error()",
+        "class C:\n  def on_x(self): time.time()\n  def f(self, kind):\n    FAILED getattr(self, 'on_' + kind)()",
+        f"{CLEAN_UP}def f():\n  FAILED globals()['clean_up']()",
+        "from tools import *\ndef f():\n  FAILED clean_up()",
+        "from other import Group\nclass Batch(Group):\n  def derive(self, errors): time.time()",
+        "class M(type):\n  def __instancecheck__(cls, e): time.time()\nclass Known(metaclass=M): ...\n"
+        "def f():\n  FAILED isinstance(g, Known)",
+        f"{CLEAN_UP}Broken = type('Broken', (Exception,), {{'__str__': clean_up}})",
+        f"{CLEAN_UP}class Broken(Exception): ...\nBroken.__str__ = clean_up",
+        f"from other import retry\n{CLEAN_UP}@retry(on_failure=clean_up)\ndef f(): ...",
+        "try: g()\nexcept OSError: time.time()",
+        "from importlib import import_module\ndef f(): import_module('plugin')",
+    ],
+)
+def test_what_the_documentation_says_that_the_audit_cannot_see(source: str) -> None:
+    assert reached(f"import time\nfrom m import g\n{source}") == []
 
 
 def test_across_the_modules_of_one_directory() -> None:
@@ -442,6 +805,11 @@ def test_a_file_that_is_no_python(content: bytes, error: type[Exception], tmp_pa
     (tmp_path / "agent.py").write_bytes(content)
     with pytest.raises(error):
         audit([tmp_path / "agent.py"])
+
+
+def test_an_expression_that_is_nested_too_deeply() -> None:
+    with pytest.raises(ValueError, match="nested too deeply"):
+        found("x = 1\ny = " + " + ".join(["x"] * 2_000))
 
 
 def test_what_the_compiler_warns_of_is_not_the_audits() -> None:

@@ -46,7 +46,7 @@ class Flow:
             case ast.With() | ast.AsyncWith():
                 return self._with(node, bound)
             case ast.While():
-                return self._loop(node, self._seen([node.test], bound), endless=_constant(node.test) is True)
+                return self._loop(node, self._seen([node.test], bound), endless=constant(node.test) is True)
             case ast.For() | ast.AsyncFor():
                 return self._loop(node, self._seen([node.iter], bound), endless=False)
             case ast.Match():
@@ -76,7 +76,7 @@ class Flow:
     def _branch(self, node: ast.If, bound: Bound) -> Reached:
         bound = self._seen([node.test], bound)
         then, otherwise = self.block(node.body, bound), self.block(node.orelse, bound)
-        if (known := _constant(node.test)) is not None:
+        if (known := constant(node.test)) is not None:
             return then if known else otherwise
         if is_fact(node.test):  # what the other platform would bind is not missed on this one
             return bound if then is None and otherwise is None else (then or bound) | (otherwise or bound)
@@ -125,7 +125,7 @@ def _either(one: Reached, other: Reached) -> Reached:
     return one & other
 
 
-def _constant(test: ast.expr) -> bool | None:
+def constant(test: ast.expr) -> bool | None:
     """What a condition always is at run time, where its text tells."""
     match test:
         case ast.Constant(value=value):
@@ -133,7 +133,7 @@ def _constant(test: ast.expr) -> bool | None:
         case ast.Name(id="TYPE_CHECKING") | ast.Attribute(attr="TYPE_CHECKING"):
             return False
         case ast.UnaryOp(op=ast.Not(), operand=operand):
-            known = _constant(operand)
+            known = constant(operand)
             return None if known is None else not known
     return None
 

@@ -11,6 +11,7 @@ from functools import partial
 import trio
 
 from tricorn.chat.logs.base import Unavailable
+from tricorn.errors.import_guard import import_at_once
 from tricorn.errors.report import send_records
 from tricorn.service.auth import check_exposure
 from tricorn.service.bind import parse_bind
@@ -26,6 +27,7 @@ from tricorn.settings import COUNT, SettingError
 def command(arguments: Namespace) -> int:
     """Serve until SIGTERM or SIGINT. The agent is looked for in the current directory too."""
     send_records("stderr", "INFO")  # before the agent is imported, which may choose otherwise
+    import_at_once()
     sys.path.insert(0, os.getcwd())
     settings = _settings(arguments)
     check_exposure(settings)

@@ -1,0 +1,72 @@
+"""The end of a process whose tasks or threads do not end."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from faulthandler import cancel_dump_traceback_later, dump_traceback_later
+from signal import SIGINT, SIGTERM, getsignal, signal
+from typing import TYPE_CHECKING, Any
+
+from trio import Event, open_nursery, sleep
+from trio.lowlevel import current_root_task, current_trio_token
+
+from tricorn.errors.report import report
+from tricorn.errors.stuck import stuck
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+STDERR = 2
+GRACE = 1.0  # seconds beyond the time that a program has to end
+NOTICE = 0.4  # seconds before the process is ended, when it is reported what is in the way
+
+
+class LastResort:
+    """Ends the process if it has not ended by itself `seconds` + `GRACE` after the first signal.
+
+    Then the stacks of all threads are on stderr, and the exit status is 1.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._armed = Event()
+        self._is_armed = False
+        self._token = current_trio_token()
+
+    def watch_signals(self) -> None:
+        """Begin with the next SIGTERM or SIGINT, also if the loop is blocked then. Keeps what handles them now."""
+        for each in (SIGTERM, SIGINT):
+            before = getsignal(each)
+            if callable(before):
+                signal(each, self._handler(before))
+
+    def _handler(self, before: Any) -> Any:
+        def handle(number: int, frame: Any) -> None:
+            if not self._is_armed:
+                self._is_armed = True
+                dump_traceback_later(self._seconds + GRACE, exit=True, file=STDERR)
+                self._token.run_sync_soon(self._armed.set)
+            before(number, frame)
+
+        return handle
+
+    async def report_stuck(self) -> None:
+        """Report which tasks are in the way shortly before the process is ended."""
+        await self._armed.wait()
+        await sleep(self._seconds + GRACE - NOTICE)
+        root = current_root_task()
+        tasks = () if root is None else tuple(stuck(root))
+        report("CRITICAL", "the process does not end in time; it is ended now", tasks=tasks)
+
+
+@asynccontextmanager
+async def exit_in_time(seconds: float) -> AsyncGenerator[LastResort]:
+    """Have the process end in time after a signal, whatever the tasks and threads in the block do."""
+    resort = LastResort(seconds)
+    try:
+        async with open_nursery() as nursery:
+            nursery.start_soon(resort.report_stuck)
+            yield resort
+            nursery.cancel_scope.cancel()
+    finally:
+        cancel_dump_traceback_later()

@@ -1,0 +1,98 @@
+"""A peer that reads slowly gets everything, as long as it goes on reading; and what one connection does is its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from contextvars import ContextVar
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+from websockets.frames import Opcode
+
+from tricorn import Settings, WebSocket
+
+Served = Callable[..., AbstractAsyncContextManager[Any]]
+
+SLOW = Settings(close_timeout=0.5, stall_timeout=2, ping_interval=1000, ping_timeout=1000, handshake_timeout=1000)
+
+
+async def take(client: Any, size: int) -> list[Any] | None:
+    """The frames that are complete with so many more bytes, or None at the end of the stream."""
+    data = await client.stream.receive_some(size)
+    if not data:
+        return None
+    client.protocol.receive_data(data)
+    frames = client.protocol.events_received()
+    await client.flush()
+    return frames
+
+
+async def read_slowly(client: Any, size: int, pause: float, *, ping: bool = False) -> tuple[int, int | None]:
+    """Read so many bytes, pause, and so on until the end; return how much data came, and the close code."""
+    got, code = 0, None
+    while True:
+        await trio.sleep(pause)
+        if ping:
+            client.protocol.send_ping(b"p")
+        frames = await take(client, size)
+        if frames is None:
+            return got, code
+        for frame in frames:
+            if frame.opcode in (Opcode.BINARY, Opcode.CONT):
+                got += len(frame.data)
+            elif frame.opcode is Opcode.CLOSE:
+                code = int.from_bytes(frame.data[:2], "big")
+
+
+async def send_at_once(ws: WebSocket) -> None:
+    await ws.send(bytes(12 << 20))
+
+
+async def send_chunks(ws: WebSocket) -> None:
+    for _ in range(192):
+        await ws.send(bytes(65536))
+
+
+@pytest.mark.parametrize("handler", [send_at_once, send_chunks])
+@pytest.mark.parametrize("ping", [False, True])
+async def test_all_arrives_at_a_peer_that_goes_on_reading(
+    hosted: Served, patient_clock: MockClock, handler: Any, ping: bool
+) -> None:
+    """2 MiB a second, which takes longer than the close timeout."""
+    async with hosted(handler, settings=SLOW) as server, server.connect(receive_buffer=65536) as client:
+        assert await read_slowly(client, 1 << 20, 0.5, ping=ping) == (12 << 20, 1000)
+
+
+async def test_a_slow_peer_that_goes_on_reading_is_never_dropped(hosted: Served, patient_clock: MockClock) -> None:
+    """20 kB a second, for 50 times the stall timeout."""
+
+    async def handler(ws: WebSocket) -> None:
+        for _ in range(40):
+            await ws.send(bytes(50_000))
+
+    async with hosted(handler, settings=SLOW) as server, server.connect(receive_buffer=8192) as client:
+        assert await read_slowly(client, 20_000, 1) == (2_000_000, 1000)
+
+
+# What one connection does is its own
+
+user: ContextVar[str] = ContextVar("user")
+
+
+async def test_each_connection_has_a_fresh_context(hosted: Served) -> None:
+    async def handler(ws: WebSocket) -> None:
+        before = user.get("nobody")
+        user.set("ann")
+        await ws.send(before)
+        async for _ in ws:
+            pass
+
+    async with hosted(handler) as server:
+        for _ in range(2):
+            async with server.connect() as client:
+                assert await client.receive() == "nobody"
+                await client.close()
+                assert (await client.closed())[0] == 1000
