@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tricorn.request import Request
     from tricorn.settings import Settings
 
+
 class Reaper(Protocol):
     """Closes sockets whose tasks do not end."""
 

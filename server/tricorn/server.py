@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import partial
 from socket import SO_ACCEPTCONN, SOL_SOCKET
 from typing import TYPE_CHECKING, Any

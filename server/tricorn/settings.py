@@ -134,13 +134,17 @@ class Settings:
     """Seconds from accepting a connection to the end of its handshake. Slow mobile networks need a few."""
 
     close_timeout: Seconds = 2.0
-    """Seconds from the end of a connection until its socket is closed, whatever the peer does.
+    """Seconds that a handler has to finish once it knows of the end, and seconds for the closing handshake.
 
-    Must be less than `drain_timeout`. Two seconds are enough for one round trip on a bad network.
+    When they have passed the socket is closed, whatever the peer and the handler do. Must be less than
+    `drain_timeout`. Two seconds are enough for one round trip on a bad network.
     """
 
     stall_timeout: Seconds = 30.0
-    """Seconds that a peer may read nothing while something is being sent to it; then it is closed with 4001."""
+    """Seconds that a peer may read nothing while something is being sent to it; then it is closed with 4001.
+
+    Also bounds the sending of what is left when a handler has returned.
+    """
 
     ping_interval: Seconds = 20.0
     """Seconds between two pings. Proxies often drop a connection after 30 or 60 silent seconds."""

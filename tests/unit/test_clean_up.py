@@ -26,6 +26,12 @@ def records(capfd: pytest.CaptureFixture[str]) -> Records:
     return lambda: [json.loads(line) for line in capfd.readouterr().err.splitlines()]
 
 
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for what nothing tells of."""
+    while not condition():  # noqa: ASYNC110
+        await trio.sleep(0.01)
+
+
 async def close(client: Client) -> None:
     await client.close()
 
@@ -40,13 +46,13 @@ async def iterate(ws: WebSocket) -> None:
 
 
 async def receive(ws: WebSocket) -> None:
-    with pytest.raises(Disconnected):
+    with pytest.raises(Disconnected):  # noqa: PT012
         while True:
             await ws.receive()
 
 
 async def send_on(ws: WebSocket) -> None:
-    with pytest.raises(Disconnected):
+    with pytest.raises(Disconnected):  # noqa: PT012
         while True:
             await ws.send(MORE_THAN_FITS)
 
@@ -164,8 +170,7 @@ async def test_tasks_that_do_not_end_hold_up_no_socket(
 ) -> None:
     async def closed(client: Client) -> None:
         async with seconds(2, 0.2):
-            while not client._wire.ended:
-                await trio.sleep(0.01)
+            await until(lambda: client._wire.ended)
 
     async with connect(handler, settings=SETTINGS) as client:
         await trio.testing.wait_all_tasks_blocked()
@@ -209,8 +214,7 @@ async def test_who_takes_nothing_has_the_stall_timeout_and_that_of_closing(autoj
 
     async with connect(handler, settings=SETTINGS) as client, seconds(7, 0.5):
         client.stall()
-        while not client._wire.ended:
-            await trio.sleep(0.01)
+        await until(lambda: client._wire.ended)
         client.vanish()
 
 
@@ -227,8 +231,7 @@ async def test_a_loop_that_stood_still_is_not_held_against_the_peer(autojump_clo
             assert await client.receive() == str(number)
         start = trio.current_time()
         client.stall()  # and one that does not answer is found all the same
-        while client.websocket.closed is None:
-            await trio.sleep(0.1)
+        await until(lambda: client.websocket.closed is not None)
         assert client.websocket.closed.code == 4000
         assert 10 <= trio.current_time() - start <= 25
 
@@ -246,6 +249,29 @@ async def test_a_peer_that_is_slow_because_the_loop_stood_still_is_not_stalled(a
         assert client.websocket.closed is None
         client.stall()
         async with seconds(5, 5):
-            while client.websocket.closed is None:
-                await trio.sleep(0.1)
+            await until(lambda: client.websocket.closed is not None)
+        assert client.websocket.closed.code == 4001
+
+
+async def test_the_silence_of_a_peer_is_counted_without_the_time_that_the_loop_stood_still(
+    autojump_clock: MockClock,
+) -> None:
+    async with connect(iterate, settings=SETTINGS) as client:
+        client.stall()
+        for awake in (5, 8, 4):  # less than the interval and the timeout of a ping
+            await trio.sleep(awake)
+            assert client.websocket.closed is None
+            autojump_clock.jump(60)
+        await until(lambda: client.websocket.closed is not None)
+        assert client.websocket.closed.code == 4000
+
+
+async def test_a_stall_is_counted_without_the_time_that_the_loop_stood_still(autojump_clock: MockClock) -> None:
+    async with connect(send_on, settings=SETTINGS) as client:
+        client.stall()
+        for awake in (1.5, 1):  # with a look that is late for each, less than the stall timeout
+            await trio.sleep(awake)
+            assert client.websocket.closed is None
+            autojump_clock.jump(60)
+        await until(lambda: client.websocket.closed is not None)
         assert client.websocket.closed.code == 4001

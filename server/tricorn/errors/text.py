@@ -46,6 +46,8 @@ def clean(text: str, limit: int) -> str:
     if len(text) > limit:
         left_out = f"\n[{len(text) - limit} characters left out]\n"
         text = text[: limit // 2] + left_out + text[len(text) - limit // 2 :]
+    if text.isprintable():
+        return text  # nothing in it to escape
     return str.translate(text, _ESCAPES).encode(errors="backslashreplace").decode()
 
 

@@ -11,6 +11,7 @@ import trio
 from hypercorn.utils import LifespanFailureError
 
 from tricorn.asgi_handler import AsgiHandler
+from tricorn.errors.last_resort import exit_in_time
 from tricorn.errors.reason import innermost
 from tricorn.errors.report import report_error, send_records
 from tricorn.listening.binds import listen
@@ -42,9 +43,11 @@ def command(arguments: Namespace) -> int:
 
 
 async def _serve(handler: Handler | AsgiHandler, host: str, port: int) -> None:
-    server = Server(Site(handler, Settings()), await bind_or_explain(listen, host, port, "--bind "))
+    settings = Settings()
+    server = Server(Site(handler, settings), await bind_or_explain(listen, host, port, "--bind "))
     scheme = "http" if isinstance(handler, AsgiHandler) else "ws"
-    await serve_until_signal(server, task_status=_Announcement(scheme))
+    async with exit_in_time(settings.drain_timeout) as last_resort:
+        await serve_until_signal(server, last_resort, task_status=_Announcement(scheme))
 
 
 class _Announcement(trio.TaskStatus[Server]):
