@@ -238,12 +238,16 @@ class Connection:
         KeyboardInterrupt. If cancelled, the connection closes with 1012, within `close_timeout`.
         """
         failure = through = None
+        try:
+            self.phase = move(self.phase, Phase.OPEN)
+        except IllegalMove as error:
+            self._report(error)
+            return None
         self._metrics.opened.add()
         try:
             with self._scope:
                 try:
                     async with trio.open_nursery() as self.nursery:
-                        self.phase = move(self.phase, Phase.OPEN)
                         if self.cause is not None:  # the end came before the handler
                             self.stop()
                         self.transport.start(self)
