@@ -7,7 +7,16 @@ from secrets import token_hex
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import trio
-from trio import CancelScope, Event, StrictFIFOLock, current_effective_deadline, current_time, move_on_after, sleep
+from trio import (
+    Cancelled,
+    CancelScope,
+    Event,
+    StrictFIFOLock,
+    current_effective_deadline,
+    current_time,
+    move_on_after,
+    sleep,
+)
 
 from tricorn.errors.chain import Interruption, first_of, hides_an_error, in_order, is_any
 from tricorn.errors.failures import PASSING, forget_contexts, leaves, passing
@@ -177,7 +186,6 @@ class Connection:
         "_reaper",
         "_received",
         "_reported",
-        "_scope",
         "_sent",
         "_stall_timeout",
         "_stalled",
@@ -214,7 +222,6 @@ class Connection:
         self._stall_timeout = settings.stall_timeout
         self._metrics = metrics
         self._reaper = reaper
-        self._scope = CancelScope()  # around the nursery: what its tasks leave behind is seen inside it
         self._in_vain = 0  # messages sent to a peer that is gone, before the handler is told
         self._flushes = False  # what is unsent goes out before the close frame
         self._flushing: CancelScope | None = None
@@ -245,23 +252,26 @@ class Connection:
             return None
         self._metrics.opened.add()
         try:
-            with self._scope:
-                try:
-                    async with trio.open_nursery() as self.nursery:
-                        if self.cause is not None:  # the end came before the handler
-                            self.stop()
-                        self.transport.start(self)
-                        await handler(websocket)
-                        if self.cause is None:
-                            self._end(Close(NORMAL))
-                            self._flushes = True
+            try:
+                async with trio.open_nursery() as self.nursery:
+                    if self.cause is not None:  # the end came before the handler
                         self.stop()
-                except BaseException as error:  # noqa: ASYNC103 - what has to go on is raised again
-                    failure = self._failed(error)
-                    through = passing(error)
-                if through is not None:
-                    forget_contexts(through)  # they have been reported, and are not below what goes on
-                    raise through
+                    self.transport.start(self)
+                    try:
+                        await handler(websocket)
+                    except Cancelled as error:  # which the nursery's scope takes, with what is below it
+                        failure = self._failed(error)
+                        raise
+                    if self.cause is None:
+                        self._end(Close(NORMAL))
+                        self._flushes = True
+                    self.stop()
+            except BaseException as error:  # noqa: ASYNC103 - what has to go on is raised again
+                failure = self._failed(error) or failure
+                through = passing(error)
+            if through is not None:
+                forget_contexts(through)  # they have been reported, and are not below what goes on
+                raise through
         finally:
             through = None  # its traceback has this frame: the garbage collector need not free it
             await self._tear_down()
@@ -330,7 +340,8 @@ class Connection:
     def stop(self) -> None:
         """Cancel the nursery: there is nothing more to receive."""
         self.over = True
-        self._scope.cancel()
+        if self.phase is not Phase.ACCEPTED:
+            self.nursery.cancel_scope.cancel()
 
     def tell(self) -> None:
         """The handler gets to know that the connection is over: it has `close_timeout` from now on."""
@@ -340,7 +351,8 @@ class Connection:
 
     def _bound_tasks(self) -> None:
         self.patience = current_time() + self._close_timeout
-        self._scope.deadline = self.patience
+        if self.phase is not Phase.ACCEPTED:
+            self.nursery.cancel_scope.deadline = self.patience
 
     async def close(self, cause: Close) -> None:
         """Close the connection unless it is ending already, and wait until it is closed."""
