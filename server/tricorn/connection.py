@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import trio
 from trio import (
-    Cancelled,
     CancelScope,
     Event,
     StrictFIFOLock,
@@ -259,8 +258,9 @@ class Connection:
                     self.transport.start(self)
                     try:
                         await handler(websocket)
-                    except Cancelled as error:  # which the nursery's scope takes, with what is below it
-                        failure = self._failed(error)
+                    except BaseException as error:  # noqa: ASYNC103 - the nursery's scope takes cancellations
+                        if all(isinstance(leaf, PASSING) for leaf in leaves(error)):
+                            failure = self._failed(error)  # with them what is below
                         raise
                     if self.cause is None:
                         self._end(Close(NORMAL))

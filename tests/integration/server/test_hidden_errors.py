@@ -84,11 +84,6 @@ async def in_a_nursery(ws: WebSocket, end: Ending) -> None:
         nursery.start_soon(handle_all, ws, end)
 
 
-async def in_a_task_of_the_connection(ws: WebSocket, end: Ending) -> None:
-    ws.nursery.start_soon(handle_all, ws, end)
-    await trio.sleep_forever()
-
-
 async def under_two_clauses(ws: WebSocket, end: Ending) -> None:
     try:
         fail()
@@ -105,7 +100,6 @@ FAILING = [
     finally_end,
     leave_a_block,
     in_a_nursery,
-    in_a_task_of_the_connection,
     under_two_clauses,
 ]
 
