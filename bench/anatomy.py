@@ -32,6 +32,7 @@ from tricorn.protocol.frames import Opcode, frame
 from tricorn.protocol.receiver import Receiver
 from tricorn.request import Accept, Request
 from tricorn.transport.flow_control import READ_SIZE
+from tricorn.transport.keep_alive import Reaper
 from tricorn.transport.native import NativeTransport
 from tricorn.transport.poller import Flusher, Watched
 from tricorn.waiter import Waiter
@@ -131,7 +132,7 @@ async def of_an_echo(in_flight: int) -> float:
         for number in range(CONNECTIONS):
             transport = NativeTransport(Socket(number, arrives), b"", ready, SETTINGS, metrics)
             request = Request("GET", "/", "", "1.1", {}, ("127.0.0.1", 1))
-            connection = Connection(transport, request, close_timeout=1.0, metrics=metrics)
+            connection = Connection(transport, request, SETTINGS, metrics, Reaper())
             nursery.start_soon(connection.run, echo, WebSocket(connection, Accept()))
         await wait_all_tasks_blocked()
 
