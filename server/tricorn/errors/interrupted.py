@@ -23,6 +23,7 @@ LOCALS = ("LOAD_FAST", "LOAD_FAST_CHECK", "LOAD_FAST_BORROW", "LOAD_DEREF")
 ENDS = ("RETURN_VALUE", "RETURN_CONST", "RAISE_VARARGS", "RERAISE", "JUMP_FORWARD", "JUMP_BACKWARD")
 JUMPS = frozenset((*hasjrel, *hasjabs))
 HARMLESS = ("PUSH_EXC_INFO", "POP_EXCEPT", "COPY")  # they cannot raise
+RAISE_FROM = 2  # how many values `raise … from …` takes
 NESTED = 20  # handlers within a handler that are looked into
 KEPT = 1000  # answers that are remembered
 
@@ -128,7 +129,10 @@ def _raises_again(read: _Code, reached: set[int]) -> bool:
     for offset in reached:
         number = read.at[offset]
         instruction = read.instructions[number]
-        again = instruction.arg != 1 or read.instructions[number - 1].opname.endswith(LOCALS)
+        before = read.instructions[number - 1]
+        again = instruction.arg != 1 or before.opname.endswith(LOCALS)
+        if instruction.arg == RAISE_FROM and before.argval is None:
+            again = False  # `raise … from None` says on purpose that nothing has failed before
         if instruction.opname == "RAISE_VARARGS" and again:
             return True
     return False

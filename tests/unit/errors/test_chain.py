@@ -646,6 +646,15 @@ async def a_clause_that_may_fail_with_another() -> None:
             raise Later("not found")  # noqa: B904
 
 
+async def a_clause_that_ends_from_none() -> None:
+    """As AnyIO's channels wait for an item."""
+    try:
+        fail()
+    except First:
+        await rest()
+        raise Later("the end") from None
+
+
 async def a_clause_in_what_was_called() -> None:
     await a_clause_that_names_it()
 
@@ -666,6 +675,7 @@ HANDLING = [
     a_loop_in_a_clause,
     a_clause_around_a_finally,
     a_clause_that_may_fail_with_another,
+    a_clause_that_ends_from_none,
     a_clause_in_what_was_called,
     rest,
 ]
