@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
 from functools import partial
 from socket import SO_ACCEPTCONN, SOL_SOCKET
 from typing import TYPE_CHECKING, Any
