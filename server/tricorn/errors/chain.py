@@ -43,7 +43,7 @@ _bound = binder(_names := dict(globals()))
 
 @_bound
 def is_any(error: BaseException, kinds: tuple[type[BaseException], ...]) -> bool:
-    """Return whether an exception is of one of the kinds, whatever it says itself."""
+    """Return whether an exception is of one of the kinds. Its own `__class__` is not asked."""
     return any(base is kind for base in _bases(type(error)) for kind in kinds)
 
 
@@ -54,7 +54,7 @@ def is_group(error: BaseException) -> bool:
 
 @_bound
 def members(error: BaseException) -> tuple[BaseException, ...]:
-    """Return the exceptions in a group; none of what is no group."""
+    """Return the exceptions in a group, or an empty tuple if this is not a group."""
     return _members(error) if is_group(error) else ()
 
 
@@ -182,7 +182,7 @@ def first_of(order: list[BaseException]) -> BaseException:
 def hides_an_error(ending: BaseException) -> bool:
     """Return whether there is an unhandled error below something that ends a task. Cheap if nothing is below it.
 
-    What is an error itself hides none.
+    An exception that is an error itself hides nothing.
     """
     pending = [ending]
     is_alone = True

@@ -41,6 +41,6 @@ def passing(error: BaseException) -> BaseException | None:
 
 
 def forget_contexts(ending: BaseException) -> None:
-    """Have something that goes on not hide, for whoever it gets to, what has been reported."""
+    """Clear the contexts in an exception that is raised again, once they are reported, so that it hides no errors."""
     for leaf in leaves(ending):
         _set_context(leaf, None)

@@ -277,9 +277,8 @@ def report_error(error: BaseException, *, context: Mapping[Any, object] | None =
     """Report an error with what is known about where it happened, and return its id.
 
     The headline is the first error that was not handled, of all that led to this one. The id is all that a peer may see
-    of it. An exception group is one error, without its cancellations. Never
-    blocks on stderr; a program's own sink may (see `send_records`). Raises nothing but a KeyboardInterrupt, and only
-    once the error is reported.
+    of it. An exception group is one error, without its cancellations. Never blocks on stderr; a program's own sink may
+    (see `send_records`). Raises nothing but a KeyboardInterrupt, and only once the error is reported.
 
     context: what an application says about it: one field of the record, whatever keys and values it has.
     fields: our own, at the top level of the record. None means unknown and is left out.
@@ -311,7 +310,7 @@ def report_error(error: BaseException, *, context: Mapping[Any, object] | None =
 
 @_bound
 def report_hidden(error: BaseException, *, context: Mapping[Any, object] | None = None, **fields: object) -> None:
-    """Report the error below something that ends a task, such as a cancellation, if it hides one. Else it is cheap."""
+    """Report the error below something that ends a task, such as a cancellation. Cheap if it hides none."""
     if hides_an_error(error):
         report_error(error, context=context, **fields)
 
