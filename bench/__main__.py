@@ -27,11 +27,11 @@ from signal import SIGTERM, signal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from .load import Failed
-from .process import ROOT, NotStarted, Server, serving
-from .report import Results, write_readme
-from .servers import SERVERS, Mode
-from .suites import FULL, QUICK, SUITES, TINY, Case, Figures, Sizes
+from bench.load import Failed
+from bench.process import ROOT, NotStarted, Server, serving
+from bench.report import Results, write_readme
+from bench.servers import SERVERS, Mode
+from bench.suites import FULL, QUICK, SUITES, TINY, Case, Figures, Sizes
 
 RESULTS = ROOT / "bench/results"
 SIZES = {"quick": QUICK, "tiny": TINY}
@@ -109,7 +109,7 @@ def main() -> None:
             run.suite(suite)
             results.save()
     if find_spec("matplotlib"):
-        import_module(".plots", __package__).draw(results.suites, arguments.results)
+        import_module("bench.plots").draw(results.suites, arguments.results)
     else:
         console.print("no plots: matplotlib is not installed")
     print(results.table(arguments.suites))

@@ -17,21 +17,26 @@ from typing import Any
 
 import trio
 from rich.console import Console
-from trio.lowlevel import Abort, Task, cancel_shielded_checkpoint, current_task, reschedule, wait_task_rescheduled
+from trio.lowlevel import cancel_shielded_checkpoint
 from trio.testing import wait_all_tasks_blocked
 
+from bench.load import text
 from tricorn.chat import Chat, Run
 from tricorn.chat.logs.base import stamp
 from tricorn.chat.protocol import AgentMessage
 from tricorn.chat.session import decode
 from tricorn.chat.settings import ChatSettings
-from tricorn.connection import WOKEN, WebSocket
+from tricorn.connection import Connection
+from tricorn.metrics import ServerMetrics
 from tricorn.protocol.frames import Opcode, frame
 from tricorn.protocol.receiver import Receiver
-from tricorn.transport.native import READ_SIZE, NativeTransport
+from tricorn.request import Accept, Request
+from tricorn.transport.flow_control import READ_SIZE
+from tricorn.transport.keep_alive import Reaper
+from tricorn.transport.native import NativeTransport
 from tricorn.transport.poller import Flusher, Watched
-
-from .load import text
+from tricorn.waiter import Waiter
+from tricorn.websocket import WebSocket
 
 CONNECTIONS = 100
 RUNS = 60  # of which the least counts
@@ -103,7 +108,7 @@ class Ready(Flusher):
 
     def unregister(self, watched: Watched) -> None: ...
 
-    async def run(self) -> None:
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         await self._flush()
 
 
@@ -121,14 +126,14 @@ async def turn() -> None:
 async def of_an_echo(in_flight: int) -> float:
     """From what a read brought to the write, with the handler in between."""
     arrives = text(TEXT.encode()) * in_flight
-    ready = Ready()
+    ready, metrics = Ready(), ServerMetrics()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(ready.run)
         for number in range(CONNECTIONS):
-            transport = NativeTransport(Socket(number, arrives), b"", ready, SETTINGS)
-            about: dict[str, Any] = {"path": "/", "query": "", "headers": {}, "subprotocol": None}
-            ws = WebSocket(transport, peer=("127.0.0.1", 1), close_timeout=1.0, **about)
-            nursery.start_soon(ws.run, echo)
+            transport = NativeTransport(Socket(number, arrives), b"", ready, SETTINGS, metrics)
+            request = Request("GET", "/", "", "1.1", {}, ("127.0.0.1", 1))
+            connection = Connection(transport, request, SETTINGS, metrics, Reaper())
+            nursery.start_soon(connection.run, echo, WebSocket(connection, Accept()))
         await wait_all_tasks_blocked()
 
         async def round() -> None:
@@ -143,23 +148,20 @@ async def of_an_echo(in_flight: int) -> float:
 
 async def of_a_switch() -> float:
     """A task that waits is woken, runs, and waits again: what Trio asks for the handler's turn."""
-    waiting: list[Task] = []
+    waiters = [Waiter() for _ in range(CONNECTIONS)]
 
-    async def wait() -> None:
+    async def wait(waiter: Waiter) -> None:
         while True:
-            waiting.append(current_task())
-            await wait_task_rescheduled(lambda _: Abort.SUCCEEDED)
+            await waiter.wait()
 
     async with trio.open_nursery() as nursery:
-        for _ in range(CONNECTIONS):
-            nursery.start_soon(wait)
+        for waiter in waiters:
+            nursery.start_soon(wait, waiter)
         await wait_all_tasks_blocked()
 
         async def round() -> None:
-            woken = waiting.copy()
-            waiting.clear()
-            for task in woken:
-                reschedule(task, WOKEN)
+            for waiter in waiters:
+                waiter.wake()
             await turn()
 
         cost = await least(round, CONNECTIONS)

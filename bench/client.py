@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from .process import Server
+from bench.process import Server
 
 
 def handshake(path: str = "/") -> bytes:

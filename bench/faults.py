@@ -30,8 +30,8 @@ from typing import Any
 
 import trio
 
-from .client import Client, connected, frame, handshake, text
-from .process import NotStarted, Server, serving
+from bench.client import Client, connected, frame, handshake, text
+from bench.process import NotStarted, Server, serving
 
 MIB = 1 << 20
 RESET = pack("ii", 1, 0)  # for SO_LINGER: close with RST

@@ -21,7 +21,7 @@ from typing import NamedTuple, Self
 
 from websockets.frames import Close, Frame, Opcode
 
-from .process import Server
+from bench.process import Server
 
 PATIENCE = 30  # seconds without any answer after which there will be none
 TIMEOUT = pack("ll", PATIENCE, 0)  # of a socket; Python's own would cost a system call for each

@@ -10,7 +10,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .suites import SUITES
+from bench.suites import SUITES
 
 mpl.rcParams.update({"svg.hashsalt": "tricorn", "svg.fonttype": "none", "font.size": 8, "axes.axisbelow": True})
 OURS, OTHERS = "#c0392b", "#8a98a8"

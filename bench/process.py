@@ -14,7 +14,7 @@ from tempfile import TemporaryFile
 from time import clock_gettime, monotonic, sleep
 from typing import IO
 
-from .servers import SERVERS, Mode
+from bench.servers import SERVERS, Mode
 
 ROOT = Path(__file__).parents[1]
 ADDRESS = re.compile(rb"https?://\S+?:(\d+)")

@@ -11,8 +11,8 @@ from platform import machine, python_version, release
 from statistics import median
 from typing import Any
 
-from .servers import CHATS, ECHO
-from .suites import SUITES
+from bench.servers import CHATS, ECHO
+from bench.suites import SUITES
 
 OURS = dict.fromkeys(ECHO, "tricorn") | dict.fromkeys(CHATS, "tricorn-serve")  # what each is compared with
 PACKAGES = ("aiohttp", "hypercorn", "picows", "trio", "trio-websocket", "uvicorn", "uvloop", "websockets", "wsproto")

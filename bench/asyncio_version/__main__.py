@@ -10,13 +10,12 @@ from dataclasses import replace
 
 import uvloop
 
+from bench.asyncio_version.chat import make_chat
+from bench.asyncio_version.server import Server
 from tricorn.errors.report import send_records
 from tricorn.service.bind import parse_bind
 from tricorn.service.settings import ServiceSettings
 from tricorn.settings import SettingError
-
-from .chat import make_chat
-from .server import Server
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 

@@ -6,18 +6,19 @@ ASGI has neither `broadcast` nor a way to tell whether a peer keeps up, so every
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from http import HTTPStatus
 from secrets import token_hex
 from typing import Any
 
+from bench.asyncio_version.chat import Chat, make_chat
 from tricorn.chat.protocol import SUBPROTOCOLS
 from tricorn.errors.report import report, send_records, trace_id
 from tricorn.protocol.close import Close
-from tricorn.protocol.handshake import Refused, as_request, check_entry, choose_subprotocol
+from tricorn.protocol.handshake import as_request, check_origin, choose_subprotocol
+from tricorn.request import Refuse
 from tricorn.service.pages import pages
 from tricorn.service.settings import ServiceSettings
 from tricorn.settings import SettingError
-
-from .chat import Chat, make_chat
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -85,8 +86,10 @@ class App:
         await receive()  # websocket.connect
         request = as_request(b"GET", scope["path"], b"1.1", scope["headers"])
         try:
-            check_entry(request, "/ws", self._settings.origins)
-        except Refused:
+            if request.path != "/ws":
+                raise Refuse(HTTPStatus.NOT_FOUND)
+            check_origin(request, self._settings.origins)
+        except Refuse:
             await send({"type": "websocket.close"})  # which is a 403
             return
         subprotocol = choose_subprotocol(request, SUBPROTOCOLS)

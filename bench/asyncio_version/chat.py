@@ -9,6 +9,11 @@ from random import random
 from time import monotonic
 from typing import Any, cast
 
+from bench.asyncio_version.agent import demo
+from bench.asyncio_version.connection import Connection
+from bench.asyncio_version.conversation import Conversation
+from bench.asyncio_version.run import Agent
+from bench.asyncio_version.session import Session
 from tricorn.chat.chat import RETRY_AFTER, RETURNS_PER_SECOND
 from tricorn.chat.identity import Everybody, Gate, ThisMachine
 from tricorn.chat.quota import Quotas
@@ -18,11 +23,6 @@ from tricorn.service.jwt_keys import Keys, parse
 from tricorn.service.settings import ServiceSettings
 from tricorn.settings import SettingError
 
-from .agent import demo
-from .conversation import Conversation
-from .run import Agent
-from .session import Connection, Session
-
 
 class Chat:
     """Conversations with an agent: `async with Chat(...) as chat`, and `chat.session` for each client.
@@ -31,39 +31,39 @@ class Chat:
     """
 
     def __init__(self, agent: Agent, settings: ServiceSettings, gate: Gate) -> None:
-        self.agent = agent
         self.settings = settings
-        self.gate = gate
-        self.quotas = Quotas(settings, per_user=gate.wants_token, clock=monotonic)
-        self.tasks = asyncio.TaskGroup()
         self.closing = False
+        self._agent = agent
+        self._gate = gate
+        self._quotas = Quotas(settings, per_user=gate.wants_token, clock=monotonic)
+        self._tasks = asyncio.TaskGroup()
         self._conversations: dict[str, Conversation] = {}
         self._sessions: set[Session] = set()
 
     async def __aenter__(self) -> Chat:
-        await self.tasks.__aenter__()
+        await self._tasks.__aenter__()
         return self
 
     async def __aexit__(self, *error: Any) -> None:
         self._interrupt()
-        await self.tasks.__aexit__(*error)
+        await self._tasks.__aexit__(*error)
 
     def conversation(self, key: str) -> Conversation:
         """The conversation of this key; it is there from the first time on."""
         conversation = self._conversations.get(key)
         if conversation is None:
-            conversation = self._conversations[key] = Conversation(key, self)
+            conversation = Conversation(key, self._agent, self.settings, self._tasks)
+            self._conversations[key] = conversation
+            if self.closing:
+                conversation.interrupt()
         return conversation
-
-    def cancel(self, key: str, run: str) -> bool:
-        """Cancel a run in the conversation of this key; False where no such run goes on."""
-        conversation = self._conversations.get(key)
-        return conversation is not None and conversation.cancel(run)
 
     async def session(self, ws: Connection) -> Close:
         """Talk the wire protocol with one client until it is gone; return how to close. Its runs go on."""
-        session = Session(self, ws)
+        session = Session(ws, self.conversation, self._gate, self._quotas, self.settings)
         self._sessions.add(session)
+        if self.closing:
+            session.say_closing(self._retry_after())
         try:
             return await session.run()
         finally:
@@ -76,7 +76,7 @@ class Chat:
         """
         runs = self._interrupt()
         for session in self._sessions:
-            session.say_closing()
+            session.say_closing(self._retry_after())
         if runs:
             await asyncio.wait(runs)
         await asyncio.sleep(0)  # conversations tell at the end of the loop's turn
@@ -87,8 +87,8 @@ class Chat:
         """Say why no more clients should be sent here; None where they may come."""
         return "draining" if self.closing else None
 
-    def retry_after(self) -> float:
-        """When a client is to come back, in seconds: the more there are, the more they are spread."""
+    def _retry_after(self) -> float:
+        """Return in how many seconds a client should come back: the more there are, the more they are spread."""
         return RETRY_AFTER + random() * (len(self._sessions) - 1) / RETURNS_PER_SECOND
 
     def _interrupt(self) -> list[asyncio.Task[None]]:

@@ -7,35 +7,47 @@ from collections import deque
 from collections.abc import Iterator
 from secrets import token_hex
 from time import time
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 from msgspec.json import Encoder
 from websockets.asyncio.server import ServerConnection, broadcast
 
+from bench.asyncio_version.connection import Connection
+from bench.asyncio_version.run import Agent, Asked, Run, perform
 from tricorn.chat.conversation.conversation import ConversationClosed, TooManyPosts
 from tricorn.chat.protocol import ConversationEvent, UserMessage
 from tricorn.chat.quota import Quota
 from tricorn.chat.session import BATCH_BYTES, EVENTS_PER_TURN
+from tricorn.chat.settings import ChatSettings
 from tricorn.errors.report import report_error
-
-from .run import Asked, Run, perform
-
-if TYPE_CHECKING:
-    from .chat import Chat
-    from .session import Session
 
 _encode = Encoder().encode
 
 
+class Follower(Protocol):
+    """Whoever is told of a conversation's events.
+
+    Attributes:
+        ws: where to.
+        batch: takes several events in one message.
+    """
+
+    ws: Connection
+    batch: bool
+
+    def fall_behind(self) -> None:
+        """Read from the cursors, as there may be more before them, and send it as fast as the client reads."""
+
+
 class Cursor:
-    """How far one session has read one conversation. It is live while every event is sent to it as soon as it is told.
+    """How far a follower has read one conversation. It is live while every event is sent to it as soon as it is told.
 
     Attributes:
         seq: that of the last event that was read, where it is not live.
     """
 
-    def __init__(self, session: Session, conversation: Conversation, seq: int) -> None:
-        self.session = session
+    def __init__(self, follower: Follower, conversation: Conversation, seq: int) -> None:
+        self.follower = follower
         self.conversation = conversation
         self.seq = seq
         self.live = False
@@ -50,13 +62,16 @@ class Conversation:
         spoke_at: when that was, in the loop's time.
     """
 
-    def __init__(self, key: str, chat: Chat) -> None:
+    def __init__(self, key: str, agent: Agent, settings: ChatSettings, tasks: asyncio.TaskGroup) -> None:
         self.key = key
         self.id = key.rpartition("/")[2]
         self.epoch = token_hex(8)
         self.told = 0
         self.spoke_at = 0.0
-        self._chat = chat
+        self._agent = agent
+        self._settings = settings
+        self._tasks = tasks  # for runs
+        self._closed = False  # takes no more posts
         self._loop = asyncio.get_running_loop()
         self._events: list[bytes] = []
         self._telling = False
@@ -82,8 +97,8 @@ class Conversation:
         """
         seq = len(self._events) + 1
         json = _encode(kind(conversation=self.id, seq=seq, at=time(), **fields))
-        if len(json) > self._chat.settings.event_bytes:
-            raise ValueError(f"the event has {len(json)} bytes; it may have {self._chat.settings.event_bytes}")
+        if len(json) > self._settings.event_bytes:
+            raise ValueError(f"the event has {len(json)} bytes; it may have {self._settings.event_bytes}")
         self._events.append(json)
         if not self._telling:
             self._telling = True
@@ -106,8 +121,8 @@ class Conversation:
                 broadcast(self._batched, b"\n".join(events), text=True)
             self.told += len(events)
             for cursor in self._cursors:
-                if not cursor.live or not cursor.session.ws.keeps_up:
-                    cursor.session.fall_behind()
+                if not cursor.live or not cursor.follower.ws.keeps_up:
+                    cursor.follower.fall_behind()
 
     # Those who follow
 
@@ -125,17 +140,17 @@ class Conversation:
     def go_live(self, cursor: Cursor) -> None:
         """Write to the session's connection from now on. It must have read all that was told."""
         cursor.live = True
-        self._live(cursor).add(cast(ServerConnection, cursor.session.ws))
+        self._live(cursor).add(cast(ServerConnection, cursor.follower.ws))
 
     def leave_live(self, cursor: Cursor) -> None:
         """Let the session read from its cursor from now on."""
         if cursor.live:
             cursor.live = False
             cursor.seq = self.told
-            self._live(cursor).remove(cast(ServerConnection, cursor.session.ws))
+            self._live(cursor).remove(cast(ServerConnection, cursor.follower.ws))
 
     def _live(self, cursor: Cursor) -> set[ServerConnection]:
-        return self._batched if cursor.session.batch else self._one_each
+        return self._batched if cursor.follower.batch else self._one_each
 
     # Posts and runs
 
@@ -144,16 +159,15 @@ class Conversation:
 
         Raises ConversationClosed and TooManyPosts.
         """
-        if self._chat.closing:
+        if self._closed:
             raise ConversationClosed
         seq = self._seqs.get((by.user, id))
         if seq is not None:
             return seq
-        settings = self._chat.settings
-        if by.runs >= settings.user_runs:
+        if by.runs >= self._settings.user_runs:
             raise TooManyPosts("user_runs", f"{by.runs} of your posts are not answered yet; post again later")
         waiting = len(self._posts) - (self._run is not None)
-        if waiting >= settings.waiting_posts:
+        if waiting >= self._settings.waiting_posts:
             raise TooManyPosts("waiting_posts", f"{waiting} posts wait in this conversation; post again later")
         seq = self.append(UserMessage, id=id, user=by.user, text=text)
         self._seqs[by.user, id] = seq
@@ -171,22 +185,23 @@ class Conversation:
         return True
 
     def interrupt(self) -> asyncio.Task[None] | None:
-        """End the run that goes on, as the service ends. Return its task."""
+        """Take no more posts, and end the run that goes on, as the service ends. Return its task."""
+        self._closed = True
         if self._run is None:
             return None
         self._end_run("interrupted")
         return self._run[1]
 
     def _answer(self) -> None:
-        if self._run is None and self._posts and not self._chat.closing:
-            run = Run(self, self._posts[0][0])
-            self._run = run, self._chat.tasks.create_task(self._perform(run))
+        if self._run is None and self._posts and not self._closed:
+            run = Run(self.id, self._posts[0][0], self.append)
+            self._run = run, self._tasks.create_task(self._perform(run))
 
     async def _perform(self, run: Run) -> None:
         try:
             if run.asked.seq <= self._given_up:
                 self._end_run("cancelled")
-            await perform(run, self._chat.agent, self._chat.settings.run_timeout)
+            await perform(run, self._agent, self._settings.run_timeout)
         except Exception as error:  # a bug of ours: it ends this run and nothing else
             report_error(error, conversation=self.key, run=run.id)
         finally:
@@ -208,7 +223,7 @@ class Conversation:
             self._lingering.cancel()
             self._lingering = None
         if self._posts and not self._cursors:
-            self._lingering = self._loop.call_later(self._chat.settings.linger, self._give_up)
+            self._lingering = self._loop.call_later(self._settings.linger, self._give_up)
 
     def _give_up(self) -> None:
         self._given_up = self.head

@@ -8,7 +8,7 @@ from itertools import count
 from secrets import token_hex
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from msgspec import Raw
 from msgspec.json import Encoder
@@ -25,9 +25,6 @@ from tricorn.chat.protocol import (
 )
 from tricorn.chat.tools import TOOL_ENDED, TOOL_FAILED, TOOL_LEFT_OPEN, TOOL_NAME_MAX, shown
 from tricorn.errors.report import report_error
-
-if TYPE_CHECKING:
-    from .conversation import Conversation
 
 _encode = Encoder().encode
 
@@ -48,14 +45,14 @@ class Run:
     has no JSON form, and ValueError where the event would be longer than it may be.
     """
 
-    def __init__(self, conversation: Conversation, asked: Asked) -> None:
+    def __init__(self, conversation: str, asked: Asked, append: Callable[..., object]) -> None:
         self.id = token_hex(8)
-        self.conversation = conversation.id
+        self.conversation = conversation
         self.user = asked.user
         self.message = asked.text
         self.asked = asked
         self.cause: Literal["cancelled", "interrupted"] | None = None
-        self._log = conversation.append
+        self._log = append
         self._deadline: asyncio.Timeout | None = None
         self._over = False
         self._answer: list[str] = []

@@ -17,13 +17,14 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
 
+from bench.asyncio_version.chat import Chat
 from tricorn.chat.protocol import SUBPROTOCOLS
 from tricorn.errors.report import report, trace_id
-from tricorn.protocol import handshake
 from tricorn.protocol.close import FAULTS, NORMAL, SERVICE_RESTART, STALLED, Close
+from tricorn.protocol.handshake import check_origin, wants_websocket
+from tricorn.request import Refuse
+from tricorn.request import Request as OpeningRequest
 from tricorn.service.pages import pages
-
-from .chat import Chat
 
 
 class WebSocket(ServerConnection):
@@ -162,12 +163,14 @@ class Server:
             name = name.lower()
             headers[name] = f"{headers[name]}, {value}" if name in headers else value
         path, _, query = request.path.partition("?")
-        asked = handshake.Request("GET", unquote(path), query, "1.1", headers)
-        if not handshake.wants_websocket(asked):
+        asked = OpeningRequest("GET", unquote(path), query, "1.1", headers)
+        if not wants_websocket(asked):
             return await self._page(asked.path)
         try:
-            handshake.check_entry(asked, "/ws", self._settings.origins)
-        except handshake.Refused as refused:
+            if asked.path != "/ws":
+                raise Refuse(HTTPStatus.NOT_FOUND, f"there is no WebSocket at {asked.path}")
+            check_origin(asked, self._settings.origins)
+        except Refuse as refused:
             return connection.respond(refused.status, f"{refused}\n")
         if len(self._connections) >= self._settings.max_connections:
             response = connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections\n")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Callable
 from time import monotonic, time
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import cast
 
 from msgspec.json import Encoder
 from websockets.asyncio.server import ServerConnection, broadcast
 from websockets.exceptions import ConnectionClosed
 
+from bench.asyncio_version.connection import Connection
+from bench.asyncio_version.conversation import Conversation, Cursor, batches
 from tricorn.chat.close_codes import FORBIDDEN, OUTBOX_OVERFLOW, TOKEN_EXPIRED, TOO_MANY_CONNECTIONS, UNAUTHENTICATED
 from tricorn.chat.conversation.conversation import ConversationClosed, TooManyPosts
-from tricorn.chat.identity import Identity, NotAdmitted, handshake_token
+from tricorn.chat.identity import Gate, Identity, NotAdmitted, handshake_token
 from tricorn.chat.protocol import (
     BATCH_SUBPROTOCOL,
     ENVELOPE,
@@ -35,47 +37,14 @@ from tricorn.chat.protocol import (
     Reply,
     Welcome,
 )
-from tricorn.chat.quota import Quota
+from tricorn.chat.quota import Quota, Quotas
 from tricorn.chat.session import EXPIRY_NOTICE, decode
+from tricorn.chat.settings import ChatSettings
 from tricorn.errors.report import report_error
 from tricorn.protocol.close import INTERNAL_ERROR, NORMAL, STALLED, TOO_FAST, Close
 from tricorn.transport.rate_limit import BURST, TokenBucket
 
-from .conversation import Cursor, batches
-
-if TYPE_CHECKING:
-    from .chat import Chat
-
 _encode = Encoder().encode
-
-
-class Connection(Protocol):
-    """What a session needs of its transport. One that `keeps_up` is a `ServerConnection`, fit for `broadcast`."""
-
-    context: dict[str, object]  # what the chat adds to every record about the connection
-    known: dict[str, Any]  # what the server knows of it
-
-    @property
-    def peer(self) -> str:
-        """The peer's address."""
-
-    @property
-    def subprotocol(self) -> str | None:
-        """The one agreed on."""
-
-    @property
-    def request_headers(self) -> Mapping[str, str]:
-        """Those of the handshake, names in lower case."""
-
-    @property
-    def keeps_up(self) -> bool:
-        """Whether it can be written to without waiting."""
-
-    def __aiter__(self) -> AsyncIterator[str | bytes]:
-        """Its messages. Ends, or raises ConnectionClosed, when the peer is gone."""
-
-    async def send(self, message: bytes, *, text: bool) -> None:
-        """Send a message and wait for room. Raises ConnectionClosed or OSError when the peer is gone."""
 
 
 class Ending(Exception):
@@ -89,15 +58,25 @@ class Ending(Exception):
 class Session:
     """What one client is told. It *lags* while a task is there that writes: then nothing is sent but by that."""
 
-    def __init__(self, chat: Chat, ws: Connection) -> None:
+    def __init__(
+        self,
+        ws: Connection,
+        conversation: Callable[[str], Conversation],
+        gate: Gate,
+        quotas: Quotas,
+        settings: ChatSettings,
+    ) -> None:
         self.ws = ws
         self.batch = ws.subprotocol == BATCH_SUBPROTOCOL
         self.writer: asyncio.Task[None] | None = None
-        self._chat = chat
-        self._settings = chat.settings
+        self._conversation = conversation
+        self._gate = gate
+        self._quotas = quotas
+        self._settings = settings
         self._loop = asyncio.get_running_loop()
         self._identity: Identity | None = None  # nobody gets anything yet
         self._quota: Quota | None = None
+        self._closing: Closing | None = None  # the notice, once the server is about to close the connection
         self._due = Close(UNAUTHENTICATED, "no good token came in time")  # what a passed deadline means
         self._cursors: dict[str, Cursor] = {}
         self._outbox: deque[bytes] = deque()
@@ -130,15 +109,16 @@ class Session:
                 if timer is not None:
                     timer.cancel()
             if self._quota is not None:
-                self._chat.quotas.leave(self._quota)
+                self._quotas.leave(self._quota)
             for cursor in self._cursors.values():
                 cursor.conversation.detach(cursor)
         return close
 
-    def say_closing(self) -> None:
-        """Tell the client that the server is about to close the connection."""
+    def say_closing(self, retry_after: float) -> None:
+        """Tell the client, once it is known who it is, that the server is about to close the connection."""
+        self._closing = Closing(reason="the server is shutting down", retry_after=retry_after)
         if self._identity is not None:
-            self._put(Closing(reason="the server is shutting down", retry_after=self._chat.retry_after()))
+            self._put(self._closing)
 
     # What is sent
 
@@ -196,7 +176,7 @@ class Session:
     # Who it is
 
     async def _arrive(self) -> None:
-        gate = self._chat.gate
+        gate = self._gate
         try:
             token = handshake_token(self.ws.request_headers)
         except NotAdmitted as refusal:
@@ -207,13 +187,13 @@ class Session:
     async def _authenticate(self, token: str | None) -> None:
         """Take the latest token for what it says, wholly; it must be of the same user."""
         try:
-            identity = await self._chat.gate.admit(token, self.ws.peer, self.ws.request_headers)
+            identity = await self._gate.admit(token, self.ws.peer, self.ws.request_headers)
         except NotAdmitted as refusal:
             raise Ending(*refusal.close) from None
         if self._identity is not None and identity.user != self._identity.user:
             raise Ending(FORBIDDEN, "the token is of another user")
         if self._quota is None:
-            self._quota = self._chat.quotas.enter(identity.user)
+            self._quota = self._quotas.enter(identity.user)
         if self._quota is None:
             raise Ending(TOO_MANY_CONNECTIONS, f"at most {self._settings.user_connections} connections")
         self._expire(identity.believed_until)
@@ -222,8 +202,8 @@ class Session:
         self._identity = identity
         self.ws.context["user"] = identity.user
         self._put(self._welcome(identity))
-        if self._chat.closing:
-            self.say_closing()
+        if self._closing is not None:
+            self._put(self._closing)
         for id, cursor in list(self._cursors.items()):
             if cursor.conversation.key != identity.key(id):
                 self._leave(id)
@@ -309,7 +289,7 @@ class Session:
             case Open():
                 return self._open(request, who)
             case Cancel():
-                if self._chat.cancel(who.key(request.conversation), request.run):
+                if self._conversation(who.key(request.conversation)).cancel(request.run):
                     return None
                 message = f"no run {request.run} goes on in this conversation"
                 return Error(code="not_found", message=message, ref=request.conversation)
@@ -324,7 +304,7 @@ class Session:
         limit = self._settings.open_conversations
         if id not in self._cursors and len(self._cursors) >= limit:
             return Error(code="too_many", message=f"{limit} conversations are open; leave one first", ref=id)
-        conversation = self._chat.conversation(who.key(id))
+        conversation = self._conversation(who.key(id))
         after = request.after if request.epoch in (None, conversation.epoch) else 0
         if after > conversation.head:
             message = f"there is no event {after}: the last one is {conversation.head}"
@@ -354,7 +334,7 @@ class Session:
                 raise Ending(TOO_FAST, f"more than {settings.posts_per_minute} posts a minute")
             return Error(code="too_fast", message=f"too many posts; post again in {seconds:.1f} s", ref=id)
         try:
-            seq = self._chat.conversation(who.key(request.conversation)).post(id, text, quota)
+            seq = self._conversation(who.key(request.conversation)).post(id, text, quota)
         except TooManyPosts as refusal:
             return Error(code="too_many", message=str(refusal), ref=id)
         except ConversationClosed:

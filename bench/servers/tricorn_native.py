@@ -18,7 +18,7 @@ DEFLATE = Settings(ping_interval=inf, messages_per_second=inf, bytes_per_second=
 
 
 async def handle(ws: tricorn.WebSocket) -> None:
-    if ws.path != "/":
+    if ws.request.path != "/":
         await misbehave(ws)
     async for message in ws:
         await ws.send(message)
@@ -26,22 +26,23 @@ async def handle(ws: tricorn.WebSocket) -> None:
 
 async def misbehave(ws: tricorn.WebSocket) -> None:
     await ws.receive()
-    while ws.path == "/flood":
+    while ws.request.path == "/flood":
         await ws.send("x" * 65536)
     raise RuntimeError("as it was asked to")
 
 
 async def main(host: str, settings: Settings) -> None:
     async with trio.open_nursery() as nursery:
-        [(_, port)] = await nursery.start(partial(tricorn.serve, handle, 0, host, settings=settings))
-        print(f"listening on http://{host}:{port}", flush=True)
+        server: tricorn.Server = await nursery.start(partial(tricorn.serve, handle, 0, host, settings=settings))
+        print(f"listening on http://{host}:{server.addresses[0][1]}", flush=True)
         with trio.open_signal_receiver(signal.SIGTERM) as signals:
             async for _ in signals:
                 nursery.cancel_scope.cancel()
 
 
 if __name__ == "__main__":
-    # As `tricorn serve` does: what a connection is made of lives long.
+    # As `tricorn serve` does: it records the end of every connection, and what a connection is made of lives long.
+    tricorn.send_records("stderr", "INFO")
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)

@@ -1,7 +1,7 @@
 """The suites, by name, in the order in which they run."""
 
-from . import chat, connections, deflate, echo, start, tail
-from .suite import FULL, QUICK, TINY, Case, Figures, Sizes, Suite
+from bench.suites import chat, connections, deflate, echo, start, tail
+from bench.suites.suite import FULL, QUICK, TINY, Case, Figures, Sizes, Suite
 
 SUITES: dict[str, Suite] = {
     **echo.SUITES,

@@ -8,10 +8,10 @@ from secrets import token_hex
 
 import msgspec
 
-from ..load import Client, Clients, Failed, Meter, frames, text
-from ..process import Server
-from ..servers import CHATS
-from .suite import Case, Figures, Sizes, Suite, per_message
+from bench.load import Client, Clients, Failed, Meter, frames, text
+from bench.process import Server
+from bench.servers import CHATS
+from bench.suites.suite import Case, Figures, Sizes, Suite, per_message
 
 PIECES = 32
 WORDS = [token_hex(4)[:7] for _ in range(PIECES)]

@@ -9,10 +9,10 @@ from functools import partial
 from select import POLLIN, poll
 from time import perf_counter
 
-from ..load import Clients, Failed, Meter, echoes
-from ..process import Server
-from ..servers import ECHO
-from .suite import Case, Figures, Sizes, Suite
+from bench.load import Clients, Failed, Meter, echoes
+from bench.process import Server
+from bench.servers import ECHO
+from bench.suites.suite import Case, Figures, Sizes, Suite
 
 WARM = 50  # connections
 GOING = (1001, 1012)  # close codes: going away, restarting

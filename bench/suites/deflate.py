@@ -11,10 +11,10 @@ from itertools import cycle
 from websockets.extensions.permessage_deflate import PerMessageDeflate
 from websockets.frames import Frame, Opcode
 
-from ..load import Client, Clients, Failed, Meter, exchange, frames
-from ..process import Server
-from ..servers import ECHO
-from .suite import Case, Figures, Sizes, Suite, per_message
+from bench.load import Client, Clients, Failed, Meter, exchange, frames
+from bench.process import Server
+from bench.servers import ECHO
+from bench.suites.suite import Case, Figures, Sizes, Suite, per_message
 
 # The client compresses each message by itself, so that what it sends can be made before the clock starts.
 OFFER = "Sec-WebSocket-Extensions: permessage-deflate; client_no_context_takeover\r\n"

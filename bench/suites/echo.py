@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from ..load import Clients, Meter, echoes
-from ..process import Server
-from ..servers import ECHO
-from .suite import Case, Figures, Sizes, Suite, per_message
+from bench.load import Clients, Meter, echoes
+from bench.process import Server
+from bench.servers import ECHO
+from bench.suites.suite import Case, Figures, Sizes, Suite, per_message
 
 SIZES = {"64 B": 64, "4 KiB": 4 << 10, "1 MiB": 1 << 20}
 IN_FLIGHT = 16

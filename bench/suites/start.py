@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from time import monotonic
 
-from ..load import Clients, Failed, text
-from ..process import ADDRESS, Server
-from ..servers import SERVERS
-from .suite import Case, Figures, Sizes, Suite
+from bench.load import Clients, Failed, text
+from bench.process import ADDRESS, Server
+from bench.servers import SERVERS
+from bench.suites.suite import Case, Figures, Sizes, Suite
 
 # Python's own list: a line for each module that is loaded, in the moment when it is.
 LISTING = ("env", "PYTHONPROFILEIMPORTTIME=1")

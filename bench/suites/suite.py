@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from ..load import Meter
-from ..process import Server
-from ..servers import CHATS, Mode
+from bench.load import Meter
+from bench.process import Server
+from bench.servers import CHATS, Mode
 
 Figures = dict[str, float]  # by name, with the unit in it; the first is the one that counts
 

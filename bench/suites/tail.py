@@ -10,10 +10,10 @@ from itertools import cycle
 from statistics import quantiles
 from time import perf_counter
 
-from ..load import PATIENCE, Client, Clients, Failed, echoes, text
-from ..process import Server
-from ..servers import ECHO, SERVERS
-from .suite import Case, Figures, Sizes, Suite
+from bench.load import PATIENCE, Client, Clients, Failed, echoes, text
+from bench.process import Server
+from bench.servers import ECHO, SERVERS
+from bench.suites.suite import Case, Figures, Sizes, Suite
 
 LOAD = 0.5  # of what the server answers when every client asks as soon as it was answered
 CRASHES = 0.02  # seconds between two handlers that crash

@@ -12,10 +12,10 @@ import trio
 from trio import current_time, move_on_at, sleep
 from trio.lowlevel import current_task, in_trio_run
 
-from tricorn.errors.report import report_error
+from tricorn.errors.report import report_hidden
 from tricorn.listening.asgi import AsgiWebSockets
 from tricorn.listening.http import lifespans, upgrade_required
-from tricorn.listening.site import Site
+from tricorn.listening.site import Site, run_drain
 from tricorn.settings import Settings
 from tricorn.transport.descriptors import Descriptors, Ends
 from tricorn.transport.sockets import shut_down
@@ -89,6 +89,9 @@ class Application:
             self._answering.add(reach)
             try:
                 await self._app(scope, receive, send)
+            except BaseException as ending:
+                report_hidden(ending, path=scope["path"])
+                raise
             finally:
                 self._answering.discard(reach)
 
@@ -126,12 +129,8 @@ class Application:
         while (deadline := _deadline(worker)) == inf:  # noqa: ASYNC110 (there is nothing that tells)
             await sleep(LOOK)
         patience = deadline - MARGIN - current_time()
-        try:
-            with move_on_at(deadline - MARGIN - min(self._settings.close_timeout, patience / 2)):
-                if self._drain is not None:
-                    await self._drain()
-        except Exception as error:
-            report_error(error, phase="draining")
+        with move_on_at(deadline - MARGIN - min(self._settings.close_timeout, patience / 2)):
+            await run_drain(self._drain)
         with move_on_at(deadline - MARGIN):
             await self._websockets.close()
         for connection in list(self._site.connections):

@@ -5,6 +5,7 @@ Source: ASGI 3.0, "HTTP & WebSocket ASGI Message Format" 2.5, with the extension
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
 from http import HTTPStatus
 from inspect import isclass, signature
@@ -20,19 +21,20 @@ from tricorn.errors.report import report, report_error
 from tricorn.protocol.close import ABNORMAL, NORMAL, SERVICE_RESTART, Close
 from tricorn.protocol.handshake import check_answer, offered_subprotocols
 from tricorn.request import Accept, Refuse
+from tricorn.websocket import Handler
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
     from contextlib import AbstractContextManager
 
     from tricorn.request import Request
     from tricorn.settings import Settings
     from tricorn.websocket import WebSocket
 
-    ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]  # ASGI 3.0; frameworks differ in how they type it
     ASGIEvent = dict[str, Any]
-    Handler = Callable[[WebSocket[Any]], Awaitable[None]]
     Upgrade = Callable[[Accept, Handler], Awaitable[None]]
+
+ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]  # ASGI 3.0; frameworks differ in how they type it
 
 NOT_ASGI = "an ASGI 3.0 application is called with three arguments, scope, receive and send; this is {!r}"
 FRAMING = ("connection", "content-length", "transfer-encoding")  # headers that say how a response is sent

@@ -7,9 +7,18 @@ from secrets import token_hex
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import trio
-from trio import CancelScope, Event, StrictFIFOLock, current_effective_deadline, current_time, move_on_after, sleep
+from trio import (
+    CancelScope,
+    Event,
+    StrictFIFOLock,
+    current_effective_deadline,
+    current_time,
+    move_on_after,
+    sleep,
+)
 
-from tricorn.errors.failures import PASSING, leaves, passing
+from tricorn.errors.chain import Interruption, first_of, hides_an_error, in_order, is_any
+from tricorn.errors.failures import PASSING, forget_contexts, leaves, passing
 from tricorn.errors.report import report, report_error, trace_id
 from tricorn.errors.stuck import stuck
 from tricorn.metrics import Totals
@@ -22,10 +31,9 @@ if TYPE_CHECKING:
 
     from tricorn.metrics import ServerMetrics
     from tricorn.protocol.deflate import Deflater
+    from tricorn.protocol.receiver import Message
     from tricorn.request import Request
     from tricorn.settings import Settings
-
-Message = str | bytes  # text or binary, RFC 6455 §5.6
 
 
 class Reaper(Protocol):
@@ -46,7 +54,7 @@ LATER_CAUSES = 10  # that are kept; the first cause always is
 Handed = TypeVar("Handed")
 
 
-class Disconnected(Exception):
+class Disconnected(Interruption):
     """The connection is over.
 
     Attributes:
@@ -235,29 +243,38 @@ class Connection:
         Returns the exceptions of the handler's nursery, which have been reported. Raises only cancellations and
         KeyboardInterrupt. If cancelled, the connection closes with 1012, within `close_timeout`.
         """
-        failure: BaseException | None = None
-        through: BaseException | None = None
+        failure = through = None
+        try:
+            self.phase = move(self.phase, Phase.OPEN)
+        except IllegalMove as error:
+            self._report(error)
+            return None
         self._metrics.opened.add()
         try:
-            async with trio.open_nursery() as self.nursery:
-                self.phase = move(self.phase, Phase.OPEN)
-                if self.cause is not None:  # the end came before the handler
+            try:
+                async with trio.open_nursery() as self.nursery:
+                    if self.cause is not None:  # the end came before the handler
+                        self.stop()
+                    self.transport.start(self)
+                    try:
+                        await handler(websocket)
+                    except BaseException as error:  # noqa: ASYNC103 - the nursery's scope takes cancellations
+                        if all(isinstance(leaf, PASSING) for leaf in leaves(error)):
+                            failure = self._failed(error)  # with them what is below
+                        raise
+                    if self.cause is None:
+                        self._end(Close(NORMAL))
+                        self._flushes = True
                     self.stop()
-                self.transport.start(self)
-                await handler(websocket)
-                if self.cause is None:
-                    self._end(Close(NORMAL))
-                    self._flushes = True
-                self.stop()
-        except BaseException as error:  # noqa: ASYNC103 - what has to go on is raised again
-            failure = self._failed(error)
-            if (through := passing(error)) is not None:
-                raise through from None  # noqa: ASYNC104
+            except BaseException as error:  # noqa: ASYNC103 - what has to go on is raised again
+                failure = self._failed(error) or failure
+                through = passing(error)
+            if through is not None:
+                forget_contexts(through)  # they have been reported, and are not below what goes on
+                raise through
         finally:
+            through = None  # its traceback has this frame: the garbage collector need not free it
             await self._tear_down()
-            if through is not None:  # the group that it was in, and this frame, which its traceback knows, make circles
-                through.__context__ = None
-                del through
         return failure
 
     def cancel(self) -> None:
@@ -470,10 +487,11 @@ class Connection:
         """Report all that is not the consequence of the connection's end, and return it."""
         reported, self._reported = self._reported, None
         expected = PASSING if self.cause is None else (*PASSING, Disconnected)
-        failures = [leaf for leaf in leaves(error) if not isinstance(leaf, expected)]
-        if not failures:
+        failures = [leaf for leaf in leaves(error) if not is_any(leaf, expected)]
+        if not failures and not hides_an_error(error):
             return None
-        if any(leaf is not reported for leaf in failures) and self._end(self._report(error)):
+        new = [leaf for leaf in failures or [first_of(in_order(error))] if leaf is not reported]
+        if new and self._end(self._report(error)):
             self._flushes = True
         return error
 

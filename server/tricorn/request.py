@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
-    BeforeUpgrade = Callable[["Request"], Awaitable["Accept | Refuse"]]
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,3 +68,6 @@ class Refuse(Exception):
         self.body = self.status.phrase if body == "" else body
         self.headers = headers or {}
         super().__init__(self.body)
+
+
+BeforeUpgrade = Callable[[Request], Awaitable[Accept | Refuse]]  # the hook that decides on an upgrade

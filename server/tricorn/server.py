@@ -11,17 +11,16 @@ import trio
 from trio import current_time, move_on_after, sleep
 
 from tricorn.errors.last_resort import LastResort, exit_in_time
-from tricorn.errors.report import report_error
 from tricorn.listening.accept import Acceptor, accept_forever
 from tricorn.listening.binds import addresses, close_all, listen, listen_on
 from tricorn.listening.http import Hypercorn, lifespans, upgrade_required
-from tricorn.listening.site import Site
+from tricorn.listening.site import Site, run_drain
 from tricorn.protocol.phase import Phase
 from tricorn.settings import Settings
 from tricorn.transport.poller import best_poller
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
     from socket import socket as Socket
     from ssl import SSLContext
 
@@ -29,12 +28,10 @@ if TYPE_CHECKING:
 
     from tricorn.asgi_handler import ASGIApp
     from tricorn.listening.binds import Address
-    from tricorn.listening.site import Handlers
+    from tricorn.listening.site import Drain, Handlers
     from tricorn.metrics import ServerMetrics
     from tricorn.request import BeforeUpgrade
     from tricorn.websocket import WebSocket
-
-    Drain = Callable[[], Awaitable[None]]
 
 DEFAULTS = Settings()
 
@@ -157,17 +154,10 @@ class Server:
         with self._draining:
             self._draining.deadline = current_time() + time
             with move_on_after(time - min(time / 2, self._pauses() * BATCH_PAUSE)):
-                await self._run_drain()
+                await run_drain(self._drain)
+                if self._http is not None:
+                    await self._http.drain()
             await self._close_in_batches()
-
-    async def _run_drain(self) -> None:
-        try:
-            if self._drain is not None:
-                await self._drain()
-        except Exception as error:
-            report_error(error, phase="draining")
-        if self._http is not None:
-            await self._http.drain()
 
     def _pauses(self) -> int:
         """How many pauses there are between the batches."""

@@ -44,14 +44,17 @@ from tricorn.protocol.handshake import Head, check_upgrade
 from tricorn.settings import Settings
 from tricorn.transport.memory import MemoryWire
 
+__all__ = ["Client", "Connect", "connect", "open_clients"]
+
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping, Sequence
 
-    from tricorn.connection import Connection, Message
-    from tricorn.listening.site import Handler, Handlers
+    from tricorn.connection import Connection
+    from tricorn.listening.site import Handlers
+    from tricorn.protocol.receiver import Message
     from tricorn.request import BeforeUpgrade
     from tricorn.transport.native import NativeTransport
-    from tricorn.websocket import WebSocket
+    from tricorn.websocket import Handler, WebSocket
 
 DEFAULTS = Settings()
 PEER = ("127.0.0.1", 50000)

@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
     from trio_websocket import WebSocketConnection, WebSocketRequest
 
-    from tricorn.asgi_handler import Handler
     from tricorn.connection import Connection
     from tricorn.listening.site import Handlers
     from tricorn.request import Accept, BeforeUpgrade, Request
+    from tricorn.websocket import Handler
 
 DEFAULTS = Settings()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any, Generic, Self
 
 import trio
@@ -16,8 +16,9 @@ from tricorn.protocol.frames import Opcode, frame
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
 
-    from tricorn.connection import Connection, Message
+    from tricorn.connection import Connection
     from tricorn.protocol.deflate import Deflater
+    from tricorn.protocol.receiver import Message
     from tricorn.request import Accept, Request
 
     State = TypeVar("State", default=Any)
@@ -98,8 +99,9 @@ class WebSocket(Generic[State]):
         try:
             return await self.__anext__()
         except StopAsyncIteration:
-            assert self._connection.cause is not None  # noqa: S101
-            raise Disconnected(*self._connection.cause) from None
+            pass  # raised below, Disconnected has only what the handler is handling as its context
+        assert self._connection.cause is not None  # noqa: S101
+        raise Disconnected(*self._connection.cause)
 
     def __aiter__(self) -> Self:
         return self
@@ -185,7 +187,8 @@ class WebSocket(Generic[State]):
         try:
             return await self._connection.transport.ping()
         except trio.BrokenResourceError:
-            raise Disconnected(*(self._connection.cause or ABORTED)) from None
+            pass
+        raise Disconnected(*(self._connection.cause or ABORTED))
 
     async def close(self, code: int = NORMAL, reason: str = "") -> None:
         """Close the connection, once and for all: the first cause counts. Cancels the connection's nursery.
@@ -275,6 +278,9 @@ class _Broadcast:
             make = frame if deflater is None else deflater.frame
             made = self._frames[window] = make(self._opcode, self.payload)
         return made
+
+
+Handler = Callable[[WebSocket[Any]], Awaitable[None]]  # called with each connection
 
 
 def broadcast(members: Iterable[WebSocket[Any]], message: Message) -> list[WebSocket[Any]]:

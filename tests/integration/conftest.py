@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
+from trio.testing import MockClock
+
+from fixtures.records import Records
 
 LISTENING = re.compile(r"^ *\d+: [0-9A-F]+:([0-9A-F]{4}) [0-9A-F:]+ 0A(?: +[^ ]+){5} (\d+) ", re.MULTILINE)
+
+
+@pytest.fixture
+def patient_clock() -> MockClock:
+    """Jumps to the next deadline when nothing has happened for a while: what is under way in the kernel gets there."""
+    return MockClock(autojump_threshold=0.05)
+
+
+@pytest.fixture
+def records(capfd: pytest.CaptureFixture[str]) -> Iterator[Records]:
+    """What is reported on stderr. An error that the test does not read fails it."""
+    records = Records(capfd)
+    yield records
+    assert records.read("ERROR") == []
 
 
 @pytest.fixture

@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 import pytest
 import trio
-from trio_websocket import CloseReason, ConnectionClosed, WebSocketConnection, wrap_client_stream
+from trio_websocket import CloseReason, ConnectionClosed, ConnectionRejected, WebSocketConnection, wrap_client_stream
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
 TRICORN = Path(sys.executable).with_name("tricorn")
 
 MANY = 300
+PATIENCE = 60  # seconds, for what takes one or two
+WAITS = 2**20  # bytes that a broadcast lets wait for a slow connection
 
+Headers = Sequence[tuple[str, str]]
 Serving = Callable[..., AbstractAsyncContextManager[int]]
 
 
@@ -31,13 +34,13 @@ def on_a_free_port(example: str) -> tuple[str, ...]:
 
 def test_the_readme_shows_the_examples_as_they_are() -> None:
     shown = re.findall(r"\]\((docs/examples/[^)]+)\):\n\n```python\n(.*?)^```", readme(), re.MULTILINE | re.DOTALL)
-    assert [name for name, _ in shown] == ["docs/examples/weather_agent.py", "docs/examples/echo.py"]
+    assert [Path(name).name for name, _ in shown] == ["weather_agent.py", "echo.py", "authenticate.py"]
     for name, source in shown:
         assert source == (ROOT / name).read_text()
 
 
 def test_the_readme_shows_no_other_python() -> None:
-    assert readme().count("```python") == 2
+    assert readme().count("```python") == 3
 
 
 def test_the_links_of_the_pages_lead_somewhere() -> None:
@@ -63,9 +66,9 @@ async def test_echo(serving: Serving, example: str) -> None:
             assert await ws.get_message() == message
 
 
-async def test_everybody_hears_a_broadcast(serving: Serving) -> None:
+async def test_everybody_in_a_room_hears_a_message(serving: Serving) -> None:
     async with (
-        serving(*on_a_free_port("broadcast.py")) as port,
+        serving(*on_a_free_port("room.py")) as port,
         connected(port) as one,
         connected(port) as other,
     ):
@@ -76,18 +79,19 @@ async def test_everybody_hears_a_broadcast(serving: Serving) -> None:
         assert [await ws.get_message() for ws in (one, other)] == ["hello", "hello"]
 
 
-async def test_who_does_not_read_a_broadcast_is_let_go(serving: Serving) -> None:
-    news = b"." * 2**17  # so that MANY of it are more than a socket and 100 messages hold
+async def test_a_member_that_does_not_read_is_closed_with_1008_and_nobody_waits_for_it(serving: Serving) -> None:
+    news = b"." * 2**17  # so that MANY of it are more than sockets and a broadcast hold
     async with (
-        serving(*on_a_free_port("broadcast.py")) as port,
+        serving(*on_a_free_port("room.py")) as port,
         connected(port) as slow,
         connected(port) as quick,
     ):
         for _ in range(MANY):
             await quick.send_message(news)
             assert await quick.get_message() == news
-        heard, end = await all_messages(slow)
-    assert 100 <= heard < MANY
+        with trio.fail_after(PATIENCE):
+            heard, end = await all_messages(slow)
+    assert WAITS // len(news) <= heard < MANY
     assert (end.code, end.reason) == (1008, "too slow")
 
 
@@ -103,6 +107,37 @@ async def test_a_handler_beside_an_application_of_starlette(serving: Serving) ->
         assert await member.get_message() == "news"
         assert await speaker.get_message() == "announced to 1"
         assert (await page(port)).endswith(b"\r\n\r\n1 in the room\n")
+
+
+async def test_a_client_with_a_token_is_greeted_by_name(serving: Serving) -> None:
+    async with (
+        serving(*on_a_free_port("authenticate.py")) as port,
+        connected(port, headers=[("Authorization", "Bearer tok-ann")]) as ws,
+    ):
+        assert await ws.get_message() == "Hello Ann!"
+        await ws.send_message("hi")
+        assert await ws.get_message() == "Ann said: 'hi'"
+
+
+@pytest.mark.parametrize("headers", [[], [("Authorization", "Bearer tok-eve")], [("Authorization", "Basic tok-ann")]])
+async def test_a_client_without_a_known_token_gets_401(serving: Serving, headers: Headers) -> None:
+    async with serving(*on_a_free_port("authenticate.py")) as port:
+        refused = await refusal(port, "/", headers)
+    assert (refused.status_code, refused.body) == (401, b"a known token is needed\n")
+    assert (b"www-authenticate", b"Bearer") in refused.headers
+
+
+async def test_each_path_has_its_handler_and_others_get_404(serving: Serving) -> None:
+    async with (
+        serving(*on_a_free_port("routes.py")) as port,
+        connected(port, "/echo") as echo,
+        connected(port, "/latency") as latency,
+    ):
+        await echo.send_message("hello")
+        assert await echo.get_message() == "hello"
+        await latency.send_message("how long?")
+        assert re.fullmatch(r"\d+\.\d ms", await latency.get_message())
+        assert (await refusal(port, "/other")).status_code == 404
 
 
 @pytest.mark.parametrize(
@@ -126,22 +161,33 @@ async def test_the_weather_agent(
     assert outcome.items() <= events["agent_completed"].items()
 
 
-async def test_a_handler_is_tested_without_sockets() -> None:
-    tests = EXAMPLES / "testing_a_handler.py"
-    command = (sys.executable, "-m", "pytest", "-p", "pytest_tricorn", "-p", "no:cacheprovider", "-q", tests)
+@pytest.mark.parametrize(("example", "count"), [("testing_a_handler.py", 4), ("testing_an_agent.py", 3)])
+async def test_the_tests_of_an_example_pass(example: str, count: int) -> None:
+    options = ("-p", "pytest_tricorn", "-p", "no:cacheprovider", "--import-mode=prepend", "-q")
+    command = (sys.executable, "-m", "pytest", *options, EXAMPLES / example)
     result = await trio.run_process(command, cwd=ROOT, capture_stdout=True, check=False)
-    assert (result.returncode, b"4 passed" in result.stdout) == (0, True), result.stdout.decode()
+    assert (result.returncode, f"{count} passed" in result.stdout.decode()) == (0, True), result.stdout.decode()
 
 
 @asynccontextmanager
-async def connected(port: int, path: str = "/") -> AsyncGenerator[WebSocketConnection]:
+async def connected(port: int, path: str = "/", headers: Headers = ()) -> AsyncGenerator[WebSocketConnection]:
     """A client on a socket that is closed here: where the server closes, trio-websocket leaves its own open."""
     async with (
         await trio.open_tcp_stream("127.0.0.1", port) as stream,
         trio.open_nursery() as nursery,
-        await wrap_client_stream(nursery, stream, "127.0.0.1", path) as ws,
+        await wrap_client_stream(nursery, stream, "127.0.0.1", path, extra_headers=list(headers)) as ws,
     ):
         yield ws
+
+
+async def refusal(port: int, path: str, headers: Headers = ()) -> ConnectionRejected:
+    """The response to a handshake that is refused."""
+    with pytest.RaisesGroup(ConnectionRejected, flatten_subgroups=True) as raised:
+        async with connected(port, path, headers):
+            raise AssertionError("it was not refused")
+    [error] = raised.value.exceptions
+    assert isinstance(error, ConnectionRejected)
+    return error
 
 
 async def page(port: int) -> bytes:

@@ -337,7 +337,8 @@ async def main():
     with guarded("count") as late:
         with trio.open_signal_receiver(signal.SIGTERM) as signals:
             async with trio.open_nursery() as nursery:
-                [(_, port)] = await nursery.start(tricorn.serve, handler, 0)
+                server = await nursery.start(tricorn.serve, handler, 0)
+                [(_, port)] = server.addresses
                 print(f"at :{port}", flush=True)
                 await anext(signals)
                 nursery.cancel_scope.cancel()

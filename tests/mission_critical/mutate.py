@@ -25,6 +25,8 @@ PACKAGE = Path("server/tricorn")
 
 FAILED_AGENT = "tests/unit/chat/test_run.py::test_an_agent_that_raises_has_failed"
 CONTEXT = "tests/unit/errors/test_context.py::test_what_is_ours_stays_ours"
+CHAINS = "tests/unit/errors/test_chain.py"
+HIDDEN = "tests/integration/server/test_hidden_errors.py"
 FAILED_HANDLER = "tests/mission_critical/test_first_error.py::test_a_handler_that_raises"
 
 EVERY_STEP = "tests/mission_critical/test_every_checkpoint.py::test_at_every_step"
@@ -61,6 +63,16 @@ def at_top(line: str) -> Plant:
 
 def at_end(code: str) -> Plant:
     return lambda source: f"{source}\n{code}\n"
+
+
+def instead(line: str, other: str) -> Plant:
+    """Put a line in place of another."""
+
+    def plant(source: str) -> str:
+        assert line in source
+        return source.replace(line, other)
+
+    return plant
 
 
 def first_in(function: str, line: str) -> Plant:
@@ -157,7 +169,7 @@ FAULTS = [
             "lint-imports",
             at_top("from tricorn.connection import Disconnected"),
         ),
-        ("time.time() in a handler", "server.py", "E2", handling_in("Server._run_drain", "time.time()"), TIME),
+        ("time.time() in a handler", "listening/site.py", "E2", handling_in("run_drain", "time.time()"), TIME),
         ("time.time() in a finally", "chat/chat.py", "E2", finally_in("Chat.session", "time.time()"), TIME),
         (
             "time.time() where a finally gets to",
@@ -194,16 +206,16 @@ FAULTS = [
         ("a local not bound yet", "chat/session.py", "E2", handling_in("Session._serve", "print(seq); seq = 0")),
         (
             "import_module in a handler",
-            "server.py",
+            "listening/site.py",
             "E2",
-            handling_in("Server._run_drain", "import_module('json')"),
+            handling_in("run_drain", "import_module('json')"),
             at_top("from importlib import import_module"),
         ),
         (
             "logging in a handler",
             "listening/http.py",
             "E2",
-            handling_in("Hypercorn.serve", "log.error('failed')"),
+            handling_in("Hypercorn.answer", "log.error('failed')"),
             at_top(LOG),
         ),
         ("a lock in the reporter", "errors/report.py", "E2", reporter(LOCKED), at_top(LOCK)),
@@ -236,6 +248,86 @@ FAULTS = [
             "errors/report.py",
             CONTEXT,
             first_in("_supplied", "return dict(context or {})"),
+        ),
+        (
+            "the last error as the headline",
+            "errors/chain.py",
+            f"{CHAINS}::test_the_headline_is_the_first_error",
+            first_in("first_of", "return order[-1]"),
+        ),
+        (
+            "`from None` that hides what callers handle",
+            "errors/chain.py",
+            f"{CHAINS}::test_the_headline_is_the_first_error",
+            first_in("_suppressed", "if _suppresses(error): return in_order(error)[:-1]"),
+        ),
+        (
+            "a property that an exception is asked for",
+            "errors/chain.py",
+            f"{CHAINS}::test_any_graph_of_errors_is_reported",
+            first_in("members", "return error.exceptions if is_group(error) else ()"),
+        ),
+        (
+            "an exception that is compared",
+            "errors/chain.py",
+            f"{CHAINS}::test_any_graph_of_errors_is_reported",
+            first_in("is_any", "return isinstance(error, kinds)"),
+        ),
+        (
+            "a group that is split",
+            "errors/text.py",
+            f"{CHAINS}::test_any_graph_of_errors_is_reported",
+            first_in(
+                "_without_cancellations", "order = [each.split(Cancelled)[1] for each in order if is_group(each)]"
+            ),
+        ),
+        (
+            "one error that takes all the room",
+            "errors/text.py",
+            f"{CHAINS}::test_of_two_long_tracebacks_both_ends_of_both_are_shown",
+            first_in("_fair", "return room"),
+        ),
+        (
+            "a cancellation that hides an error",
+            "errors/chain.py",
+            f"{CHAINS}::test_a_cancellation_hides_what_was_not_being_handled_on_purpose",
+            first_in("hides_an_error", "return False"),
+        ),
+        (
+            "a disconnect that hides an error",
+            "connection.py",
+            f"{HIDDEN}::test_an_error_below_what_ends_a_handler_is_reported",
+            instead("not hides_an_error(error)", "True"),
+        ),
+        (
+            "a cancellation that is not looked below",
+            "connection.py",
+            f"{HIDDEN}::test_an_error_below_what_ends_a_handler_is_reported",
+            instead("if all(isinstance(leaf, PASSING) for leaf in leaves(error)):", "if False:"),
+        ),
+        (
+            "an ERROR for a clause that was interrupted",
+            "errors/interrupted.py",
+            f"{HIDDEN}::test_a_peer_that_goes_is_no_error",
+            first_in("takes_over", "return False"),
+        ),
+        (
+            "an ERROR for what another task handles",
+            "errors/chain.py",
+            f"{CHAINS}::test_a_cancellation_does_not_hide_what_the_task_that_cancels_is_handling",
+            first_in("context_of", "return _context(error)"),
+        ),
+        (
+            "an ERROR for a peer's mistake",
+            "listening/http.py",
+            "tests/integration/server/test_peers_mistakes.py::test_what_a_peer_sends_is_no_error",
+            first_in("is_of_a_peer", "return False"),
+        ),
+        (
+            "a finally that raises over an error",
+            "listening/accept.py",
+            "tests/unit/errors/test_nothing_raises_over_an_error.py",
+            finally_in("Acceptor.serve", "raise OSError"),
         ),
         ("a client that is shown the error", "chat/execution.py", FAILED_AGENT, first_in("Execution.perform", SHOWN)),
         (

@@ -89,8 +89,11 @@ import crashing, sabotage
 from tricorn.chat import Chat
 from tricorn.chat.protocol import SUBPROTOCOLS
 from tricorn.errors.report import send_records
-from tricorn.listening.accept import listen
-from tricorn.server import serve_until_signal
+from tricorn.errors.last_resort import exit_in_time
+from tricorn.listening.binds import listen
+from tricorn.listening.site import Site
+from tricorn.server import Server, serve_until_signal
+from tricorn.settings import Settings
 
 async def main():
     send_records("stderr", "INFO")
@@ -98,7 +101,9 @@ async def main():
     print(listeners[0].getsockname()[1], flush=True)
     async with Chat(crashing.agent) as chat:
         handler, drain = (chat.session, chat.drain) if sys.argv[2] == "chat" else (crashing.handler, None)
-        await serve_until_signal(handler, listeners, subprotocols=SUBPROTOCOLS, drain=drain)
+        server = Server(Site(handler, Settings(), subprotocols=SUBPROTOCOLS), listeners, drain=drain)
+        async with exit_in_time(Settings().drain_timeout) as last_resort:
+            await serve_until_signal(server, last_resort)
 
 crashing.sabotage = vars(sabotage)[sys.argv[1]]
 trio.run(main)

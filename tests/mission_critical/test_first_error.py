@@ -19,7 +19,8 @@ async def fragile(ws: tricorn.WebSocket) -> None:
 
 
 async def test_a_handler_that_raises(nursery: trio.Nursery, capfd: pytest.CaptureFixture[str]) -> None:
-    [(host, port)] = await nursery.start(tricorn.serve, fragile, 0)
+    server = await nursery.start(tricorn.serve, fragile, 0)
+    [(host, port)] = server.addresses
     with trio.fail_after(30):
         async with await trio.open_tcp_stream(host, port) as one, await trio.open_tcp_stream(host, port) as another:
             failing = await wrap_client_stream(nursery, one, host, "/")

@@ -104,5 +104,5 @@ def test_the_audit_works_without_the_chat(tmp_path: Path) -> None:
 def test_run_works_without_the_chat_and_refuses_what_is_no_handler(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def handler(ws): ...")
     done = run(tmp_path, "run", "mine:handler")
-    takes = "must be an async function of one parameter, like: async def handler(ws)"
+    takes = "must be an ASGI application, or an async function of one parameter, like: async def handler(ws)"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"tricorn: run mine:handler: is not async; {takes}\n")

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 from trio import Cancelled
 
+from tricorn.errors.chain import is_any, is_group, members
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_inside = BaseExceptionGroup.__dict__["exceptions"].__get__  # whatever a subclass says
+_set_context = BaseException.__dict__["__context__"].__set__  # whatever a subclass says
 
 # Trio's own, and the signal. Everything else fails what raised it: SystemExit, GeneratorExit and another library's
 # cancellation too, which must not end the server.
@@ -24,15 +26,21 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
     pending = [error]
     while pending:
         each = pending.pop()
-        if isinstance(each, BaseExceptionGroup):
-            pending += reversed(_inside(each))
+        if is_group(each):
+            pending += reversed(members(each))
         else:
             yield each
 
 
 def passing(error: BaseException) -> BaseException | None:
     """Return what of an exception has to be raised again where failures end, or None."""
-    found = [leaf for leaf in leaves(error) if isinstance(leaf, PASSING)]
+    found = [leaf for leaf in leaves(error) if is_any(leaf, PASSING)]
     if not found:
         return None
     return found[0] if len(found) == 1 else BaseExceptionGroup("", found)
+
+
+def forget_contexts(ending: BaseException) -> None:
+    """Clear the contexts in an exception that is raised again, once they are reported, so that it hides no errors."""
+    for leaf in leaves(ending):
+        _set_context(leaf, None)

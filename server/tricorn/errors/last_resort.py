@@ -61,12 +61,21 @@ class LastResort:
 
 @asynccontextmanager
 async def exit_in_time(seconds: float) -> AsyncGenerator[LastResort]:
-    """Have the process end in time after a signal, whatever the tasks and threads in the block do."""
+    """Have the process end in time after a signal, whatever the tasks and threads in the block do.
+
+    An Exception that the block raises passes as it is, not in a group.
+    """
     resort = LastResort(seconds)
+    failure: Exception | None = None
     try:
         async with open_nursery() as nursery:
             nursery.start_soon(resort.report_stuck)
-            yield resort
+            try:
+                yield resort
+            except Exception as error:
+                failure = error
             nursery.cancel_scope.cancel()
     finally:
         cancel_dump_traceback_later()
+    if failure is not None:
+        raise failure

@@ -10,8 +10,6 @@ docs/error-path.md gives the reasons.
 
 from __future__ import annotations
 
-from collections import deque
-from functools import update_wrapper
 from inspect import iscoroutinefunction
 from json.encoder import encode_basestring
 from logging import Logger
@@ -22,44 +20,36 @@ from re import compile as pattern
 from select import PIPE_BUF, POLLOUT, poll
 from stat import S_ISSOCK
 from threading import get_ident
-from traceback import TracebackException
-from types import FunctionType
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
-from trio import Cancelled
 from trio.lowlevel import enable_ki_protection
 
+from tricorn.errors.bound import binder
+from tricorn.errors.chain import first_of, hides_an_error, in_order
 from tricorn.errors.sinks import LEVELS, LoggerSink, fields_of
+from tricorn.errors.text import NOT_SHOWN, TEXT_MAX, outline, shown, stack_trace, title
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from tricorn.errors.sinks import Destination, Level, Record, Sink
 
 STDERR = 2
 LINE_MAX = 60_000  # bytes of a record; it fits into an empty pipe, and Cloud Logging takes 256 KiB
-TEXT_MAX = 4_000  # characters of a message, and of each text that comes with it
-TRACE_MAX = 24_000  # characters of a stack trace
+TRACE_MAX = 24_000  # characters of a stack trace; a quarter of it if they need so many bytes that a record is too long
 CONTEXT_MAX = 12_000  # bytes of what an application supplies; with all of the above a record still fits
 KEY_MAX = 100  # characters of each key in it
 VALUE_MAX = 1_000  # characters of each value in it
-GROUP_WIDTH = 100  # exceptions that are shown of a group
-GROUP_DEPTH = 20  # levels of groups within groups that are shown
-OUTLINE_LINES = 100  # lines of a short record's stack trace
-OUTLINE_PLACES = 20  # lines of each exception in it
 
 UNKNOWN = "00000000"  # the error id if the system has no random bytes
 UNREPORTED = b'{"severity":"ERROR","message":"an error could not be reported"}\n'
 UNWRITTEN = b'{"severity":"ERROR","message":"a record could not be written"}\n'
-NOT_SHOWN = "<cannot be shown>"
 
 _FIELD_NAMES = {"trace": "logging.googleapis.com/trace"}  # of stderr's lines it takes the bare id
-_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 _TRACEPARENT = pattern("[0-9a-f]{2}-((?!0{32})[0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}").match
 _CLOUD_TRACE = pattern("((?!0{32})[0-9a-f]{32})(?:[/;]|$)").match
 
 _quoted = encode_basestring  # in CPython a function in C, which needs no globals
-_name_of = cast("Callable[[type], str]", type.__dict__["__name__"].__get__)  # whatever a metaclass says
 
 
 def _open_sink() -> int:
@@ -97,61 +87,25 @@ _torn = False  # the last line on stderr lacks its end
 
 counted = {"errors": 0, "records_dropped": 0, "late_imports": 0}  # of the process since start-up, for metrics
 
-# The functions below use a copy of this module's names as globals, so nothing that happens to the module, to
-# sys.modules or at interpreter shutdown affects them. What they assign with `global` lives in that copy.
-_names = dict(globals())
-
-Function = TypeVar("Function", bound="Callable[..., object]")
-
-
-def _bound(function: Function) -> Function:
-    """Return the function bound to `_names`, where functions defined after it find it too."""
-    assert isinstance(function, FunctionType)
-    bound = FunctionType(function.__code__, _names, function.__name__, function.__defaults__, function.__closure__)
-    bound.__kwdefaults__ = function.__kwdefaults__
-    _names[function.__name__] = update_wrapper(bound, function)
-    return cast("Function", bound)
-
+_bound = binder(_names := dict(globals()))
 
 _socket_number = _bound(_socket_number)
 
 
 @_bound
-def _without_cancellations(error: BaseException) -> BaseException:
-    if isinstance(error, BaseExceptionGroup):
-        return error.split(Cancelled)[1] or error
-    return error
-
-
-@_bound
-def _clean(text: str, limit: int) -> str:
-    """Cut a text to `limit` characters, and escape those that a terminal obeys or UTF-8 lacks."""
-    if len(text) > limit:
-        left_out = f"\n[{len(text) - limit} characters left out]\n"
-        text = text[: limit // 2] + left_out + text[len(text) - limit // 2 :]
-    return str.translate(text, _ESCAPES).encode(errors="backslashreplace").decode()
-
-
-@_bound
-def _shown(value: object, show: Callable[[object], str], limit: int = TEXT_MAX) -> str:
-    try:
-        return _clean("".join((show(value),)), limit)  # joined, it is a str and of no subclass
-    except KeyboardInterrupt:
-        raise
-    except BaseException:  # noqa: ASYNC103 - nothing here waits, so no Cancelled of Trio's passes
-        return NOT_SHOWN  # noqa: ASYNC104
-
-
-@_bound
 def _plain(value: object, limit: int = TEXT_MAX) -> object:
     """Return a value as JSON has it if it is a scalar or a tuple, else its repr, with at most `limit` characters."""
+    if type(value) is str and len(value) <= limit and value.isprintable():
+        return value  # as `_clean` would
+    if type(value) is int and -(1 << 63) <= value < 1 << 63:
+        return value
     if type(value) is tuple:
         return [_plain(each, limit) for each in value]
     if type(value) is float:
         return value if isfinite(value) else None
-    if value is None or type(value) is bool or (type(value) is int and -(1 << 63) <= value < 1 << 63):
+    if value is None or type(value) is bool:
         return value
-    return _shown(value, str if type(value) is str else repr, limit)
+    return shown(value, str if type(value) is str else repr, limit)
 
 
 @_bound
@@ -166,13 +120,13 @@ def _json(value: Any) -> str:
     kind = type(value)
     if kind is str:
         return _quoted(value)
+    if kind is int or kind is float:
+        return repr(value)
     if kind is dict:
         return "{" + ",".join([f"{_quoted(key)}:{_json(each)}" for key, each in value.items()]) + "}"
     if kind is list:
         return "[" + ",".join([_json(each) for each in value]) + "]"
-    if kind is bool:
-        return "true" if value else "false"
-    return "null" if value is None else repr(value)
+    return "null" if value is None else "true" if value else "false"
 
 
 @_bound
@@ -180,57 +134,22 @@ def _supplied(context: Mapping[Any, object] | None) -> Record:
     """Return what an application says as one field, as far as there is room and it can be shown."""
     if context is None:
         return {}
-    shown: Record = {}
+    found: Record = {}
     room = CONTEXT_MAX
     try:
         for key, value in context.items():
-            name = _shown(key, str if type(key) is str else repr, KEY_MAX)
-            text = _shown(value, repr, VALUE_MAX) if type(value) is tuple else _plain(value, VALUE_MAX)
+            name = shown(key, str if type(key) is str else repr, KEY_MAX)
+            text = shown(value, repr, VALUE_MAX) if type(value) is tuple else _plain(value, VALUE_MAX)
             room -= len(_json({name: text}).encode())
             if room < 0:
-                shown["..."] = "<left out>"
+                found["..."] = "<left out>"
                 break
-            shown[name] = text
+            found[name] = text
     except KeyboardInterrupt:
         raise
-    except BaseException:  # noqa: ASYNC103 - as in `_shown`
-        shown["..."] = NOT_SHOWN  # noqa: ASYNC104
-    return {"context": shown} if shown else {}
-
-
-@_bound
-def _title(error: BaseException) -> str:
-    """Return the headline of an error; of a group with a single error, as nurseries make them, that of the error."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    text = _shown(error, str)
-    name = _name_of(type(error))
-    return f"{name}: {text}" if text else name
-
-
-@_bound
-def _outline(error: BaseException) -> str:
-    """Return a stack trace of types and places only, which takes little memory and does not call the exceptions."""
-    lines: list[str] = []
-    pending: list[BaseException] = [error]
-    while pending and len(lines) < OUTLINE_LINES:
-        each = pending.pop()
-        places = deque((each.__traceback__,), OUTLINE_PLACES)
-        while places[-1] is not None:
-            places.append(places[-1].tb_next)
-        lines.append("Traceback (most recent call last):")
-        for place in places:
-            if place is not None:
-                code = place.tb_frame.f_code
-                lines.append(f'  File "{code.co_filename}", line {place.tb_lineno}, in {code.co_name}')
-        lines.append(_name_of(type(each)))
-        if each.__cause__ is not None:
-            pending.append(each.__cause__)
-        elif each.__context__ is not None and not each.__suppress_context__:
-            pending.append(each.__context__)
-        if isinstance(each, BaseExceptionGroup):
-            pending += [inner for inner in each.exceptions[::-1] if not isinstance(inner, Cancelled)]
-    return _clean("\n".join(lines), TRACE_MAX)
+    except BaseException:  # noqa: ASYNC103 - as in `shown`
+        found["..."] = NOT_SHOWN  # noqa: ASYNC104
+    return {"context": found} if found else {}
 
 
 @_bound
@@ -290,8 +209,8 @@ def _taken(record: Record, sink: Sink) -> bool:
         sink({**record})
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # noqa: ASYNC103 - as in `_shown`
-        record["sink_error"] = _title(error)
+    except BaseException as error:  # noqa: ASYNC103 - as in `shown`
+        record["sink_error"] = title(error)
         return False  # noqa: ASYNC104
     finally:
         _at_sink.discard(me)
@@ -316,30 +235,35 @@ def _deliver(record: Record) -> None:
 
 @_bound
 def _report_in_full(
-    error: BaseException, error_id: str, context: Mapping[Any, object] | None, fields: Mapping[str, object]
+    error: BaseException,
+    error_id: str,
+    context: Mapping[Any, object] | None,
+    fields: Mapping[str, object],
+    room: int = TRACE_MAX,
 ) -> None:
-    rest = _without_cancellations(error)
-    trace = TracebackException(
-        type(rest),
-        rest,
-        rest.__traceback__,
-        compact=True,
-        max_group_width=GROUP_WIDTH,
-        max_group_depth=GROUP_DEPTH,
-    )
+    order = in_order(error)
     record = {
         "severity": "ERROR",
-        "message": _title(rest),
+        "message": title(first_of(order)),
         "error_id": error_id,
         **_known(fields),
         **_supplied(context),
     }
-    _deliver({**record, "stack_trace": _clean("".join(trace.format()), TRACE_MAX)})
+    _deliver({**record, "stack_trace": stack_trace(order, room)})
+
+
+@_bound
+def _report_less(
+    error: BaseException, error_id: str, context: Mapping[Any, object] | None, fields: Mapping[str, object]
+) -> None:
+    _report_in_full(error, error_id, context, fields, TRACE_MAX // 4)
 
 
 @_bound
 def _report_in_short(error: BaseException, error_id: str, *_: object) -> None:
-    _deliver({"severity": "ERROR", "message": _title(error), "error_id": error_id, "stack_trace": _outline(error)})
+    order = in_order(error)
+    headline = title(first_of(order))
+    _deliver({"severity": "ERROR", "message": headline, "error_id": error_id, "stack_trace": outline(order)})
 
 
 @_bound
@@ -352,9 +276,9 @@ def _report_in_fixed_bytes(*_: object) -> None:
 def report_error(error: BaseException, *, context: Mapping[Any, object] | None = None, **fields: object) -> str:
     """Report an error with what is known about where it happened, and return its id.
 
-    The id is all that a peer may see of the error. An exception group is one error, without its cancellations. Never
-    blocks on stderr; a program's own sink may (see `send_records`). Raises nothing but a KeyboardInterrupt, and only
-    once the error is reported.
+    The headline is the first error that was not handled, of all that led to this one. The id is all that a peer may see
+    of it. An exception group is one error, without its cancellations. Never blocks on stderr; a program's own sink may
+    (see `send_records`). Raises nothing but a KeyboardInterrupt, and only once the error is reported.
 
     context: what an application says about it: one field of the record, whatever keys and values it has.
     fields: our own, at the top level of the record. None means unknown and is left out.
@@ -368,7 +292,7 @@ def report_error(error: BaseException, *, context: Mapping[Any, object] | None =
         error_id = UNKNOWN
     if _least > LEVELS["ERROR"]:
         return error_id
-    for attempt in (_report_in_full, _report_in_short, _report_in_fixed_bytes):
+    for attempt in (_report_in_full, _report_less, _report_in_short, _report_in_fixed_bytes):
         try:
             attempt(error, error_id, context, fields)
             break
@@ -384,6 +308,13 @@ def report_error(error: BaseException, *, context: Mapping[Any, object] | None =
     return error_id
 
 
+@_bound
+def report_hidden(error: BaseException, *, context: Mapping[Any, object] | None = None, **fields: object) -> None:
+    """Report the error below something that ends a task, such as a cancellation. Cheap if it hides none."""
+    if hides_an_error(error):
+        report_error(error, context=context, **fields)
+
+
 @enable_ki_protection
 @_bound
 def report(severity: Level, message: str, *, context: Mapping[Any, object] | None = None, **fields: object) -> None:
@@ -392,7 +323,7 @@ def report(severity: Level, message: str, *, context: Mapping[Any, object] | Non
     if LEVELS.get(severity, _least) < _least:
         return
     try:
-        _deliver({"severity": severity, "message": _shown(message, str), **_known(fields), **_supplied(context)})
+        _deliver({"severity": severity, "message": shown(message, str), **_known(fields), **_supplied(context)})
     except Exception:
         try:
             _send(UNWRITTEN)

@@ -41,14 +41,13 @@ if TYPE_CHECKING:
     from ssl import SSLContext
     from types import TracebackType
 
-    from tricorn.asgi_handler import Handler
     from tricorn.connection import Connection
     from tricorn.listening.http import Hypercorn
     from tricorn.listening.site import Site
     from tricorn.request import Accept, Request
     from tricorn.transport.native import Wire
     from tricorn.transport.poller import Poller
-    from tricorn.websocket import WebSocket
+    from tricorn.websocket import Handler, WebSocket
 
     Upgraded = tuple[NativeTransport, Connection, WebSocket[Any], Handler]
     Peer = tuple[str, int] | None  # None on a Unix socket

@@ -16,11 +16,11 @@ from tricorn.transport.asgi import AsgiTransport, Unattended
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from tricorn.asgi_handler import Handler
     from tricorn.connection import Connection
     from tricorn.listening.site import Site
     from tricorn.request import Accept
     from tricorn.transport.asgi import Reach, Receive, Send
+    from tricorn.websocket import Handler
 
 # Behind a request that came with more bytes Hypercorn answers 400, and the worker ends if it is told to accept before
 # that is through, which takes its reader some passes of Trio's scheduler.

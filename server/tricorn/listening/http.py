@@ -26,10 +26,13 @@ from hypercorn.trio.lifespan import Lifespan
 from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
-from trio import CancelScope, fail_after, move_on_after, sleep_forever
+from trio import CancelScope, Event, fail_after, move_on_after, sleep_forever
 from trio.lowlevel import checkpoint, notify_closing, wait_readable, wait_writable
 
-from tricorn.errors.report import report_error
+from tricorn.errors.chain import ENDINGS, in_order, is_any, is_group, traceback_of
+from tricorn.errors.failures import leaves
+from tricorn.errors.report import report, report_error, report_hidden
+from tricorn.errors.text import title
 from tricorn.transport.flow_control import READ_DEFLATED, READ_SIZE
 from tricorn.transport.sockets import reset_when_closed
 
@@ -44,6 +47,10 @@ if TYPE_CHECKING:
     from tricorn.transport.native import Wire
 
     Address = tuple[str, int] | None
+
+OURS = "tricorn"
+BELOW = ("hypercorn", "h2", "h11", "hpack", "hyperframe", "priority", "wsproto")  # packages that read what a peer sends
+REASON_MAX = 200  # characters of what a peer did wrong
 
 
 class Hypercorn:
@@ -76,7 +83,7 @@ class Hypercorn:
         self.context = WorkerContext(None)
         self.state = state
         self._exchanges: set[Exchange] = set()  # those that draining waits for
-        self._one_left = trio.Event()
+        self._one_left = Event()
 
     async def drain(self) -> None:
         """Close what is idle, and everything else after its next response, and wait for that. May be cancelled."""
@@ -84,7 +91,7 @@ class Hypercorn:
         for exchange in self._exchanges:
             exchange.drain()
         while self._exchanges:
-            self._one_left = trio.Event()
+            self._one_left = Event()
             await self._one_left.wait()
 
     def enter(self, exchange: Exchange) -> None:
@@ -112,6 +119,9 @@ class Hypercorn:
                 await self._app(scope, exchange.in_time(receive), send)
         except Exception as error:
             report_error(error, path=scope["path"])
+            raise
+        except BaseException as ending:
+            report_hidden(ending, path=scope["path"])
             raise
 
 
@@ -158,7 +168,10 @@ class Exchange:
                 finally:
                     http.leave(self)
         except* Exception as errors:
-            report_error(errors, peer=self._peer)
+            if is_of_a_peer(errors):
+                _report_peer(errors, peer=self._peer)
+            else:
+                report_error(errors, peer=self._peer)
         finally:
             self._close()
 
@@ -220,9 +233,9 @@ class Exchange:
         view = memoryview(data)
         try:
             while view and not self._over:
-                try:
+                with suppress(BlockingIOError):
                     view = view[self._wire.send(view) :]
-                except BlockingIOError:
+                if view:
                     with fail_after(self._stall_timeout):
                         await wait_writable(self._wire.fileno())
         except trio.TooSlowError:
@@ -332,6 +345,31 @@ class Pages(Exchange):
                 pass
 
 
+def is_of_a_peer(error: BaseException) -> bool:
+    """Return whether an error came about in Hypercorn, or below it, on nothing but what a peer has sent.
+
+    Hypercorn does not handle all that its protocols raise, and loses track of streams in a flood.
+    """
+    errors = [each for each in in_order(error) if not is_group(each) and not is_any(each, ENDINGS)]
+    return all(_came_about_below_us(each) and not is_any(each, (MemoryError,)) for each in errors)
+
+
+def _came_about_below_us(error: BaseException) -> bool:
+    package, place = None, traceback_of(error)
+    while place is not None:
+        name = str(place.tb_frame.f_globals.get("__name__")).partition(".")[0]
+        if name in BELOW or name == OURS:
+            package = name
+        place = place.tb_next
+    return package in BELOW
+
+
+def _report_peer(error: BaseException, **fields: Any) -> None:
+    """Report a mistake of a peer: no stack trace, and the last error, as those before it quote what was sent."""
+    reason = title(next(leaves(error)))
+    report("WARNING", f"the peer broke the protocol: {reason[:REASON_MAX]}", **fields)
+
+
 @asynccontextmanager
 async def lifespans(site: Site, config: Config | None = None) -> AsyncIterator[None]:
     """Run the lifespan of each of a site's applications around the block. Raises what `lifespan` raises."""
@@ -350,14 +388,22 @@ async def lifespan(app: ASGIApp, state: dict[str, Any], config: Config | None = 
     if config is None:
         config = Config()
         config.errorlog = None
+    ended = Event()
     async with trio.open_nursery() as nursery:
         living = Lifespan(ASGIWrapper(app), config, state)
-        await nursery.start(living.handle_lifespan)
+        await nursery.start(_live, living, ended)
         await living.wait_for_startup()
+        if living.shutdown.is_set():  # the app returned, has no lifespan, or failed to start up
+            await ended.wait()
         yield
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):  # it has returned already
             await living.wait_for_shutdown()
         nursery.cancel_scope.cancel()
+
+
+async def _live(living: Lifespan, ended: trio.Event, task_status: trio.TaskStatus[None]) -> None:
+    await living.handle_lifespan(task_status=task_status)
+    ended.set()
 
 
 async def upgrade_required(scope: Any, receive: Any, send: Any) -> None:

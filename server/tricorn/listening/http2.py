@@ -14,7 +14,6 @@ from hypercorn.protocol.h2 import H2Protocol
 from trio import CancelScope, current_time, sleep
 from trio.lowlevel import checkpoint
 
-from tricorn.errors.report import report
 from tricorn.listening.http import Exchange
 from tricorn.protocol.http2 import FrameCounter
 from tricorn.transport.flow_control import READ_SIZE
@@ -51,11 +50,7 @@ class Http2(Exchange):
             if rate_limit.exceeded(begun, size):
                 self._go_away(ErrorCodes.ENHANCE_YOUR_CALM)
                 break
-            try:
-                await self._protocol.handle(RawData(data[:size]))
-            except Exception as error:  # what a peer sends may be more than Hypercorn's codec can take
-                report("WARNING", f"an HTTP/2 connection was closed: {error!r}", peer=self._peer)
-                break
+            await self._protocol.handle(RawData(data[:size]))
             data = data[size:]
             await checkpoint()
         self._watching.cancel()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -10,24 +10,25 @@ from trio import move_on_after, open_nursery
 
 from tricorn.asgi_handler import AsgiHandler
 from tricorn.connection import Connection
-from tricorn.errors.report import report, report_error
+from tricorn.errors.report import report, report_error, report_hidden
 from tricorn.listening.capacity import require_capacity
 from tricorn.metrics import ServerMetrics
 from tricorn.protocol.handshake import check_answer, check_origin, choose_subprotocol, offered_subprotocols
 from tricorn.request import Accept, Refuse
 from tricorn.transport.keep_alive import Reaper, keep_alive
-from tricorn.websocket import WebSocket
+from tricorn.websocket import Handler, WebSocket
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tricorn.asgi_handler import ASGIApp
-    from tricorn.asgi_handler import Handler as Handler
     from tricorn.connection import Transport
     from tricorn.request import BeforeUpgrade, Request
     from tricorn.settings import Settings
 
-    Handlers = Handler | AsgiHandler | Mapping[str, Handler | AsgiHandler]
+
+Handlers = Handler | AsgiHandler | Mapping[str, Handler | AsgiHandler]  # one for every path, or by path
+Drain = Callable[[], Awaitable[None]]  # what ends in order before connections are closed
 
 
 class Site:
@@ -120,10 +121,10 @@ class Site:
     def _route(self, path: str) -> Handler | AsgiHandler:
         if not isinstance(self._handlers, Mapping):
             return self._handlers
-        try:
-            return self._handlers[path]
-        except KeyError:
-            raise Refuse(HTTPStatus.NOT_FOUND, f"there is no WebSocket at {path}") from None
+        handler = self._handlers.get(path)
+        if handler is None:
+            raise Refuse(HTTPStatus.NOT_FOUND, f"there is no WebSocket at {path}")
+        return handler
 
     async def _ask(self, hook: BeforeUpgrade, request: Request) -> Accept:
         """Have the hook decide. Its failure is ours and not the client's: 500 with an error id, 503 if it is late."""
@@ -148,6 +149,21 @@ async def _answer_of(hook: BeforeUpgrade, request: Request) -> Accept | Refuse:
         answer = await hook(request)
     except Refuse as refused:
         return refused
+    except BaseException as ending:
+        report_hidden(ending, path=request.path, peer=request.peer)
+        raise
     if not isinstance(answer, Accept | Refuse):
         raise TypeError(f"before_upgrade must return Accept or Refuse, not {type(answer).__name__}")
     return answer
+
+
+async def run_drain(drain: Drain | None) -> None:
+    """Await a program's own `drain`. Its failure is reported, and so is one that a cancellation would hide."""
+    try:
+        if drain is not None:
+            await drain()
+    except Exception as error:
+        report_error(error, phase="draining")
+    except BaseException as ending:
+        report_hidden(ending, phase="draining")
+        raise

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from tricorn.protocol.deflate import Inflater
 
-Message = str | bytes
+Message = str | bytes  # text or binary, RFC 6455 §5.6
 
 _RSV = 0x70
 _MASKED = 0x80

@@ -57,10 +57,14 @@ def _parser() -> ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="run | serve | chat | token | audit | drill")
 
     run = commands.add_parser(
-        "run", help="serve a handler of your own", description="Serve WebSockets until SIGTERM or Ctrl-C."
+        "run",
+        help="serve a handler or an ASGI application of your own",
+        description="Serve WebSockets until SIGTERM or Ctrl-C.",
     )
     run.set_defaults(command="run")
-    run.add_argument("handler", metavar="MODULE:HANDLER", help="an async function that takes each WebSocket")
+    run.add_argument(
+        "handler", metavar="MODULE:HANDLER", help="an async function that takes each WebSocket, or an ASGI application"
+    )
     run.add_argument("--bind", metavar="HOST:PORT", default="127.0.0.1:8080", help="where to listen (%(default)s)")
 
     serve = commands.add_parser("serve", help="serve the chat", description="Serve the chat until SIGTERM or Ctrl-C.")

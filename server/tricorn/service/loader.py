@@ -1,4 +1,4 @@
-"""Loads what the command line names as module:function: an agent, or a handler."""
+"""Loads what the command line names as module:function: an agent, a handler or an ASGI application."""
 
 from __future__ import annotations
 
@@ -8,22 +8,27 @@ from os.path import basename
 from traceback import extract_tb
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from tricorn.asgi_handler import AsgiHandler, asgi_handler, is_asgi_app
 from tricorn.settings import SettingError
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     from tricorn.chat import Agent
-    from tricorn.listening.site import Handler
+    from tricorn.websocket import Handler
+
+
+AGENT = "an async function of one parameter, like: async def {path}(run)"
+HANDLER = "an ASGI application, or an async function of one parameter, like: async def {path}(ws)"
 
 
 class Name(NamedTuple):
-    """A function that is named as module:function, and how to speak of it."""
+    """What is named as module:function, and how to speak of it."""
 
     label: str  # what errors begin with
     module: str
     path: str
-    parameter: str
+    wanted: str
 
     def error(self, problem: str) -> SettingError:
         """Make the error that says what is wrong with it."""
@@ -32,7 +37,7 @@ class Name(NamedTuple):
 
 def agent_name(text: str) -> Name:
     """Split the name of an agent. Raises `SettingError` if it is not module:function."""
-    return _split(f"--agent {text}", text, "run", "tricorn.chat.agents.demo:demo")
+    return _split(f"--agent {text}", text, AGENT, "tricorn.chat.agents.demo:demo")
 
 
 def load_agent(text: str) -> Agent:
@@ -40,29 +45,38 @@ def load_agent(text: str) -> Agent:
 
     An agent is anything async that can be called with one argument: a function, a partial one, an object.
     """
-    return cast("Agent", _load(agent_name(text)))
+    name = agent_name(text)
+    return cast("Agent", _check(name, _find(name)))
 
 
-def load_handler(text: str) -> Handler:
-    """Import a handler of WebSockets in the same way."""
-    return cast("Handler", _load(_split(f"run {text}", text, "ws", "my_server:handler")))
+def load_handler(text: str) -> Handler | AsgiHandler:
+    """Import a handler of WebSockets, or an ASGI application, in the same way. Of an application, make a handler."""
+    name = _split(f"run {text}", text, HANDLER, "my_server:handler")
+    found = _find(name)
+    if is_asgi_app(found):
+        return asgi_handler(found)
+    return cast("Handler", _check(name, found))
 
 
-def _split(label: str, text: str, parameter: str, example: str) -> Name:
+def _split(label: str, text: str, wanted: str, example: str) -> Name:
     module, _, path = text.partition(":")
-    name = Name(label, module, path, parameter)
+    name = Name(label, module, path, wanted)
     if not all(part.isidentifier() for part in [*module.split("."), *path.split(".")]):
         raise name.error(f"must be module:function, for example {example}")
     return name
 
 
-def _load(name: Name) -> object:
+def _find(name: Name) -> Any:
     found: Any = _import(name)
     for part in name.path.split("."):
         found = getattr(found, part, None)
-    takes = f"must be an async function of one parameter, like: async def {name.path}({name.parameter})"
     if found is None:
         raise name.error(f"there is no {name.path} in {name.module}")
+    return found
+
+
+def _check(name: Name, found: Any) -> object:
+    takes = f"must be {name.wanted.format(path=name.path)}"
     if not callable(found):
         raise name.error(f"is of type {type(found).__name__}; {takes}")
     if not iscoroutinefunction(found) and not iscoroutinefunction(type(found).__call__):

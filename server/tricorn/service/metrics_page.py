@@ -17,7 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from tricorn.metrics import Counter, Gauge, Histogram, Metrics, Numbers, total
-from tricorn.service.pages import TEXT, Event, Receive, Send, respond
+from tricorn.service.pages import TEXT, Receive, Scope, Send, respond
 
 if TYPE_CHECKING:
     from tricorn.listening.http import ASGIApp
@@ -93,7 +93,7 @@ def metrics_page(described: Sequence[Metrics], scrape: Scrape) -> ASGIApp:
     """
     metrics = {metric.name: metric for each in described for metric in each.metrics()}.values()
 
-    async def app(scope: Event, receive: Receive, send: Send) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
         """Answer GET and HEAD of `/metrics`."""
         method = scope["method"]
         if scope["path"] != "/metrics":

@@ -11,8 +11,8 @@ from typing import Any
 
 from msgspec.json import encode
 
-Event = Mapping[str, Any]
-Receive = Callable[[], Awaitable[Event]]
+Scope = Mapping[str, Any]
+Receive = Callable[[], Awaitable[Scope]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Headers = Iterable[tuple[bytes, bytes]]
 WhyNotReady = Callable[[], Awaitable[str | None]]
@@ -44,10 +44,10 @@ PAGES = {
 READY = "/readyz"
 
 
-def pages(why_not_ready: WhyNotReady) -> Callable[[Event, Receive, Send], Awaitable[None]]:
+def pages(why_not_ready: WhyNotReady) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
     """The application. `why_not_ready` is asked at each `/readyz`: None is 200, a reason is told with 503."""
 
-    async def app(scope: Event, receive: Receive, send: Send) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
         """Answer GET and HEAD for `PAGES` and `READY`, and refuse every WebSocket, which an ASGI server turns into 403.
 
         Waits only in `receive`, `send` and `why_not_ready`, so it is a checkpoint where they are; when cancelled, it

@@ -291,19 +291,19 @@ class NativeTransport:
                 return
             self.wants_read = True
             self._poller.change(self)
+        problem = "no close frame"
         try:
             size = self._read_size
             data = self._socket.recv(READ_LARGE if self._codec.left > size == READ_SIZE else size)
         except BlockingIOError:
             return
         except OSError as error:
-            self._end_of_stream(str(error))
-            return
+            data, problem = b"", str(error)
         if data:
             self._heard = True
             self._take(data)
         else:
-            self._end_of_stream("no close frame")
+            self._end_of_stream(problem)
 
     def writable(self) -> None:
         self._write(self._unsent)
@@ -449,6 +449,8 @@ class NativeTransport:
         except BlockingIOError:
             sent = 0
         except OSError:
+            sent = -1
+        if sent < 0:
             self._break()
             with suppress(OSError):  # not every error that a send may have ends the stream of what is read
                 self._socket.shutdown(SHUT_RD)

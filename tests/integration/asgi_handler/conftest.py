@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 import ssl
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +24,7 @@ from websockets.protocol import State
 from websockets.uri import parse_uri
 
 import tricorn
+from fixtures.records import Records
 
 PATIENCE = 60  # seconds, for a whole test
 MOCK_PATIENCE = 1000  # seconds of a mock clock
@@ -34,30 +34,10 @@ AUTHORITY = trustme.CA()
 PAGE = re.compile(rb"HTTP/1\.1 200 .*?\r\ncontent-length: (\d+)\r\n.*?\r\n\r\n(.*)", re.DOTALL)
 
 
-@pytest.fixture
-def patient_clock() -> MockClock:
-    """Jumps to the next deadline when nothing has happened for a while: what is under way in the kernel gets there."""
-    return MockClock(autojump_threshold=0.05)
-
-
-class Records:
-    """The records on stderr, as far as they have not been read yet."""
-
-    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
-        self._capfd = capfd
-
-    def read(self, severity: str) -> list[dict[str, Any]]:
-        """Return all records of a severity; the others are dropped."""
-        lines = self._capfd.readouterr().err.splitlines()
-        return [record for record in map(json.loads, lines) if record["severity"] == severity]
-
-
 @pytest.fixture(autouse=True)
-def records(capfd: pytest.CaptureFixture[str]) -> Iterator[Records]:
-    """What is reported on stderr. An error that the test does not ask for fails it."""
-    records = Records(capfd)
-    yield records
-    assert records.read("ERROR") == []
+def reported(records: Records) -> Records:
+    """An error that the test does not ask for fails it."""
+    return records
 
 
 @dataclass

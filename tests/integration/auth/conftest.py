@@ -136,11 +136,11 @@ async def chat_with_tokens(
             options = {
                 "settings": made,
                 "subprotocols": SUBPROTOCOLS,
-                "path": "/ws",
                 "app": pages(chat.why_not_ready),
                 "drain": chat.drain,
             }
-            [(_, server.port)] = await nursery.start(partial(serve, handler, 0, **options))  # type: ignore[arg-type]
+            serving = await nursery.start(partial(serve, {"/ws": handler}, 0, **options))  # type: ignore[arg-type]
+            server.port = serving.addresses[0][1]
             yield server
             nursery.cancel_scope.cancel()
 

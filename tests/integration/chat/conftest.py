@@ -175,10 +175,9 @@ async def chat_server(
     async def serving(task_status: trio.TaskStatus[int]) -> None:
         with scope:
             await host(
-                session,
+                {"/ws": session},
                 settings=chat.settings,
                 subprotocols=SUBPROTOCOLS,
-                path="/ws",
                 app=pages(chat.why_not_ready),
                 drain=chat.drain,
                 task_status=task_status,

@@ -146,9 +146,9 @@ async def test_a_post_is_heard_though_its_sender_is_gone(chatting: Chatting) -> 
         async with server.connect() as client:
             for _ in range(10):
                 await client.post("hello")
-            await client.break_off()
-        for _ in range(10):
-            assert (await watcher.answer("agent_completed"))["outcome"] == "success"
+            await client.stream.send_eof()
+            for _ in range(10):
+                assert (await watcher.answer("agent_completed"))["outcome"] == "success"
 
 
 async def test_a_run_goes_on_without_its_user(chatting: Chatting) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import select
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +18,7 @@ from websockets.uri import parse_uri
 import tricorn
 from fixtures.client import Client, left_over
 from fixtures.hosts import HOSTS, NATIVE, Handler, Host, asgi, enter, native
+from fixtures.records import Records
 from tricorn.transport.poller import Epoll, PerSocket
 
 PATIENCE = 60  # seconds, for a whole test
@@ -42,30 +42,10 @@ def readiness(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     return request.param
 
 
-@pytest.fixture
-def patient_clock() -> MockClock:
-    """Jumps to the next deadline when nothing has happened for a while: what is under way in the kernel gets there."""
-    return MockClock(autojump_threshold=0.05)
-
-
-class Records:
-    """What was reported, as far as it has not been read yet."""
-
-    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
-        self._capfd = capfd
-
-    def read(self, severity: str) -> list[dict[str, Any]]:
-        """All the records of a severity; the others are dropped."""
-        lines = self._capfd.readouterr().err.splitlines()
-        return [record for record in map(json.loads, lines) if record["severity"] == severity]
-
-
 @pytest.fixture(autouse=True)
-def records(capfd: pytest.CaptureFixture[str]) -> Iterator[Records]:
-    """What is reported on stderr. An error that the test did not ask for fails it."""
-    records = Records(capfd)
-    yield records
-    assert records.read("ERROR") == []
+def reported(records: Records) -> Records:
+    """An error that the test does not ask for fails it."""
+    return records
 
 
 @dataclass

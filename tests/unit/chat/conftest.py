@@ -12,6 +12,7 @@ import trio
 import trio.testing
 
 from tricorn.chat import Chat
+from tricorn.request import Request
 
 
 class Client:
@@ -21,9 +22,7 @@ class Client:
         self.subprotocol = subprotocol
         self.id = "connection-1"
         self.context: dict[str, object] = {}
-        self.path = "/ws"
-        self.peer = ("127.0.0.1", 50000)
-        self.headers = headers or {"host": "localhost:8080"}
+        self.request = Request("GET", "/ws", "", "1.1", headers or {"host": "localhost:8080"}, ("127.0.0.1", 50000))
         self.closed: tuple[int, str] | None = None
         self.ended = trio.Event()
         self.messages: list[str] = []  # as they were sent
@@ -48,7 +47,7 @@ class Client:
     def __aiter__(self) -> AsyncIterator[str | bytes]:
         return self._receiver
 
-    async def send_text(self, payloads: Iterable[bytes]) -> None:
+    async def send_texts(self, payloads: Iterable[bytes]) -> None:
         messages = [payload.decode() for payload in payloads]
         await trio.lowlevel.checkpoint()
         await self.readable.wait()

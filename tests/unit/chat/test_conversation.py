@@ -412,7 +412,7 @@ async def test_a_follower_that_has_read_everything_is_woken_when_the_log_has_los
         conversation.attach(follower)
     await conversation.view.append(event())
     conversation.view.rest(followers[0])  # the other one is reading, and finds out when it looks for more
-    log._store.clear()
+    log.store.conversations.clear()
     with pytest.raises(PastLost):
         await conversation.look()
     await conversation.ended.wait()
@@ -424,7 +424,7 @@ async def test_followers_are_told_of_a_loss_that_a_run_finds_while_the_log_canno
     begin: Begin, log: WatchedLog
 ) -> None:
     async def agent(run: Run) -> None:
-        log._store.clear()
+        log.store.conversations.clear()
         log.hangs = True
         await run.say("into another epoch")
 

@@ -1,73 +1,52 @@
 from __future__ import annotations
 
-import json
 import re
 from contextlib import suppress
 from datetime import UTC, datetime
 from fractions import Fraction
 from math import inf
-from typing import Any, NamedTuple
+from typing import TypeVar
 
-import msgspec
 import pytest
 import trio
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tricorn.chat import Run, ToolError
+from tricorn.chat import ToolError, testing
 from tricorn.chat.agents.arithmetic import MAX_BITS, MAX_CHARACTERS, evaluate, show
 from tricorn.chat.agents.demo import HELP, ZONES, characters, demo
-from tricorn.chat.execution import Execution
-from tricorn.chat.logs.base import Append
-from tricorn.chat.metrics import ChatMetrics
-from tricorn.chat.protocol import UserMessage
+from tricorn.chat.protocol import (
+    AgentCompleted,
+    AgentMessage,
+    AgentStarted,
+    AgentThinking,
+    ToolCompleted,
+    ToolExecuting,
+)
 from tricorn.chat.settings import ChatSettings
+from tricorn.chat.testing import AgentEvent, Result
+
+E = TypeVar("E", bound=AgentEvent)
 
 
-class Asked(NamedTuple):
-    """What became of one message: the run's events as people get them, from its start to its end."""
-
-    events: list[dict[str, Any]]
-
-    async def append(self, append: Append) -> None:
-        self.append_nowait(append)
-        await trio.lowlevel.checkpoint()
-
-    def append_nowait(self, append: Append) -> None:
-        self.events.append(json.loads(msgspec.json.encode(append.event)))
-
-    def execution(self, message: str) -> Execution:
-        post = UserMessage(conversation="home", seq=1, at=0.0, id="post", user="local", text=message)
-        return Execution(post, None, self, ChatSettings(run_timeout=inf, event_bytes=100_000), ChatMetrics())
-
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        return [event for event in self.events if event["type"] == kind]
-
-    @property
-    def steps(self) -> list[str]:
-        return list(dict.fromkeys(event["type"] for event in self.events))
-
-    @property
-    def text(self) -> str:
-        return self.events[-1]["text"]
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        [executing] = self.of("tool_executing")
-        return executing["arguments"]
-
-    @property
-    def tool(self) -> dict[str, Any]:
-        [completed] = self.of("tool_completed")
-        return completed
+async def ask(message: str) -> Result:
+    result = await testing.ask(demo, message, settings=ChatSettings(run_timeout=inf))
+    [completed] = of(AgentCompleted, result)
+    assert (completed.outcome, completed.text) == ("success", result.answer)
+    return result
 
 
-async def ask(message: str) -> Asked:
-    asked = Asked([])
-    execution = asked.execution(message)
-    await execution.perform(demo, Run(execution))
-    assert asked.events[-1]["outcome"] == "success"
-    return asked
+def of(kind: type[E], result: Result) -> list[E]:
+    return [event for event in result.events if isinstance(event, kind)]
+
+
+def tool_of(result: Result) -> ToolCompleted:
+    [completed] = of(ToolCompleted, result)
+    return completed
+
+
+def steps(result: Result) -> list[type[AgentEvent]]:
+    return list(dict.fromkeys(map(type, result.events)))
 
 
 # Arithmetic
@@ -105,8 +84,8 @@ async def ask(message: str) -> Asked:
     ],
 )
 async def test_it_calculates(message: str, answer: str) -> None:
-    asked = await ask(message)
-    assert asked.text == answer
+    result = await ask(message)
+    assert result.answer == answer
 
 
 @pytest.mark.parametrize(
@@ -134,10 +113,10 @@ async def test_it_calculates(message: str, answer: str) -> None:
     ],
 )
 async def test_it_says_why_it_cannot_calculate(expression: str, error: str) -> None:
-    asked = await ask(f"calculate {expression}")
-    assert asked.tool["tool"] == "calculate"
-    assert error in (asked.tool["error"] or "")
-    assert asked.tool["error"] in asked.text
+    result = await ask(f"calculate {expression}")
+    assert tool_of(result).tool == "calculate"
+    assert error in (tool_of(result).error or "")
+    assert tool_of(result).error in result.answer
 
 
 @pytest.mark.parametrize("deep", ["(", "-", "sqrt", "-(", "2^", "2^-", "((2)+"])
@@ -241,21 +220,21 @@ def test_any_text_has_a_bounded_value_or_a_human_error(expression: str) -> None:
 )
 async def test_it_tells_the_time(message: str, zone: str) -> None:
     before = datetime.now(UTC).replace(microsecond=0)
-    asked = await ask(message)
-    assert asked.tool["tool"] == "time"
-    assert asked.tool["result"]["zone"] == zone
-    told = datetime.fromisoformat(asked.tool["result"]["time"])
+    result = await ask(message)
+    assert tool_of(result).tool == "time"
+    assert tool_of(result).result["zone"] == zone
+    told = datetime.fromisoformat(tool_of(result).result["time"])
     assert before <= told <= datetime.now(UTC)
     assert told.utcoffset() == told.astimezone(ZONES[zone.lower().replace("_", " ")]).utcoffset()
-    assert f"{told:%H:%M}" in asked.text
+    assert f"{told:%H:%M}" in result.answer
 
 
 @pytest.mark.parametrize("place", ["Atlantis", "GMT+5", "../etc/passwd", "."])
 async def test_it_says_how_to_ask_for_a_time(place: str) -> None:
-    asked = await ask(f"time in {place}")
-    assert place in asked.tool["error"]
-    assert "Europe/Berlin" in asked.tool["error"]
-    assert asked.tool["error"] in asked.text
+    result = await ask(f"time in {place}")
+    assert place in tool_of(result).error
+    assert "Europe/Berlin" in tool_of(result).error
+    assert tool_of(result).error in result.answer
 
 
 # Texts
@@ -278,10 +257,10 @@ async def test_it_says_how_to_ask_for_a_time(place: str) -> None:
     ],
 )
 async def test_it_counts(message: str, number: int, answer: str) -> None:
-    asked = await ask(message)
-    assert asked.tool["tool"] == "count"
-    assert asked.tool["result"] == number
-    assert answer in asked.text
+    result = await ask(message)
+    assert tool_of(result).tool == "count"
+    assert tool_of(result).result == number
+    assert answer in result.answer
 
 
 @pytest.mark.parametrize(
@@ -297,8 +276,8 @@ async def test_it_counts(message: str, number: int, answer: str) -> None:
     ],
 )
 async def test_it_reverses(message: str, answer: str) -> None:
-    asked = await ask(message)
-    assert asked.text == asked.tool["result"] == answer
+    result = await ask(message)
+    assert result.answer == tool_of(result).result == answer
 
 
 @given(st.text())
@@ -307,16 +286,16 @@ def test_no_character_is_lost(text: str) -> None:
 
 
 async def test_it_describes_a_text() -> None:
-    asked = await ask("statistics of To be, or not to be: that\nis the question.")
+    result = await ask("statistics of To be, or not to be: that\nis the question.")
     expected = {"words": 10, "letters": 30, "characters": 42, "lines": 2, "longest word": "question"}
-    assert asked.tool["result"] == expected
-    assert "10 words, 30 letters, 42 characters, 2 lines" in asked.text
-    assert "“question”" in asked.text
+    assert tool_of(result).result == expected
+    assert "10 words, 30 letters, 42 characters, 2 lines" in result.answer
+    assert "“question”" in result.answer
 
 
 async def test_a_text_without_words_has_no_statistics() -> None:
-    asked = await ask("statistics of ...")
-    assert asked.tool["error"] in asked.text
+    result = await ask("statistics of ...")
+    assert tool_of(result).error in result.answer
 
 
 # Something slow
@@ -327,30 +306,27 @@ async def test_a_text_without_words_has_no_statistics() -> None:
 )
 async def test_slow_takes_its_time(message: str, seconds: float, autojump_clock: trio.testing.MockClock) -> None:
     started = trio.current_time()
-    asked = await ask(message)
+    result = await ask(message)
     assert trio.current_time() - started == pytest.approx(seconds)
-    assert asked.arguments == {"seconds": seconds}
-    assert asked.tool["result"] == seconds
-    assert f"{asked.tool['result']} s." in asked.text
+    [executing] = of(ToolExecuting, result)
+    assert executing.arguments == {"seconds": seconds}
+    assert tool_of(result).result == seconds
+    assert f"{tool_of(result).result} s." in result.answer
 
 
 async def test_slow_can_be_cancelled(autojump_clock: trio.testing.MockClock) -> None:
-    asked = Asked([])
-    execution = asked.execution("slow 10")
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(execution.perform, demo, Run(execution))
-        await trio.sleep(3)
-        execution.cancel()
+    result = await testing.ask(demo, "slow 10", cancel_after=3)
     assert trio.current_time() == pytest.approx(3)
-    assert asked.tool["error"] == "cancelled"
-    assert asked.of("agent_message") == []
+    assert result.outcome == "cancelled"
+    assert tool_of(result).error == "cancelled"
+    assert of(AgentMessage, result) == []
 
 
 async def test_slow_has_an_upper_end(autojump_clock: trio.testing.MockClock) -> None:
-    asked = await ask("slow 601")
+    result = await ask("slow 601")
     assert trio.current_time() == 0
-    assert "600 s at most" in asked.tool["error"]
-    assert asked.tool["error"] in asked.text
+    assert "600 s at most" in tool_of(result).error
+    assert tool_of(result).error in result.answer
 
 
 # Whatever it is asked
@@ -360,9 +336,9 @@ async def test_slow_has_an_upper_end(autojump_clock: trio.testing.MockClock) -> 
     "message", ["", "hello", "tell me a joke", "what is the meaning of 42", "slow", "count", "calculate", "."]
 )
 async def test_it_says_what_it_can_do(message: str) -> None:
-    asked = await ask(message)
-    assert asked.text == HELP
-    assert asked.steps == ["agent_started", "agent_message", "agent_completed"]
+    result = await ask(message)
+    assert result.answer == HELP
+    assert steps(result) == [AgentStarted, AgentMessage, AgentCompleted]
 
 
 @pytest.mark.parametrize(
@@ -379,15 +355,15 @@ async def test_it_says_what_it_can_do(message: str) -> None:
     ],
 )
 async def test_it_thinks_then_works_then_answers(message: str) -> None:
-    asked = await ask(message)
-    work = ["agent_thinking", "tool_executing", "tool_completed", "agent_message"]
-    assert asked.steps == ["agent_started", *work, "agent_completed"]
+    result = await ask(message)
+    work = [AgentThinking, ToolExecuting, ToolCompleted, AgentMessage]
+    assert steps(result) == [AgentStarted, *work, AgentCompleted]
 
 
 @pytest.mark.parametrize("message", ["(1+2)*-3", "what time is it", "count the words in a b", "1/0", ""])
 async def test_an_answer_streams_in_pieces(message: str) -> None:
-    asked = await ask(message)
-    assert len(asked.of("agent_message")) > 1
+    result = await ask(message)
+    assert len(of(AgentMessage, result)) > 1
 
 
 REQUESTS = [
@@ -408,8 +384,8 @@ REQUESTS = [
 @example("reverse ", '"')
 @example("time in ", "\0")
 async def test_it_answers_whatever_is_asked(request_: str, text: str) -> None:
-    asked = await ask(request_ + text)
-    assert asked.text
+    result = await ask(request_ + text)
+    assert result.answer
 
 
 @pytest.mark.parametrize(
@@ -418,5 +394,5 @@ async def test_it_answers_whatever_is_asked(request_: str, text: str) -> None:
 @pytest.mark.parametrize("request_", ["", *REQUESTS])
 async def test_a_long_message_does_not_hold_the_loop(request_: str, text: str) -> None:
     """A pattern that backtracks takes minutes for one of these: that would be noticed without a clock."""
-    asked = await ask(request_ + text * (32_000 // len(text)) + "x")
-    assert asked.text
+    result = await ask(request_ + text * (32_000 // len(text)) + "x")
+    assert result.answer

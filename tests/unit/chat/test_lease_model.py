@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 
 from tricorn.chat.conversation.state import ConversationState
@@ -270,7 +271,7 @@ def test_it_finds_a_store_that_does_not_look_at_tokens(monkeypatch: pytest.Monke
     append = StoredConversation.append
 
     def careless(self: StoredConversation, instance: object, epoch: str, what: Append) -> object:
-        return append(self, instance, epoch, what._replace(lease=None))
+        return append(self, instance, epoch, msgspec.structs.replace(what, lease=None))
 
     monkeypatch.setattr(StoredConversation, "append", careless)
     with pytest.raises(AssertionError):
@@ -294,7 +295,9 @@ def test_it_finds_a_store_that_forgets_how_far_it_was_answered(monkeypatch: pyte
     append = StoredConversation.append
 
     def forgetful(self: StoredConversation, instance: object, epoch: str, what: Append) -> object:
-        return append(self, instance, epoch, what._replace(answered=POSTS + 9 if what.answered else None))
+        return append(
+            self, instance, epoch, msgspec.structs.replace(what, answered=POSTS + 9 if what.answered else None)
+        )
 
     monkeypatch.setattr(StoredConversation, "append", forgetful)
     monkeypatch.setitem(globals(), "INSTANCES", ("a",))  # which is enough

@@ -249,7 +249,7 @@ async def test_an_agent_that_raises_has_failed(
     assert "secret" in record["stack_trace"]
     assert "secret" not in str(last)
     assert record["error_id"] == last["error_id"]
-    assert (record["conversation"], record["run"], record["user"]) == ("c", execution.id, "local")
+    assert (record["conversation"], record["run"], record["context"]["user"]) == ("c", execution.id, "local")
 
 
 async def test_an_agent_that_is_no_coroutine_function_has_failed(play: Play, events: Events) -> None:

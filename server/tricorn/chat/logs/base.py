@@ -98,7 +98,7 @@ class Lease:
     appended: int = 0
 
 
-class Append(NamedTuple):
+class Append(Struct, frozen=True, gc=False):
     """What one append adds, and under which conditions.
 
     Attributes:

@@ -28,6 +28,7 @@ from tricorn.chat.logs.base import (
     Retention,
     stamp,
 )
+from tricorn.chat.protocol import UserMessage
 from tricorn.chat.settings import ChatSettings
 from tricorn.settings import SettingError
 
@@ -204,7 +205,7 @@ class StoredConversation:
         return self.holder is not None and alive(self.holder)
 
     def append(self, instance: object, epoch: str, append: Append) -> tuple[Entry, bool]:
-        event, key, lease, answered = append
+        event, key, lease = append.event, append.key, append.lease
         if epoch != self.epoch:
             raise PastLost
         if lease is not None and (self.holder is not instance or self.token != lease.token):
@@ -216,10 +217,10 @@ class StoredConversation:
         self.entries.append(_Kept(entry, key, event.at))
         if key is not None:
             self.keys[key] = entry
-        if append.is_post:
+        if isinstance(event, UserMessage):
             self.asked = entry.seq
-        if answered is not None:
-            self.answered = answered
+        if append.answered is not None:
+            self.answered = append.answered
         return entry, False
 
     def claim(self, instance: object, alive: Callable[[object], bool]) -> Lease | None:

@@ -1,0 +1,35 @@
+"""What the chat needs of a transport."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, Protocol
+
+
+class Connection(Protocol):
+    """One client's connection. One that `keeps_up` is a `ServerConnection`, fit for `broadcast`."""
+
+    context: dict[str, object]  # what the chat adds to every record about the connection
+    known: dict[str, Any]  # what the server knows of it
+
+    @property
+    def peer(self) -> str:
+        """The peer's address."""
+
+    @property
+    def subprotocol(self) -> str | None:
+        """The one agreed on."""
+
+    @property
+    def request_headers(self) -> Mapping[str, str]:
+        """Those of the handshake, names in lower case."""
+
+    @property
+    def keeps_up(self) -> bool:
+        """Whether it can be written to without waiting."""
+
+    def __aiter__(self) -> AsyncIterator[str | bytes]:
+        """Its messages. Ends, or raises ConnectionClosed, when the peer is gone."""
+
+    async def send(self, message: bytes, *, text: bool) -> None:
+        """Send a message and wait for room. Raises ConnectionClosed or OSError when the peer is gone."""

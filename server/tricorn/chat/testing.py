@@ -1,0 +1,132 @@
+"""Test an agent without a server: ask it something, and look at the events of its run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+
+import trio
+from msgspec.json import Decoder
+
+from tricorn.chat.execution import Execution
+from tricorn.chat.logs.base import Append
+from tricorn.chat.logs.memory import MemoryLog
+from tricorn.chat.metrics import ChatMetrics
+from tricorn.chat.protocol import (
+    AgentCompleted,
+    AgentMessage,
+    AgentStarted,
+    AgentThinking,
+    Outcome,
+    ToolCompleted,
+    ToolExecuting,
+    UserMessage,
+)
+from tricorn.chat.run import Agent, Run
+from tricorn.chat.settings import ChatSettings
+
+AgentEvent = AgentStarted | AgentThinking | ToolExecuting | ToolCompleted | AgentMessage | AgentCompleted
+
+DEFAULTS = ChatSettings()
+CONVERSATION = "test"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an agent made of one text."""
+
+    events: list[AgentEvent]
+    """The events of the run as clients get them, from `AgentStarted` to `AgentCompleted`: see `tricorn.chat.protocol`.
+
+    Their first `seq` is 2: the post has 1.
+    """
+
+    answer: str
+    """All that the agent said, joined."""
+
+    outcome: Outcome
+    """How the run ended, as the last event says."""
+
+    error: BaseException | None
+    """What the agent raised, as it raised it, unless that was only its cancellation.
+
+    The outcome is then `failed`, or what ended the run before: an agent can also fail while it is being cancelled.
+    """
+
+
+async def ask(
+    agent: Agent, text: str, *, user: str = "local", settings: ChatSettings = DEFAULTS, cancel_after: float = inf
+) -> Result:
+    """Run an agent on a text, in a new conversation with a log in memory, and return what it did.
+
+    The run is that of a chat: with its limits, its reports on stderr, and its end, whatever the agent does. Nothing is
+    shared with another `ask`. Under a `MockClock` the agent sleeps in no time.
+
+    If cancelled, the agent is cancelled too, and there is no result: use `cancel_after` to look at a run that was
+    cancelled.
+
+    Args:
+        agent: what you would serve.
+        text: what a user posts.
+        user: who posts it: `run.user`.
+        settings: of these `run_timeout` and `event_bytes` concern a run.
+        cancel_after: seconds after which the user cancels the run.
+
+    Raises:
+        ExceptionGroup: a KeyboardInterrupt or SystemExit that came out of the agent. Everything else ends the run only.
+    """
+    attempt = _Attempt(agent)
+    async with MemoryLog(lease=settings.lease) as log:
+        epoch = (await log.open(CONVERSATION)).epoch
+        post = UserMessage(conversation=CONVERSATION, seq=0, at=0.0, id="post", user=user, text=text)
+        await log.append(CONVERSATION, epoch, Append(post))
+        lease = await log.claim(CONVERSATION)
+        execution = Execution(post, lease, _Appender(log, epoch), settings, ChatMetrics())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_cancel, execution, cancel_after)
+            await execution.perform(attempt, Run(execution))
+            nursery.cancel_scope.cancel()
+        entries = await log.read(CONVERSATION, post.seq, (await log.open(CONVERSATION)).head)
+    events = [_decode(entry.json) for entry in entries]
+    answer = "".join(event.text for event in events if isinstance(event, AgentMessage))
+    end = events[-1]
+    assert isinstance(end, AgentCompleted), "every run has an end"  # noqa: S101
+    return Result(events, answer, end.outcome, attempt.raised if end.error_id else None)
+
+
+async def _cancel(execution: Execution, seconds: float) -> None:
+    await trio.sleep(seconds)
+    execution.cancel()
+
+
+class _Attempt:
+    """The agent, and what it raised."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.__name__ = getattr(agent, "__name__", type(agent).__name__)
+        self.raised: BaseException | None = None
+        self._agent = agent
+
+    async def __call__(self, run: Run) -> None:
+        try:
+            await self._agent(run)
+        except BaseException as error:
+            self.raised = error
+            raise
+
+
+class _Appender:
+    """Appends to the one conversation."""
+
+    def __init__(self, log: MemoryLog, epoch: str) -> None:
+        self._log = log
+        self._epoch = epoch
+
+    async def append(self, append: Append) -> None:
+        await self._log.append(CONVERSATION, self._epoch, append)
+
+    def append_nowait(self, append: Append) -> None:
+        self._log.append_nowait(CONVERSATION, self._epoch, append)
+
+
+_decode = Decoder(AgentEvent).decode
