@@ -232,7 +232,7 @@ FAULTS = [
             "flake8-async",
             catching_in("Acceptor.serve", "BaseException"),
         ),
-        ("an error that is swallowed", "connection.py", FAILED_HANDLER, catching_in("Connection.run", "Exception")),
+        ("an error that is swallowed", "connection.py", FAILED_HANDLER, first_in("Connection._failed", "return None")),
         ("a clean-up that raises", "connection.py", FAILED_HANDLER, first_in("Connection._tear_down", "raise OSError")),
         ("a reporter that raises", "errors/report.py", FAILED_AGENT, reporter("raise OSError('no sink')")),
         ("a reporter that says nothing", "errors/report.py", FAILED_AGENT, reporter("return '00000000'")),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
-from faulthandler import cancel_dump_traceback_later, dump_traceback_later
+from contextlib import asynccontextmanager, suppress
+from faulthandler import cancel_dump_traceback_later, dump_traceback, dump_traceback_later
+from os import _exit as end_process
 from signal import SIGINT, SIGTERM, getsignal, signal
+from threading import Thread
+from time import sleep as wait
 from typing import TYPE_CHECKING, Any
 
 from trio import Event, open_nursery, sleep
@@ -19,12 +22,15 @@ if TYPE_CHECKING:
 STDERR = 2
 GRACE = 1.0  # seconds beyond the time that a program has to end
 NOTICE = 0.4  # seconds before the process is ended, when it is reported what is in the way
+BLOCKED = 0.5  # seconds after that, if something holds the interpreter's lock
 
 
 class LastResort:
     """Ends the process if it has not ended by itself `seconds` + `GRACE` after the first signal.
 
-    Then the stacks of all threads are on stderr, and the exit status is 1.
+    Then the stacks of all threads are on stderr, and the exit status is 1. A thread does this, which holds the
+    interpreter's lock: a thread that runs meanwhile cannot be looked at safely. If it does not get the lock, or there
+    can be no thread, faulthandler does it without, `BLOCKED` seconds later.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -32,6 +38,7 @@ class LastResort:
         self._armed = Event()
         self._is_armed = False
         self._token = current_trio_token()
+        self._is_over = False
 
     def watch_signals(self) -> None:
         """Begin with the next SIGTERM or SIGINT, also if the loop is blocked then. Keeps what handles them now."""
@@ -44,11 +51,25 @@ class LastResort:
         def handle(number: int, frame: Any) -> None:
             if not self._is_armed:
                 self._is_armed = True
-                dump_traceback_later(self._seconds + GRACE, exit=True, file=STDERR)
+                dump_traceback_later(self._seconds + GRACE + BLOCKED, exit=True, file=STDERR)
+                with suppress(RuntimeError, MemoryError):
+                    Thread(target=self._end_in_time, name="tricorn's last resort", daemon=True).start()
                 self._token.run_sync_soon(self._armed.set)
             before(number, frame)
 
         return handle
+
+    def _end_in_time(self) -> None:
+        # Nobody waits for this thread: it only sleeps, and ends with the process.
+        wait(self._seconds + GRACE)
+        if not self._is_over:
+            dump_traceback(STDERR)
+            end_process(1)
+
+    def close(self) -> None:
+        """Have nothing more to do with the process's end: it comes by itself."""
+        self._is_over = True
+        cancel_dump_traceback_later()
 
     async def report_stuck(self) -> None:
         """Report which tasks are in the way shortly before the process is ended."""
@@ -76,6 +97,6 @@ async def exit_in_time(seconds: float) -> AsyncGenerator[LastResort]:
                 failure = error
             nursery.cancel_scope.cancel()
     finally:
-        cancel_dump_traceback_later()
+        resort.close()
     if failure is not None:
         raise failure

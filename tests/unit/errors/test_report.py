@@ -473,6 +473,7 @@ async def main():
     await trio.sleep_forever()
 
 open_stderr()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, if the tests run in the background
 try:
     trio.run(main)
 except KeyboardInterrupt:
@@ -790,7 +791,9 @@ except MemoryError as error:
     sys.stdout.write(error_id)
 """
     with log.open("wb") as file:
-        process = child(script, stderr=file, stdout=subprocess.PIPE)
+        # Coverage needs memory itself.
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
+        process = child(script, stderr=file, stdout=subprocess.PIPE, env=environ)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert re.fullmatch("[0-9a-f]{8}", output.decode())
