@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from math import inf
 from operator import methodcaller
 from sys import modules
@@ -16,7 +15,7 @@ from tricorn.errors.report import report_hidden
 from tricorn.listening.asgi import AsgiWebSockets
 from tricorn.listening.http import lifespans, upgrade_required
 from tricorn.listening.site import Site, run_drain
-from tricorn.settings import Settings
+from tricorn.settings import Settings, require_defaults
 from tricorn.transport.descriptors import Descriptors, Ends
 from tricorn.transport.sockets import shut_down
 
@@ -48,12 +47,17 @@ def asgi_app(
 
     The arguments are those of `tricorn.serve`. The application needs its lifespan: an app around it has to pass that
     on. When the worker is told to end, `drain` is awaited and every connection closed with 1012, all within Hypercorn's
-    `graceful_timeout`; how much of that is for `drain` is what `settings.close_timeout` leaves of it, or half.
+    `graceful_timeout` and `settings.drain_timeout`, whichever is shorter; how much of that is for `drain` is what
+    `settings.close_timeout` leaves of it, or half.
 
-    Of the settings, those that say how a request head comes in mean nothing here, nor does `deflate`: that is between
-    Hypercorn and the client. Pings are Hypercorn's too (`websocket_ping_interval`); that a peer has vanished is found
-    by TCP's keepalive, in `ping_interval` and `ping_timeout`.
+    `settings.handshake_timeout` is the hook's; how a request head comes in, and compression, is between Hypercorn and
+    the client. Pings are Hypercorn's too (`websocket_ping_interval`); that a peer has vanished is found by TCP's
+    keepalive, in `ping_interval` and `ping_timeout`. WebSockets over HTTP/2 get 501.
+
+    Raises:
+        SettingError: a setting means nothing here: `deflate`, `max_head_bytes`, `max_handshakes` or `peer_connections`.
     """
+    require_defaults(settings, ("deflate", "max_head_bytes", "max_handshakes", "peer_connections"), "plain Hypercorn")
     site = Site(handler, settings, before_upgrade=before_upgrade, subprotocols=subprotocols)
     return Application(site, app=app, drain=drain)
 
@@ -98,7 +102,7 @@ class Application:
     def _way_to_the_socket(self, scope: Any) -> Reach:
         if scope.get("client") is None or scope.get("server") is None:  # a Unix socket: it cannot be told from others
             return lambda what: True
-        return partial(self._descriptors.act, Ends(tuple(scope["client"]), tuple(scope["server"])))
+        return self._descriptors.way(Ends(tuple(scope["client"]), tuple(scope["server"])))
 
     async def _live(self, scope: Any, receive: Any, send: Any) -> None:
         await receive()  # lifespan.startup
@@ -128,6 +132,7 @@ class Application:
         """
         while (deadline := _deadline(worker)) == inf:  # noqa: ASYNC110 (there is nothing that tells)
             await sleep(LOOK)
+        deadline = min(deadline, current_time() + self._settings.drain_timeout + MARGIN)
         patience = deadline - MARGIN - current_time()
         with move_on_at(deadline - MARGIN - min(self._settings.close_timeout, patience / 2)):
             await run_drain(self._drain)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from re import compile as pattern
@@ -196,3 +196,11 @@ class Settings:
             raise SettingError(
                 f"close_timeout={self.close_timeout}: must be less than drain_timeout, which is {self.drain_timeout}"
             )
+
+
+def require_defaults(settings: Settings, names: Sequence[str], host: str) -> None:
+    """Raise `SettingError` if one of these settings, which mean nothing on a host, is not as it is by default."""
+    for name in names:
+        value = getattr(settings, name)
+        if value != type(settings).__dataclass_fields__[name].default:
+            raise SettingError(f"{name}={printable(value)}: {host} has no such setting; leave it at its default")

@@ -23,7 +23,7 @@ from tricorn.errors.report import report_error
 from tricorn.listening.site import Site
 from tricorn.protocol.handshake import accept, as_request, check_upgrade, refusal
 from tricorn.request import Refuse
-from tricorn.settings import Settings
+from tricorn.settings import Settings, require_defaults
 from tricorn.transport.keep_alive import Reaper, keep_alive
 from tricorn.transport.native import NativeTransport
 from tricorn.transport.stream import StreamSocket
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from tricorn.connection import Connection
     from tricorn.listening.site import Handlers
+    from tricorn.protocol.deflate import Agreement
     from tricorn.request import Accept, BeforeUpgrade, Request
     from tricorn.websocket import Handler
 
@@ -54,12 +55,14 @@ def adapt(
     by whatever cancels `serve_websocket`, the connection is closed with 1012, within `settings.close_timeout`.
 
     What happens before the request is there is trio-websocket's: its `connect_timeout` holds, not
-    `settings.handshake_timeout`, and it bounds neither heads nor how many connections there are. Of what comes after,
-    `max_message_size`, `message_queue_size` and `receive_buffer_size` mean nothing.
+    `settings.handshake_timeout`, which is the hook's. Of what comes after, `max_message_size`, `message_queue_size` and
+    `receive_buffer_size` mean nothing. Nor does `settings.drain_timeout`: the program says when it ends.
 
     Raises:
         TypeError: the handler is an `asgi_handler`, or one of them is: nothing here runs an application's lifespan.
+        SettingError: a setting means nothing here: `max_head_bytes`, `max_handshakes` or `peer_connections`.
     """
+    require_defaults(settings, ("max_head_bytes", "max_handshakes", "peer_connections"), "trio-websocket")
     site = Site(handler, settings, before_upgrade=before_upgrade, subprotocols=subprotocols)
     if site.apps:
         raise TypeError("trio-websocket cannot serve an ASGI application, whose lifespan it does not run: use serve")
@@ -77,10 +80,11 @@ def adapt(
                 refused = True  # and what is left is trio-websocket's to do
                 await _reject(request, refusal)
             else:
+                agreement = site.agree(asked)
                 connection = request._connection
                 stream, connection._stream = connection._stream, cast(trio.abc.Stream, _Gone())
                 notify_closing(sock)  # so that trio-websocket's reader ends; it stays open
-                await _serve(_TakenOver(stream, connection), sock, asked, admitted, accepted)
+                await _serve(_TakenOver(stream, connection), sock, asked, admitted, accepted, agreement)
         except* (OSError, trio.BrokenResourceError, ConnectionClosed):
             pass  # the peer is gone
         except* Exception as errors:  # a bug of ours: it ends this connection and nothing else
@@ -90,11 +94,17 @@ def adapt(
                 sock.close()
 
     async def _serve(
-        stream: _TakenOver, sock: trio.socket.SocketType, request: Request, admitted: Handler, accepted: Accept
+        stream: _TakenOver,
+        sock: trio.socket.SocketType,
+        request: Request,
+        admitted: Handler,
+        accepted: Accept,
+        agreement: Agreement | None,
     ) -> None:
-        await stream.send_all(accept(request, accepted))  # nothing was sent before, so there is room
+        # Nothing was sent before, so there is room.
+        await stream.send_all(accept(request, accepted, agreement.header() if agreement else None))
         wire = StreamSocket(stream, sock)
-        transport = NativeTransport(wire, b"", wire, settings, site.metrics)
+        transport = NativeTransport(wire, b"", wire, settings, site.metrics, agreement)
         reaper = Reaper()
         connection, websocket = site.connect(transport, request, accepted, reaper)
         try:
@@ -183,4 +193,6 @@ def _as_asked(request: WebSocketRequest, peer: tuple[str, int] | None) -> Reques
     headers = [(b"host", request._event.host.encode("latin-1")), *request.headers]
     if request.proposed_subprotocols:
         headers.append((b"sec-websocket-protocol", ", ".join(request.proposed_subprotocols).encode()))
+    if request._event.extensions:
+        headers.append((b"sec-websocket-extensions", ", ".join(map(str, request._event.extensions)).encode("latin-1")))
     return as_request(b"GET", request.path, b"1.1", headers, peer)

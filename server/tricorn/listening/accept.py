@@ -20,13 +20,11 @@ from tricorn.errors.report import report, report_error
 from tricorn.listening.capacity import AtCapacity, Capacity, PeerCapacity
 from tricorn.listening.http import Pages
 from tricorn.listening.http2 import Http2
-from tricorn.protocol.deflate import negotiate
 from tricorn.protocol.handshake import (
     UPGRADE,
     Head,
     accept,
     check_upgrade,
-    offered_extensions,
     refuse,
     wants_websocket,
 )
@@ -310,10 +308,7 @@ def upgrade(
     Raises:
         Refuse: its header of extensions is malformed.
     """
-    agreement = None
-    offers = offered_extensions(request)
-    if site.settings.deflate != "off":
-        agreement = negotiate(offers, takeover=site.settings.deflate == "takeover")
+    agreement = site.agree(request)
     extensions = agreement.header() if agreement else None
     response = accept(request, accepted, extensions)
     unsent = response[_send_some(wire, response) :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from trio import Event
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 # that is through, which takes its reader some passes of Trio's scheduler.
 PASSES = 10
 
+# Hypercorn 0.18 keeps all that is sent to a peer whose window is closed, and has one stream's end end all of them.
+NO_HTTP2 = "WebSockets are served over HTTP/1.1 only: set Hypercorn's alpn_protocols to http/1.1"
+
 
 class AsgiWebSockets:
     """Serves the WebSockets that an ASGI server hands over."""
@@ -45,6 +49,8 @@ class AsgiWebSockets:
         site = self._site
         request = _request(scope)
         try:
+            if request.http_version == "2":
+                raise Refuse(HTTPStatus.NOT_IMPLEMENTED, NO_HTTP2)
             handler, accepted = await site.admit(request)
             if isinstance(handler, AsgiHandler):
                 upgrade = partial(self._upgrade, request, receive, send, reach)

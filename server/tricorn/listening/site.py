@@ -13,7 +13,14 @@ from tricorn.connection import Connection
 from tricorn.errors.report import report, report_error, report_hidden
 from tricorn.listening.capacity import require_capacity
 from tricorn.metrics import ServerMetrics
-from tricorn.protocol.handshake import check_answer, check_origin, choose_subprotocol, offered_subprotocols
+from tricorn.protocol.deflate import negotiate
+from tricorn.protocol.handshake import (
+    check_answer,
+    check_origin,
+    choose_subprotocol,
+    offered_extensions,
+    offered_subprotocols,
+)
 from tricorn.request import Accept, Refuse
 from tricorn.transport.keep_alive import Reaper, keep_alive
 from tricorn.websocket import Handler, WebSocket
@@ -23,6 +30,7 @@ if TYPE_CHECKING:
 
     from tricorn.asgi_handler import ASGIApp
     from tricorn.connection import Transport
+    from tricorn.protocol.deflate import Agreement
     from tricorn.request import BeforeUpgrade, Request
     from tricorn.settings import Settings
 
@@ -96,6 +104,16 @@ class Site:
         if self.closing:
             raise Refuse(HTTPStatus.SERVICE_UNAVAILABLE, "the server is going away")
         require_capacity(len(self.connections), self.settings.max_connections, "max_connections", self.metrics)
+
+    def agree(self, request: Request) -> Agreement | None:
+        """Return the compression that the settings and the client agree on, or None.
+
+        Raises:
+            Refuse: the client's header of extensions is malformed.
+        """
+        offers = offered_extensions(request)
+        deflate = self.settings.deflate
+        return None if deflate == "off" else negotiate(offers, takeover=deflate == "takeover")
 
     def connect(
         self, transport: Transport, request: Request, accepted: Accept, reaper: Reaper | None = None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from os import fstat, listdir
+from resource import RLIMIT_NOFILE, getrlimit
 from socket import socket as Socket
 from stat import S_ISSOCK
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 DESCRIPTORS = "/dev/fd"
 
@@ -21,37 +22,61 @@ class Ends(NamedTuple):
 
 
 class Descriptors:
-    """Remembers what the last search found, so that many connections cost one search."""
+    """Looks for the sockets of many connections in one search."""
 
     def __init__(self) -> None:
         self._found: dict[Ends, int] = {}
+        self._searches = 0
 
-    def act(self, ends: Ends, what: Callable[[Socket], None]) -> bool:
-        """Call `what` with the socket of a connection; False where there is none, or where it failed as sockets do."""
-        if _act(self._found.get(ends), ends, what):
-            return True
-        self._search()
-        return _act(self._found.get(ends), ends, what)
+    def way(self, ends: Ends) -> Way:
+        """Return the way to the socket of a connection that there is now."""
+        return Way(self, ends, self._searches)
 
-    def _search(self) -> None:
-        self._found = {}
-        for name in listdir(DESCRIPTORS):
-            ends = _ends(int(name))
-            if ends is not None:
-                self._found[ends] = int(name)
+    def find(self, ends: Ends, since: int) -> int | None:
+        """Return the descriptor of a connection, by a search that came after the first `since`."""
+        if self._searches == since:
+            self._searches += 1
+            self._found = {each: number for number in _numbers() if (each := _ends(number)) is not None}
+        return self._found.get(ends)
 
 
-def _act(descriptor: int | None, ends: Ends, what: Callable[[Socket], None]) -> bool:
-    if descriptor is None or _ends(descriptor) != ends:  # numbers are used again
-        return False
-    sock = Socket(fileno=descriptor)
+class Way:
+    """The way to the socket of one connection.
+
+    A socket that is gone is not looked for again: if many peers reset at once, each of them costs the same.
+    """
+
+    __slots__ = ("_descriptor", "_descriptors", "_ends", "_since")
+
+    def __init__(self, descriptors: Descriptors, ends: Ends, since: int) -> None:
+        self._descriptors: Descriptors | None = descriptors
+        self._ends = ends
+        self._since = since
+        self._descriptor: int | None = None
+
+    def __call__(self, what: Callable[[Socket], None]) -> bool:
+        """Call `what` with the socket; False if there is none any more, or if that failed as sockets do."""
+        if self._descriptors is not None:
+            self._descriptor = self._descriptors.find(self._ends, self._since)
+            self._descriptors = None
+        if self._descriptor is None or _ends(self._descriptor) != self._ends:  # numbers are used again
+            self._descriptor = None
+            return False
+        sock = Socket(fileno=self._descriptor)
+        try:
+            what(sock)
+        except OSError:
+            return False
+        finally:
+            sock.detach()  # it is not ours to close
+        return True
+
+
+def _numbers() -> Iterable[int]:
     try:
-        what(sock)
-    except OSError:
-        return False
-    finally:
-        sock.detach()  # it is not ours to close
-    return True
+        return map(int, listdir(DESCRIPTORS))
+    except OSError:  # listing takes a descriptor, and all are in use
+        return range(getrlimit(RLIMIT_NOFILE)[0])
 
 
 def _ends(descriptor: int) -> Ends | None:

@@ -17,7 +17,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from fixtures.handlers import echo, flood, greet_and_sleep
 from fixtures.hosts import asgi, hypercorn
-from tricorn import Disconnected, Settings, WebSocket, asgi_app
+from tricorn import Disconnected, SettingError, Settings, WebSocket, asgi_app
 from tricorn.application import LOOK, MARGIN
 from tricorn.listening.asgi import AsgiWebSockets
 from tricorn.listening.site import Site
@@ -64,6 +64,20 @@ async def test_a_drain_that_does_not_end_leaves_time_for_closing(application: Se
         assert trio.current_time() - began == pytest.approx(10 - MARGIN - 3)
 
 
+async def test_the_drain_timeout_holds_within_that_of_hypercorn(running: Any, patient_clock: MockClock) -> None:
+    app = asgi_app(greet_and_sleep, settings=SETTINGS, drain=trio.sleep_forever)
+
+    async def host(_: object, *, task_status: trio.TaskStatus[int]) -> None:
+        await hypercorn(app, 100, task_status=task_status)
+
+    async with running(host, None) as server, server.connect() as client:
+        assert await client.receive() == "hello"
+        began = trio.current_time()
+        server.scope.cancel()
+        assert await client.closed() == (1012, "")
+        assert trio.current_time() - began <= 10 + LOOK - 3
+
+
 async def test_a_drain_that_raises_is_reported_and_everybody_is_told(application: Served, records: Any) -> None:
     async def drain() -> None:
         raise RuntimeError("the drain is blocked")
@@ -100,7 +114,7 @@ async def test_nobody_is_let_in_while_it_ends() -> None:
     async def send(event: dict[str, Any]) -> None:
         said.append(event)
 
-    scope = {"path": "/", "query_string": b"", "http_version": "2", "headers": [(b"host", b"h")]}
+    scope = {"path": "/", "query_string": b"", "http_version": "1.1", "headers": [(b"host", b"h")]}
     await router.serve({**scope, "extensions": {"websocket.http.response": {}}}, receive, send, lambda what: False)
     assert said[0]["status"] == 503
 
@@ -171,6 +185,22 @@ async def test_a_refusal_has_its_status_where_the_server_can_say_it() -> None:
     assert (start["type"], start["status"]) == ("websocket.http.response.start", 404)
     assert body["body"] == b"there is no WebSocket at /else\n"
     assert await ask(app, path="/else", headers=[(b"host", b"h")]) == [{"type": "websocket.close"}]
+
+
+async def test_a_websocket_over_http_2_is_refused_and_told_what_to_set() -> None:
+    extensions = {"websocket.http.response": {}}
+    start, body = await ask(asgi_app(echo), path="/", http_version="2", headers=[], extensions=extensions)
+    assert start["status"] == 501
+    assert b"alpn_protocols" in body["body"]
+
+
+@pytest.mark.parametrize(
+    "changed", [{"deflate": "takeover"}, {"max_head_bytes": 100}, {"max_handshakes": 5}, {"peer_connections": 10}]
+)
+def test_a_setting_that_means_nothing_under_hypercorn_is_refused(changed: dict[str, Any]) -> None:
+    [name] = changed
+    with pytest.raises(SettingError, match=f"^{name}=.*: plain Hypercorn has no such setting"):
+        asgi_app(echo, settings=Settings(**changed))
 
 
 async def test_an_application_needs_its_lifespan() -> None:
@@ -301,7 +331,7 @@ async def test_the_kernel_asks_whether_a_peer_is_still_there(application: Served
     async with application(handler, settings=settings) as server, server.connect():
         await trio.sleep(0.6)
         [ws] = seen
-        found = Descriptors()
+        reach = Descriptors().way(Ends(ws.request.peer, ("127.0.0.1", server.port)))
         options: list[int] = []
 
         def look(sock: socket.socket) -> None:
@@ -310,7 +340,7 @@ async def test_the_kernel_asks_whether_a_peer_is_still_there(application: Served
             options.append(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL))
             options.append(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
 
-        assert found.act(Ends(ws.request.peer, ("127.0.0.1", server.port)), look)
+        assert reach(look)
         assert options == [1, 2, 1, 5000]
 
 
@@ -445,7 +475,7 @@ async def test_a_connection_may_end_before_it_is_accepted(records: Any) -> None:
         said.append(event["type"])
         await accepted.wait()
 
-    scope = {"path": "/", "query_string": b"", "http_version": "2", "headers": [(b"host", b"h")]}
+    scope = {"path": "/", "query_string": b"", "http_version": "1.1", "headers": [(b"host", b"h")]}
     async with trio.open_nursery() as nursery:
         nursery.start_soon(AsgiWebSockets(site).serve, scope, receive, send, lambda what: False)
         await wait_all_tasks_blocked()

@@ -13,10 +13,11 @@ import trio
 import trustme
 from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
 from trio_websocket import WebSocketRequest, serve_websocket, wrap_server_stream
+from websockets.extensions.permessage_deflate import ClientPerMessageDeflateFactory
 from websockets.frames import Frame, Opcode
 
 from fixtures.handlers import echo, flood, greet_and_sleep
-from tricorn import Settings, WebSocket
+from tricorn import SettingError, Settings, WebSocket
 from tricorn.trio_websocket import adapt
 
 Served = Callable[..., AbstractAsyncContextManager[Any]]
@@ -99,6 +100,28 @@ async def test_over_tls_who_does_not_read_is_given_up(
         await trio.sleep(60)
         [record] = records.read("INFO")
         assert (record["code"], record["reason"]) == (4001, "the peer stopped reading")
+
+
+# Settings
+
+
+async def test_messages_are_compressed_if_the_settings_say_so(embedded: Served) -> None:
+    settings = Settings(deflate="takeover")
+    extensions = [ClientPerMessageDeflateFactory()]
+    async with embedded(adapt(echo, settings=settings)) as server, server.connect(extensions=extensions) as client:
+        [_] = client.protocol.extensions
+        for message in ("text", bytes(100_000), "text"):
+            await client.send(message)
+            assert await client.receive() == message
+    async with embedded(adapt(echo)) as server, server.connect(extensions=extensions) as client:
+        assert client.protocol.extensions == []
+
+
+@pytest.mark.parametrize("changed", [{"max_head_bytes": 100}, {"max_handshakes": 5}, {"peer_connections": 10}])
+def test_a_setting_that_means_nothing_is_refused(changed: dict[str, Any]) -> None:
+    [name] = changed
+    with pytest.raises(SettingError, match=f"^{name}=.*: trio-websocket has no such setting"):
+        adapt(echo, settings=Settings(**changed))
 
 
 # The handshake
