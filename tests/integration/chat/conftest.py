@@ -18,7 +18,7 @@ import pytest
 import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
 
-from fixtures.hosts import HOSTS, Host, native
+from fixtures.hosts import HOSTS, Host, dial, enter, native, native_unix
 from fixtures.service import PATH, first_line
 from fixtures.worker import worker
 from tricorn import WebSocket
@@ -123,6 +123,7 @@ class Server:
     session_ended: trio.Event
     """Set when the first session has."""
     metrics: ChatMetrics = field(default_factory=ChatMetrics)
+    host: Host = native
 
     def hits(self) -> Any:
         """The limits of the chat that were hit, and how often."""
@@ -142,16 +143,13 @@ class Server:
         welcome: bool = True,
     ) -> AsyncGenerator[Client]:
         """A client that has been welcomed. `receive_buffer` bounds what it takes without reading, in bytes."""
-        socket = trio.socket.socket()
-        if receive_buffer:
-            socket.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_RCVBUF, receive_buffer)
-        await socket.connect(("127.0.0.1", self.port))
-        stream = trio.SocketStream(socket)
+        stream = await dial(self.port, receive_buffer)
         async with stream, trio.open_nursery() as nursery:
+            entered = await enter(self.host, stream)
             offered = [subprotocol] if subprotocol else []
             headers = [(b"Authorization", f"Bearer {token}".encode())] if token else []
             ws = await wrap_client_stream(
-                nursery, stream, f"127.0.0.1:{self.port}", "/ws", subprotocols=offered, extra_headers=headers
+                nursery, entered, f"127.0.0.1:{self.port}", "/ws", subprotocols=offered, extra_headers=headers
             )
             client = Client(ws, stream)
             assert not welcome or (await client.receive())["type"] == "welcome"
@@ -186,7 +184,7 @@ async def chat_server(
     with trio.fail_after(PATIENCE):
         async with Chat(agent, ChatSettings(**settings), log, gate) as chat, trio.open_nursery() as nursery:
             port = await nursery.start(serving)
-            yield Server(port, log, scope, ended, chat.metrics)
+            yield Server(port, log, scope, ended, chat.metrics, host)
             scope.cancel()
 
 
@@ -254,9 +252,9 @@ def chatting(request: pytest.FixtureRequest) -> Callable[..., AbstractAsyncConte
     return partial(chat_process, request.getfixturevalue("serve"))
 
 
-@pytest.fixture(params=HOSTS)
+@pytest.fixture(params=[host for host in HOSTS if host is not native_unix])
 def chatting_anywhere(request: pytest.FixtureRequest) -> Callable[..., AbstractAsyncContextManager[Server]]:
-    """Like `chatting`, on every host."""
+    """Like `chatting`, on every host where clients come in without a key: on a Unix socket they may be a proxy's."""
     if request.config.getoption("--against") == "tricorn":
         return partial(chat_server, host=request.param)
     if request.param is not native:

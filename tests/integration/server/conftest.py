@@ -17,7 +17,7 @@ from websockets.uri import parse_uri
 
 import tricorn
 from fixtures.client import Client, left_over
-from fixtures.hosts import HOSTS, NATIVE, Handler, Host, asgi, enter, native
+from fixtures.hosts import HOSTS, NATIVE, Handler, Host, asgi, dial, enter, native
 from fixtures.records import Records
 from tricorn.transport.poller import Epoll, PerSocket
 
@@ -62,13 +62,9 @@ class Server:
     @asynccontextmanager
     async def open(self, receive_buffer: int | None = None) -> AsyncGenerator[trio.SocketStream]:
         """A socket that has said nothing yet. `receive_buffer` bounds what it takes without reading, in bytes."""
-        unix = isinstance(self.port, str)
-        socket = trio.socket.socket(trio.socket.AF_UNIX if unix else trio.socket.AF_INET)
-        if receive_buffer:
-            socket.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_RCVBUF, receive_buffer)
-        with socket:
-            await socket.connect(self.port if unix else ("127.0.0.1", self.port))
-            yield await enter(self.host, trio.SocketStream(socket))
+        stream = await dial(self.port, receive_buffer)
+        with stream.socket:
+            yield await enter(self.host, stream)
 
     @asynccontextmanager
     async def connect(
