@@ -112,6 +112,9 @@ class Transport(Protocol):
     def send_fragment(self, payload: bytes, *, text: bool | None, last: bool) -> bool:
         """Send one frame of a fragmented message, like `send`. `text` is None behind the first (RFC 6455 §5.4)."""
 
+    def limit_messages(self, max_bytes: int) -> None:
+        """Refuse messages of the peer that are longer, also one that has begun, with 1009 from now on."""
+
     def broadcast(self, message: Broadcast) -> bool:
         """Send a message without waiting; False, and nothing is sent, if too much waits for the peer already."""
 

@@ -85,6 +85,14 @@ class WebSocket(Generic[State]):
         """The close code and the reason once the connection is over, until then None."""
         return self._connection.cause if self._connection.over else None
 
+    def limit_messages(self, max_bytes: int) -> None:
+        """Have the client send messages of at most so many bytes from now on; a longer one ends it with 1009.
+
+        A client that you do not know yet needs no more than its first message takes. `Settings.max_message_bytes` is
+        the limit until you call this, and raising it again is for you to do.
+        """
+        self._connection.transport.limit_messages(max_bytes)
+
     async def receive(self) -> Message:
         """Return the next message: str for text, bytes for binary.
 

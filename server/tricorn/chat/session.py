@@ -53,6 +53,7 @@ from tricorn.protocol.close import SERVICE_RESTART, TOO_FAST
 from tricorn.waiter import Waiter
 from tricorn.websocket import WebSocket
 
+AUTHENTICATE_MAX = 16384  # bytes of a message from a client without a token: as much as a handshake may bring
 EVENTS_PER_TURN = 256  # of the writer: what a replay may take of memory, and how long others wait for it
 BATCH_BYTES = 64 * 1024  # of one message that joins several lines; many clients take no message over 1 MiB
 
@@ -129,6 +130,8 @@ class Session:
             return
         if token is not None or not wants_token:
             await self._authenticate(token)
+        else:
+            ws.limit_messages(AUTHENTICATE_MAX)
 
     async def serve(self) -> None:
         """Serve the client's requests until it is gone."""
@@ -187,6 +190,8 @@ class Session:
         except NotAdmitted as refusal:
             await ws.close(*refusal.close)
             return
+        if self._identity is None:
+            ws.limit_messages(self._settings.max_message_bytes)
         self._identity = identity
         ws.context["user"] = identity.user
         until = identity.believed_until

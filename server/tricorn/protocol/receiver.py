@@ -127,6 +127,13 @@ class Receiver:
                 self.violation = Close(INVALID_DATA, "what came cannot be inflated")
         return messages
 
+    def limit_messages(self, max_bytes: int) -> None:
+        """Refuse longer messages from now on, also one whose last frame's header says that it will be one."""
+        self._max = max_bytes
+        coming = self.left if self._opcode < 8 and not self._inflating else 0
+        if self._received + coming > max_bytes and self.closed is None and self.violation is None:
+            self.violation = self._too_big().close
+
     def _receive(self, data: bytes, messages: list[Message]) -> None:
         self._buffer = b""
         self.inflated = position = frames = 0

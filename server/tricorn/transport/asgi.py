@@ -118,6 +118,7 @@ class AsgiTransport:
         self._sent = ParkingLot()  # the connection, while it waits until nothing is unsent
         self._broken = False  # nothing can be sent any more
         self._over = False  # nothing more is delivered
+        self._max_message_bytes = settings.max_message_bytes
         self._rate_limit = RateLimit(settings, metrics)
         self._heard = False  # something was received
         self._at_end = False  # `receive` must not be called again
@@ -190,6 +191,10 @@ class AsgiTransport:
             self._put(whole, self._fragments_are_text)
             self._writer.wake()
         return True
+
+    def limit_messages(self, max_bytes: int) -> None:
+        """Hypercorn keeps what has come of a message up to its own `websocket_max_message_size`."""
+        self._max_message_bytes = max_bytes
 
     def broadcast(self, message: Broadcast) -> bool:
         self._require_open()
@@ -314,9 +319,9 @@ class AsgiTransport:
         self._bytes_received += size
         if self._over:
             return
-        if size > self._settings.max_message_bytes:
+        if size > self._max_message_bytes:
             self._metrics.limit_hits.add("max_message_bytes")
-            self._give_up(Close(TOO_BIG, f"a message may have at most {self._settings.max_message_bytes} bytes"))
+            self._give_up(Close(TOO_BIG, f"a message may have at most {self._max_message_bytes} bytes"))
             return
         if too_fast := self._rate_limit.exceeded(1, size):
             self._give_up(too_fast)

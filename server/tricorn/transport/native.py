@@ -190,6 +190,10 @@ class NativeTransport:
         self.flush()
         return True
 
+    def limit_messages(self, max_bytes: int) -> None:
+        self._codec.limit_messages(max_bytes)
+        self.resume()
+
     def broadcast(self, message: Broadcast) -> bool:
         self._require_open()
         if len(self._unsent) + self._put_off_bytes > BROADCAST_MAX:

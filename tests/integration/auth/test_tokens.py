@@ -66,6 +66,22 @@ async def test_a_good_token_comes_in(way: str, guarded: Guarded) -> None:
             assert await client.hear() == {"type": "pong"}
 
 
+async def test_without_a_token_little_may_be_sent(guarded: Guarded) -> None:
+    """As much as an `authenticate` needs; and it need not be sent whole to be too much."""
+    async with guarded() as server:
+        async with server.connect() as client:
+            await client.say("authenticate", token="x" * 16384)
+            assert (await client.end())[0] == 1009
+        async with server.connect() as client:
+            await client.ws._stream.send_all(b"\x81\xfe\xff\xff" + bytes(4))  # the head of a text of 65,535 bytes
+            assert (await client.end())[0] == 1009
+        async with server.connect() as client:
+            await client.say("authenticate", token=server.token("ada"))
+            await client.until("welcome")
+            await client.say("open", conversation="c", more="x" * 100_000)
+            assert (await client.hear())["type"] == "opened"
+
+
 FORGED: dict[str, tuple[str, Callable[[], str], str]] = {
     "another key": (SECRET, lambda: jwt.encode(claims(), "x" * 40), "the token is not valid"),
     "none": (SECRET, lambda: jwt.encode(claims(), None, algorithm="none"), "the token is not valid"),

@@ -35,6 +35,25 @@ async def test_a_message_of_each_kind_and_size(hosted: Served) -> None:
             assert await client.receive() == message
 
 
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_handler_may_limit_messages_and_raise_the_limit_again(hosted: Served, begun: bool) -> None:
+    async def handler(ws: WebSocket) -> None:
+        ws.limit_messages(10)
+        await ws.send(await ws.receive())
+        ws.limit_messages(100)
+        async for message in ws:
+            await ws.send(message)
+            if begun:
+                ws.limit_messages(10)
+
+    async with hosted(handler) as server, server.connect() as client:
+        for size in (10, 100):
+            await client.send("x" * size)
+            assert await client.receive() == "x" * size
+        await client.send("x" * (11 if begun else 101))
+        assert (await client.closed())[0] == 1009
+
+
 async def test_large_messages_both_ways_at_once(hosted: Served) -> None:
     messages = ["é" * (LARGE // 2), bytes(range(256)) * (LARGE // 256)]
     async with hosted(echo, settings=ROOMY) as server, server.connect() as client, trio.open_nursery() as nursery:

@@ -328,6 +328,27 @@ def test_binary_need_not_be_utf8() -> None:
 # §10.4: limits
 
 
+@pytest.mark.parametrize(
+    ("came", "within"),
+    [
+        (b"", True),
+        (masked(TEXT, b"x" * 100), True),
+        (head(BINARY, 11), False),
+        (head(BINARY, 10) + b"x", True),
+        (head(Opcode.BINARY, 5) + b"xxxxx" + head(CONTINUATION, 6), False),
+        (head(Opcode.BINARY, 5) + b"xxxxx" + head(PING, 100), True),
+    ],
+)
+def test_a_lower_limit_holds_for_a_message_that_has_begun(came: bytes, within: bool) -> None:
+    receiver = Receiver(LIMIT)
+    receiver.receive_data(came)
+    receiver.limit_messages(10)
+    assert (receiver.violation is None) is within
+    if within:
+        receiver.limit_messages(LIMIT)
+        assert receiver.violation is None
+
+
 @pytest.mark.parametrize("limit", [0, 1, 125, 126, 65535, 65536])
 def test_a_message_is_refused_at_the_head_that_passes_the_limit(limit: int) -> None:
     for first in (TEXT, BINARY, Opcode.TEXT, Opcode.BINARY):
