@@ -39,6 +39,7 @@ from tricorn.chat.protocol import (
 from tricorn.chat.settings import ChatSettings
 from tricorn.chat.tools import TOOL_ENDED, TOOL_FAILED, TOOL_LEFT_OPEN, TOOL_NAME_MAX, shown
 from tricorn.errors.report import report_error
+from tricorn.errors.text import note, title
 
 LAST_WORDS = 2.0  # seconds for what must not be missing in the log, when nobody can be made to wait for it
 SAID_AT_ONCE = 64  # events, before other tasks get their turn, if the log does not wait
@@ -187,15 +188,21 @@ class Execution:
         return call
 
     async def end_call(self, call: Call, result: Any, error: BaseException | None) -> None:
-        """Append the end of a tool, with what it found or with what it raised. Cannot be cancelled."""
+        """Append the end of a tool, with what it found or with what it raised. Cannot be cancelled.
+
+        If the log refuses and the tool has failed, the refusal becomes a note on what the tool raised.
+        """
+        if error is not None:
+            await self._complete(call, None, shown(error, Cancelled, self._ending()), error)
+            return
         json = None
-        if result is not None and error is None:
+        if result is not None:
             try:
                 json = self._json(result, f"the result of the tool {call.tool!r}")
-            except (TypeError, ValueError):
-                await self._complete(call, None, TOOL_FAILED)
+            except (TypeError, ValueError) as refused:
+                await self._complete(call, None, TOOL_FAILED, refused)
                 raise
-        await self._complete(call, json, None if error is None else shown(error, Cancelled, self._ending()))
+        await self._complete(call, json, None, None)
 
     # Inside
 
@@ -242,8 +249,10 @@ class Execution:
             await checkpoint()
         try:
             self._log.append_nowait(append)
+            return
         except WouldBlock:
-            await self._log.append(append)
+            pass
+        await self._log.append(append)
 
     async def _record(self, key: str, event: AnyEvent) -> None:
         """Append what must not be missing. If this is cancelled or raises, the end of the run makes up for it."""
@@ -251,12 +260,20 @@ class Execution:
         await self._append(append)
         self._owed.pop(key, None)
 
-    async def _complete(self, call: Call, result: Raw | None, error: str | None) -> None:
+    async def _complete(
+        self, call: Call, result: Raw | None, error: str | None, in_flight: BaseException | None
+    ) -> None:
+        """Append the end of a tool. While an exception is in flight, this raises nothing over it."""
         if call.id in self._calls:  # else the end of the run has spoken for it
             self._owe_end(call, result, error)
             if not self._ending():  # a timeout that the agent itself has put around the tool does not end the run
-                with suppress(TooSlowError):
-                    await self._settle()
+                try:
+                    with suppress(TooSlowError):
+                        await self._settle()
+                except Exception as refusal:  # the end of the run tries again, and reports it
+                    if in_flight is None:
+                        raise
+                    note(in_flight, f"The end of the tool {call.tool!r} is not in the log: {title(refusal)}")
 
     def _owe_end(self, call: Call, result: Raw | None, error: str | None) -> None:
         del self._calls[call.id]
@@ -272,10 +289,12 @@ class Execution:
         try:
             for owed in self._owing():
                 self._log.append_nowait(owed)
+            return
         except WouldBlock:
-            with fail_after(LAST_WORDS, shield=True):
-                for owed in self._owing():
-                    await self._log.append(owed)
+            pass
+        with fail_after(LAST_WORDS, shield=True):
+            for owed in self._owing():
+                await self._log.append(owed)
 
     def _owing(self) -> Iterator[Append]:
         """Yield all that is owed; each stops being owed when the next is asked for."""

@@ -37,6 +37,8 @@ _name_of = cast("Callable[[type], str]", type.__dict__["__name__"].__get__)  # w
 _qualname_of = cast("Callable[[type], str]", type.__dict__["__qualname__"].__get__)
 _module_of = cast("Callable[[type], object]", type.__dict__["__module__"].__get__)
 
+_add_note = BaseException.add_note
+
 _bound = binder(_names := dict(globals()))
 
 
@@ -67,6 +69,15 @@ def title(error: BaseException) -> str:
     text = shown(error, str)
     name = _name_of(type(error))
     return f"{name}: {text}" if text else name
+
+
+@_bound
+def note(error: BaseException, text: str) -> None:
+    """Add a note to an error, if the error lets it. Raises nothing."""
+    try:
+        _add_note(error, text)
+    except Exception:
+        pass
 
 
 @_bound

@@ -197,6 +197,7 @@ class Conversation:
                 if await step():
                     return
                 backoff = None
+                continue
             except PastLost:
                 self.over = True
                 self.view.lose()
@@ -209,7 +210,7 @@ class Conversation:
                     report_error(error, conversation=self.key)
                 elif pause == FIRST_PAUSE:
                     report("WARNING", f"the log is not available: {error}", conversation=self.key)
-                await sleep(pause)
+            await sleep(pause)
 
     async def _watch(self) -> bool:
         """Hear of what others do."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -41,8 +40,13 @@ class Engine:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
-        with suppress(Unavailable), move_on_after(FAREWELL, shield=True):
-            await self._let_go()
+        with move_on_after(FAREWELL, shield=True):
+            try:
+                await self._let_go()
+            except Unavailable:
+                pass
+            except Exception as failure:
+                report_error(failure)
         self._running.cancel()
         return await self._tasks.__aexit__(kind, error, traceback)
 

@@ -250,21 +250,22 @@ class PostgresLog(Engine):
 
         If the connection is to blame, the calls go back into the queue and the error is raised.
         """
-        try:
-            with fail_after(self._timeout):
-                return await _fetch(connection, statement, parameters)
-        except (DeadlockDetected, SerializationFailure):
-            return await self._answers(connection, queue, calls, statement, parameters)
-        except TooSlowError:
-            queue.put_back(calls)
-            raise
-        except Error as error:
-            if connection.pgconn.status != ConnStatus.OK or isinstance(error, _PASSING):
+        while True:
+            try:
+                with fail_after(self._timeout):
+                    return await _fetch(connection, statement, parameters)
+            except (DeadlockDetected, SerializationFailure):
+                pass
+            except TooSlowError:
                 queue.put_back(calls)
                 raise
-            if len(calls) == 1:
-                calls[0].fail(self._unavailable(reason(error)))
-            return None
+            except Error as error:
+                if connection.pgconn.status != ConnStatus.OK or isinstance(error, _PASSING):
+                    queue.put_back(calls)
+                    raise
+                if len(calls) == 1:
+                    calls[0].fail(self._unavailable(reason(error)))
+                return None
 
     async def _sweep(self) -> None:
         await self._ask("SELECT tricorn.sweep(%s)", self._retention.seconds)

@@ -77,10 +77,10 @@ class RedisLog(Engine):
         await super().__aenter__()
         try:
             await self._in_time(self.check)
-        except BaseException as error:
+        except BaseException:
             self._running.cancel()
             await self._tasks.__aexit__(None, None, None)
-            raise error from None
+            raise
         return self
 
     async def check(self) -> None:
@@ -146,10 +146,9 @@ class RedisLog(Engine):
 
     async def _step(self, step: str, conversation: str, *arguments: Any) -> Any:
         asked = (0, step, conversation, self._instance, self._channels, *arguments)
-        try:
+        with suppress(NoScriptError):  # Redis was restarted, or another one took over
             return await self._ask(b"EVALSHA", _SHA, *asked)
-        except NoScriptError:  # Redis was restarted, or another one took over
-            return await self._ask(b"EVAL", _SCRIPT, *asked)
+        return await self._ask(b"EVAL", _SCRIPT, *asked)
 
     async def _ask(self, command: bytes, *arguments: Any) -> Any:
         """Ask until there is an answer. Raises Unavailable if Redis answers with an error that will not pass."""
