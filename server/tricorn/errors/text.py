@@ -7,6 +7,7 @@ guaranteed share of the room, and what some do not need goes to the others.
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
 from traceback import extract_tb
 from typing import TYPE_CHECKING, cast
 
@@ -74,10 +75,8 @@ def title(error: BaseException) -> str:
 @_bound
 def note(error: BaseException, text: str) -> None:
     """Add a note to an error, if the error lets it. Raises nothing."""
-    try:
+    with suppress(Exception):
         _add_note(error, text)
-    except Exception:
-        pass
 
 
 @_bound

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 import trio
 
-from fixtures.chats import Refusing, log, talk
+import tricorn.testing
+from fixtures.chats import Refusing, log, talk, until
 from fixtures.records import Records
-from tricorn.chat import Run
+from tricorn.chat import Chat, Run
+from tricorn.chat.identity import Identity
 from tricorn.chat.logs.base import Unavailable
 from tricorn.chat.tools import ToolError
 
@@ -40,9 +45,8 @@ async def test_an_agent_that_fails_in_a_tool_while_the_log_refuses(
         log.refused = {"tool_completed"}
         await client.post()
         await client.until("tool_executing")
-        with trio.fail_after(30):
-            while not (found := records.read("ERROR")):
-                await trio.sleep(0.01)
+        found: list[dict[str, Any]] = []
+        await until(lambda: found.extend(records.read("ERROR")) or found)
         log.refused = set()
         end = await client.until("agent_completed")
     assert found[0]["message"] == "LookupError: the first error"
@@ -59,9 +63,8 @@ async def test_a_result_without_json_while_the_log_refuses(log: Refusing, record
         log.refused = {"tool_completed"}
         await client.post()
         await client.until("tool_executing")
-        with trio.fail_after(30):
-            while not (found := records.read("ERROR")):
-                await trio.sleep(0.01)
+        found: list[dict[str, Any]] = []
+        await until(lambda: found.extend(records.read("ERROR")) or found)
         log.refused = set()
         await client.until("agent_completed")
     assert "has no JSON form" in found[0]["stack_trace"]
@@ -81,7 +84,7 @@ async def test_a_log_that_refuses_a_word_is_the_first_error(log: Refusing, recor
     assert record["error_id"] == end["error_id"]
 
 
-@pytest.mark.parametrize("shows", ["__str__"])
+@pytest.mark.parametrize("shows", ["__str__", "exceptions"])
 async def test_an_error_of_a_tool_that_cannot_be_shown(log: Refusing, shows: str, records: Records) -> None:
     class Mute(ToolError):
         def __str__(self) -> str:
@@ -107,3 +110,139 @@ async def test_an_error_of_a_tool_that_cannot_be_shown(log: Refusing, shows: str
     assert end["outcome"] == "failed"
     assert end["error_id"] == record["error_id"]
     assert record["message"].startswith("Mute" if shows == "__str__" else "LookupError: the first error")
+
+
+# What ends a run and hides an error: E9
+
+
+async def handle_all(run: Run) -> None:
+    try:
+        raise LookupError("the first error")
+    except Exception:
+        await trio.sleep_forever()
+        raise
+
+
+async def clean_up(run: Run) -> None:
+    try:
+        raise LookupError("the first error")
+    finally:
+        await trio.sleep_forever()
+
+
+@asynccontextmanager
+async def slow_to_leave() -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        await trio.sleep_forever()
+
+
+async def leave_a_block(run: Run) -> None:
+    async with slow_to_leave():
+        raise LookupError("the first error")
+
+
+async def swallow(run: Run) -> None:
+    try:
+        await handle_all(run)
+    except trio.Cancelled as cancelled:
+        raise GeneratorExit from cancelled
+
+
+async def handle_on_purpose(run: Run) -> None:
+    try:
+        raise LookupError("not an error")
+    except LookupError:
+        await trio.sleep_forever()
+
+
+Agent = Callable[[Run], Awaitable[None]]
+
+
+@pytest.mark.parametrize("ended", ["cancelled", "timeout"])
+@pytest.mark.parametrize("agent", [handle_all, clean_up, leave_a_block, swallow])
+async def test_a_cancellation_hides_no_error_of_an_agent(
+    log: Refusing, agent: Agent, ended: str, records: Records
+) -> None:
+    async with talk(agent, log, run_timeout=0.3 if ended == "timeout" else 60.0) as client:
+        await client.post()
+        started = await client.until("agent_started")
+        if ended == "cancelled":
+            await trio.sleep(0.05)  # until it waits
+            await client.say("cancel", run=started["run"])
+        end = await client.until("agent_completed")
+    [record] = records.read("ERROR")
+    assert record["message"] == "LookupError: the first error"
+    assert (end["outcome"], end["error_id"]) == (ended, record["error_id"])
+
+
+async def test_a_cancellation_of_an_agent_that_has_not_failed_is_no_error(log: Refusing, records: Records) -> None:
+    async with talk(handle_on_purpose, log, run_timeout=0.3) as client:
+        end = await client.run()
+    assert (end["outcome"], "error_id" in end) == ("timeout", False)
+    assert records.read("ERROR") == []
+
+
+async def test_a_log_that_refuses_an_apology_hides_no_error(log: Refusing, records: Records) -> None:
+    async def agent(run: Run) -> None:
+        try:
+            raise LookupError("the first error")
+        except Exception:
+            await run.say("sorry")
+            raise
+
+    log.error = Unavailable("full")
+    async with talk(agent, log) as client:
+        log.refused = {"agent_message"}
+        end = await client.run()
+    [record] = records.read("ERROR")
+    assert record["message"] == "LookupError: the first error"
+    assert (end["outcome"], end["error_id"]) == ("failed", record["error_id"])
+
+
+class Slow:
+    """A gate that fails, and whose handling of that waits for the peer to go."""
+
+    wants_token = False
+
+    def __init__(self) -> None:
+        self.waits = trio.Event()
+
+    async def admit(self, token: str | None, peer: str, headers: Mapping[str, str]) -> Identity:
+        try:
+            raise LookupError("the first error")
+        except Exception:
+            self.waits.set()
+            await trio.sleep_forever()
+            raise
+
+
+async def test_a_peer_that_goes_hides_no_error_of_a_session(records: Records) -> None:
+    gate = Slow()
+    async with Chat(handle_all, gate=gate) as chat, tricorn.testing.connect(chat.session) as client:
+        await gate.waits.wait()
+        client.vanish()
+    [record] = records.read("ERROR")
+    assert record["message"] == "LookupError: the first error"
+
+
+# What a failed agent held
+
+
+async def test_nothing_of_a_failed_agent_is_alive_when_the_end_of_its_run_is_written(log: Refusing) -> None:
+    class Big:
+        pass
+
+    held: list[weakref.ref[Big]] = []
+    alive: list[bool] = []
+
+    async def agent(run: Run) -> None:
+        big = Big()
+        held.append(weakref.ref(big))
+        raise MemoryError
+
+    log.on_append = lambda type: alive.append(held[0]() is not None) if type == "agent_completed" else None
+    async with talk(agent, log) as client:
+        assert (await client.run())["outcome"] == "failed"
+    assert alive == [False]
