@@ -401,6 +401,7 @@ class Execution:
         try:
             await self._settle()
         except Exception as error:  # what is missing keeps what would follow it from the log
+            note(error, "The end of the run is not in the log.")
             report_error(error, conversation=self.post.conversation, run=self.id)
 
 

@@ -84,6 +84,26 @@ async def test_a_log_that_refuses_a_word_is_the_first_error(log: Refusing, recor
     assert record["error_id"] == end["error_id"]
 
 
+@pytest.mark.parametrize("type", ["agent_started", "agent_message", "tool_completed", "agent_completed"])
+async def test_an_error_of_the_log_without_a_text_is_named(log: Refusing, type: str, records: Records) -> None:
+    async def agent(run: Run) -> None:
+        async with run.tool("forecast"):
+            pass
+        await run.say("x")
+
+    log.error = trio.TooSlowError()
+    async with talk(agent, log) as client:
+        log.refused = {type}
+        await client.post()
+        found: list[dict[str, Any]] = []
+        if type != "tool_completed":  # that is tried again at the end of the run
+            await until(lambda: found.extend(records.read("ERROR")) or found)
+        log.refused = set()
+        await client.until("agent_completed")
+    for record in found:
+        assert record["message"] == "Unavailable: the log did not answer within 10 s"
+
+
 @pytest.mark.parametrize("shows", ["__str__", "exceptions"])
 async def test_an_error_of_a_tool_that_cannot_be_shown(log: Refusing, shows: str, records: Records) -> None:
     class Mute(ToolError):

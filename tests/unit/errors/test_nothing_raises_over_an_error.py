@@ -32,6 +32,7 @@ ALLOWED = {
     ("chat/execution.py", "Execution._json"): "the value is at fault, and its error is the cause",
     ("chat/execution.py", "Execution.end_call"): "`_complete` makes a note of what the log raises",
     ("chat/execution.py", "Execution.perform"): "the error in flight has been reported, and `_seal` raises nothing",
+    ("chat/execution.py", "Execution._work"): "the KeyboardInterrupt is in the error, which has been reported",
     ("chat/logs/__init__.py", "connect"): "SettingError says what to install",
     ("chat/logs/engine.py", "Engine.__aexit__"): "the nursery puts the error in flight into its group",
     ("chat/logs/memory.py", "MemoryLog.__aexit__"): "a checkpoint that cannot be cancelled",

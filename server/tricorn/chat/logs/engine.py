@@ -12,6 +12,7 @@ from tricorn.chat.backoff import Backoff
 from tricorn.chat.logs.base import Retention, Unavailable
 from tricorn.chat.settings import ChatSettings
 from tricorn.errors.report import report_error
+from tricorn.errors.text import title
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0  # seconds between two attempts to reach the store
 FAREWELL = 1.0  # seconds to let go of everything at the end
@@ -87,3 +88,9 @@ class Engine:
 
     def _unavailable(self, problem: str) -> Unavailable:
         return Unavailable(f"{self._where}: {problem}")
+
+    def _broken(self, error: Exception) -> Unavailable:
+        """Make an Unavailable of what no store raises: a bug, an import that was refused, no thread. To be reported."""
+        unavailable = self._unavailable(title(error))
+        unavailable.__cause__ = error
+        return unavailable

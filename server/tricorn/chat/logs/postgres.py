@@ -39,6 +39,8 @@ from tricorn.chat.logs.psycopg_trio import Row, TrioConnection, hosts
 from tricorn.chat.logs.watching import Watchers
 from tricorn.chat.settings import ChatSettings
 from tricorn.errors.reason import reason
+from tricorn.errors.report import report_error
+from tricorn.errors.text import title
 from tricorn.settings import SettingError
 
 VERSION = 1
@@ -215,6 +217,9 @@ class PostgresLog(Engine):
                     connection.pgconn.finish()
             except (Error, OSError, TooSlowError) as error:
                 self._problem = reason(error)
+            except Exception as error:  # not PostgreSQL's
+                self._problem = title(error)
+                report_error(error)
             await sleep(backoff.next())
 
     async def _serve_others(self, connection: TrioConnection) -> None:
@@ -266,6 +271,10 @@ class PostgresLog(Engine):
                 if len(calls) == 1:
                     calls[0].fail(self._unavailable(reason(error)))
                 return None
+            except Exception as error:  # not PostgreSQL's; nobody knows how far the connection has come
+                for call in calls:
+                    call.fail(self._broken(error))
+                raise
 
     async def _sweep(self) -> None:
         await self._ask("SELECT tricorn.sweep(%s)", self._retention.seconds)

@@ -39,6 +39,8 @@ from tricorn.chat.logs.engine import Engine
 from tricorn.chat.logs.watching import Watchers
 from tricorn.chat.settings import ChatSettings
 from tricorn.errors.reason import reason
+from tricorn.errors.report import report_error
+from tricorn.errors.text import title
 from tricorn.settings import SettingError
 
 _SCRIPT = files("tricorn.chat.logs").joinpath("redis.lua").read_bytes()
@@ -170,6 +172,11 @@ class RedisLog(Engine):
                 raise
             except RedisError as error:
                 raise self._unavailable(reason(error)) from None
+            except Exception as error:  # not Redis's; nobody knows how far the connection has come
+                report_error(error)
+                connection.invalidate()
+                self._drop(connection)
+                raise self._broken(error) from error
 
     def _send(self, command: bytes, conversation: str) -> None:
         """Change a subscription. Without a connection there is nothing to do: the next one begins with all of them."""
@@ -213,6 +220,9 @@ class RedisLog(Engine):
                             self._notified(pushed[1].decode().removeprefix(self._channels), pushed[2])
             except* (RedisError, OSError, TooSlowError, TimeoutError) as errors:
                 self._problem = reason(errors)
+            except* Exception as errors:  # not Redis's
+                self._problem = title(errors)
+                report_error(errors)
             await sleep(backoff.next())
 
     @asynccontextmanager
