@@ -36,7 +36,8 @@ class Chat:
     """Conversations with an agent: `async with Chat(agent) as chat`, and `chat.session` is the handler for a server.
 
     Leaving the block ends the conversations; runs end as interrupted, and posts that wait are left to whoever opens the
-    log next. As with a nursery, what the block raises comes out in an ExceptionGroup.
+    log next. It waits for agents that do not end. As with a nursery, what the block raises comes out in an
+    ExceptionGroup.
 
     `gate` decides who may come in; by default only clients on this machine.
 
