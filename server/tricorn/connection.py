@@ -291,6 +291,8 @@ class Connection:
 
     def give_up(self) -> None:
         """Close the socket though the tasks have not ended, and report where they are."""
+        if self.phase not in (Phase.ACCEPTED, Phase.OPEN):
+            return
         self.transport.abort(self.cause)
         report(
             "ERROR",

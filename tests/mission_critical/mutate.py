@@ -29,6 +29,9 @@ CHAINS = "tests/unit/errors/test_chain.py"
 HIDDEN = "tests/integration/server/test_hidden_errors.py"
 FAILED_HANDLER = "tests/mission_critical/test_first_error.py::test_a_handler_that_raises"
 
+FIRST_OF_A_RUN = "tests/integration/chat/test_first_error_of_a_run.py"
+MISBEHAVING = "tests/integration/chat/test_misbehaving_agents.py"
+
 EVERY_STEP = "tests/mission_critical/test_every_checkpoint.py::test_at_every_step"
 LEAVES = "tests/mission_critical/test_every_checkpoint_of_a_chat.py::test_at_every_step[chat with a tool-FIN]"
 STALLS = f"{EVERY_STEP}[echo-peer stops reading]"
@@ -329,7 +332,86 @@ FAULTS = [
             "tests/unit/errors/test_nothing_raises_over_an_error.py",
             finally_in("Acceptor.serve", "raise OSError"),
         ),
-        ("a client that is shown the error", "chat/execution.py", FAILED_AGENT, first_in("Execution.perform", SHOWN)),
+        ("a client that is shown the error", "chat/execution.py", FAILED_AGENT, first_in("Execution._fail", SHOWN)),
+        (
+            "a log's refusal over a tool's error",
+            "chat/execution.py",
+            f"{FIRST_OF_A_RUN}::test_an_agent_that_fails_in_a_tool_while_the_log_refuses[memory-error0]",
+            instead("if in_flight is None:", "if True:"),
+        ),
+        (
+            "a log that waits, as the headline",
+            "chat/execution.py",
+            f"{FIRST_OF_A_RUN}::test_a_log_that_refuses_a_word_is_the_first_error[memory]",
+            instead(
+                "        except WouldBlock:\n            pass\n        await",
+                "        except WouldBlock:\n            await",
+            ),
+        ),
+        (
+            "a cancellation of a run that hides an error",
+            "chat/execution.py",
+            f"{FIRST_OF_A_RUN}::test_a_cancellation_hides_no_error_of_an_agent[memory-handle_all-cancelled]",
+            instead("if failed or hides_an_error(error):", "if failed:"),
+        ),
+        (
+            "a failed agent that stays in memory",
+            "chat/execution.py",
+            f"{FIRST_OF_A_RUN}::test_nothing_of_a_failed_agent_is_alive_when_the_end_of_its_run_is_written[memory]",
+            first_in("Execution._fail", "self._error = error"),
+        ),
+        (
+            "an agent's group that is asked for its members",
+            "chat/tools.py",
+            f"{FIRST_OF_A_RUN}::test_an_error_of_a_tool_that_cannot_be_shown[memory-exceptions]",
+            first_in("shown", "getattr(error, 'exceptions', None)"),
+        ),
+        (
+            "a success that was cancelled",
+            "chat/execution.py",
+            f"{MISBEHAVING}::test_an_agent_that_does_not_raise_its_cancellation[memory-swallows-cancelled]",
+            instead('self._outcome = self._ending() or "success"', 'self._outcome = "success"'),
+        ),
+        (
+            "a run that holds up its conversation",
+            "chat/execution.py",
+            f"{MISBEHAVING}::test_a_conversation_goes_on_without_a_run_that_does_not_end[memory-shield-cancelled]",
+            instead("move_on_after(self._close_timeout, shield=True)", "move_on_after(inf, shield=True)"),
+        ),
+        (
+            "a run that nobody ends in time",
+            "chat/execution.py",
+            f"{MISBEHAVING}::test_a_conversation_goes_on_without_a_run_that_does_not_end[memory-shield-timeout]",
+            first_in("Execution.give_up", "return"),
+        ),
+        (
+            "words behind the end of a run",
+            "chat/execution.py",
+            f"{MISBEHAVING}::test_a_conversation_goes_on_without_a_run_that_does_not_end[memory-shield-cancelled]",
+            first_in("Execution._check_not_over", "return"),
+        ),
+        (
+            "a context that the next run sees",
+            "chat/chat.py",
+            f"{MISBEHAVING}::test_a_run_sees_no_context_of_the_connection_that_came_first[memory]",
+            instead("self._context.run(self._nursery.start_soon, ", "self._nursery.start_soon("),
+        ),
+        (
+            "SystemExit that ends the chat",
+            "chat/execution.py",
+            f"{MISBEHAVING}::test_what_ends_other_programs_fails_only_the_run[memory-error0]",
+            instead(
+                "if is_any(leaf, (KeyboardInterrupt,))), None",
+                "if is_any(leaf, (KeyboardInterrupt, SystemExit))), None",
+            ),
+        ),
+        (
+            "a driver's bug that ends the log",
+            "chat/logs/sqlite.py",
+            "tests/integration/log/test_imports_refused.py::test_whatever_a_driver_raises_is_unavailable_with_its_cause"
+            "[sqlite-break_threads]",
+            instead("except Exception as error:  # no thread", "except DatabaseError as error:  # no thread"),
+        ),
         (
             "an attachment that is left",
             "chat/conversation/conversation.py",

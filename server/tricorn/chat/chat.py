@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import copy_context
 from random import random
 from types import TracebackType
 from typing import Self
@@ -11,6 +12,7 @@ from trio.lowlevel import checkpoint
 
 from tricorn.chat.conversation.conversation import Conversation
 from tricorn.chat.conversation.log_view import patience
+from tricorn.chat.execution import Runs
 from tricorn.chat.identity import Gate, ThisMachine
 from tricorn.chat.logs.base import Log, Unavailable
 from tricorn.chat.logs.memory import MemoryLog
@@ -34,7 +36,8 @@ class Chat:
     """Conversations with an agent: `async with Chat(agent) as chat`, and `chat.session` is the handler for a server.
 
     Leaving the block ends the conversations; runs end as interrupted, and posts that wait are left to whoever opens the
-    log next. As with a nursery, what the block raises comes out in an ExceptionGroup.
+    log next. It waits for agents that do not end. As with a nursery, what the block raises comes out in an
+    ExceptionGroup.
 
     `gate` decides who may come in; by default only clients on this machine.
 
@@ -60,6 +63,8 @@ class Chat:
 
     async def __aenter__(self) -> Self:
         self._nursery = await self._opening.__aenter__()
+        self._context = copy_context()
+        self._runs = Runs(self._nursery)
         self._nursery.start_soon(self._tend)
         return self
 
@@ -124,12 +129,13 @@ class Chat:
         """Return the conversation of this key, and bring it to life if it is not alive. Hold it, or it lingers out."""
         conversation = self._conversations.get(key)
         if conversation is None or (conversation.over and not self.closing):
-            conversation = Conversation(key, self._agent, self._log, self.settings, self.metrics)
+            conversation = Conversation(key, self._agent, self._log, self.settings, self.metrics, self._runs)
             if self.closing:
                 conversation.end()  # it can be read, but has no task
             else:
                 before, self._conversations[key] = self._conversations.get(key), conversation
-                self._nursery.start_soon(self._live, conversation, before)
+                # In the chat's context: that of whoever came first is not the agent's to see.
+                self._context.run(self._nursery.start_soon, self._live, conversation, before)
         return conversation
 
     def _end_conversations(self) -> None:
@@ -142,6 +148,7 @@ class Chat:
             async with open_nursery() as nursery:
                 nursery.start_soon(self._look_after)
                 nursery.start_soon(self._beat)
+                nursery.start_soon(self._runs.reaper.run)
 
     async def _beat(self) -> None:
         """Have every session say something before it has been silent for `heartbeat` seconds.

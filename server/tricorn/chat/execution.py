@@ -14,13 +14,15 @@ from msgspec.json import Encoder
 from trio import (
     Cancelled,
     CancelScope,
+    Nursery,
     TooSlowError,
     WouldBlock,
     current_effective_deadline,
     current_time,
     fail_after,
+    move_on_after,
 )
-from trio.lowlevel import checkpoint, checkpoint_if_cancelled
+from trio.lowlevel import Task, checkpoint, checkpoint_if_cancelled, current_task
 
 from tricorn.chat.logs.base import Append, Lease
 from tricorn.chat.metrics import ChatMetrics
@@ -38,13 +40,18 @@ from tricorn.chat.protocol import (
 )
 from tricorn.chat.settings import ChatSettings
 from tricorn.chat.tools import TOOL_ENDED, TOOL_FAILED, TOOL_LEFT_OPEN, TOOL_NAME_MAX, shown
-from tricorn.errors.report import report_error
+from tricorn.errors.chain import hides_an_error, is_any
+from tricorn.errors.failures import PASSING, leaves
+from tricorn.errors.report import report, report_error
+from tricorn.errors.stuck import stuck
+from tricorn.errors.text import note, title
+from tricorn.transport.keep_alive import Reaper
+from tricorn.waiter import Waiter
 
 LAST_WORDS = 2.0  # seconds for what must not be missing in the log, when nobody can be made to wait for it
 SAID_AT_ONCE = 64  # events, before other tasks get their turn, if the log does not wait
 ESCAPED = 6  # bytes that one ASCII character has in JSON, at most
 
-_NOT_FAILURES = (KeyboardInterrupt, SystemExit)  # these are not an agent's to fail with
 _encode = Encoder().encode
 
 Cause = Literal["cancelled", "interrupted"]
@@ -78,10 +85,19 @@ def completed_key(id: str) -> str:
     return f"{id}:completed"
 
 
+class Runs:
+    """Where the agents of a chat work: the nursery of their tasks, and what watches over their time."""
+
+    def __init__(self, nursery: Nursery) -> None:
+        self.nursery = nursery
+        self.reaper = Reaper()
+
+
 class Execution:
     """Performs an agent on a post, for at most `run_timeout` seconds, under a lease. The agent holds a `Run` of it.
 
     Attributes:
+        patience: when it must have ended, in Trio's time.
         over: it takes no more events from the agent, although its last ones may still be on their way.
     """
 
@@ -94,8 +110,16 @@ class Execution:
         self._lease = lease
         self._log = log
         self._metrics = metrics
-        self._scope = CancelScope(relative_deadline=settings.run_timeout)
+        self._began = current_time()
+        self._close_timeout = settings.close_timeout
+        self.patience = self._began + settings.run_timeout
+        self._scope = CancelScope(deadline=self.patience)
         self._cause: Cause | None = None
+        self._task: Task | None = None  # the agent's
+        self._working = False  # until that has ended
+        self._changed = Waiter()  # where `perform` waits until it has ended, or is to end
+        self._outcome: Outcome = "failed"
+        self._error_id: str | None = None
         self._abandoned = False
         self._room = settings.event_bytes - ENVELOPE
         self._answer: list[str] = []
@@ -105,46 +129,45 @@ class Execution:
         self._calls: dict[str, Call] = {}  # tools in progress
         self._owed: dict[str, Append] = {}  # by key: what must be in the log before the end, and may not be there yet
 
-    async def perform(self, agent: Callable[[R], Awaitable[None]], run: R) -> None:
+    async def perform(self, agent: Callable[[R], Awaitable[None]], run: R, runs: Runs) -> None:
         """Let an agent work on its run, from `agent_started` to `agent_completed`, whatever it does.
 
-        What it raises is reported and ends here. If this is cancelled the run ends as interrupted, and what is then
-        still owed to the log has `LAST_WORDS` seconds. If that is not enough, or the log fails, it has no end in it.
+        The agent has a task of its own, and so a context of its own. What it raises is reported and ends there, but for
+        KeyboardInterrupt. If its task goes on for `close_timeout` seconds after the run was ended, that is reported,
+        and this goes on without it.
+
+        If this is cancelled, the run ends as interrupted. What is owed to the log at the end has `LAST_WORDS` seconds.
+        If that is not enough, or the log fails, the run has no end in the log.
         """
-        began = current_time()
-        outcome: Outcome = "success"
-        error_id = None
         name = getattr(agent, "__name__", type(agent).__name__)
         started = AgentStarted(**self._stamp(), agent=name, post=self.post.id, post_seq=self.post.seq)
+        runs.nursery.start_soon(self._work, agent, run, started, name=f"{name}")
+        self._working = True
+        runs.reaper.watch(self)
         try:
-            with self._scope:
-                await self._record(started_key(self.post.seq), started)
-                await agent(run)
-            if self._scope.cancelled_caught:
-                outcome = self._ending() or outcome
-        except BaseException as error:  # noqa: ASYNC103 - what is not the run's own is raised again below
-            interrupted = current_effective_deadline() == -inf
-            ending = self._ending() or ("interrupted" if interrupted else None)
-            # A Cancelled that nobody asked for is the agent's: let go on, it would end everything around it in silence.
-            passing, failure = _split(error, (*_NOT_FAILURES, Cancelled) if ending else _NOT_FAILURES)
-            outcome = ending or ("failed" if failure else "interrupted")
-            if failure is not None:
-                error_id = report_error(
-                    failure,
-                    context={"user": self.post.user},
-                    conversation=self.post.conversation,
-                    run=self.id,
-                )
-            if passing is not None:
-                raise passing from None  # noqa: ASYNC104
+            if not self._scope.cancel_called:
+                await self._changed.wait()
+        except Cancelled:
+            if self._outcome == "success":  # the agent has swallowed the same cancellation
+                self._outcome = "interrupted"
+            raise
         finally:
-            await self._seal(outcome, current_time() - began, error_id)
+            runs.reaper.forget(self)
+            if self._working:
+                await self._end()
+            await self._seal(current_time() - self._began)
+        await checkpoint_if_cancelled()  # it may have been cancelled while it was woken for another reason
 
     def cancel(self, cause: Cause = "cancelled") -> None:
         """End the run early. What ended it first stays the cause."""
         if not self._scope.cancel_called:
             self._cause = cause
             self._scope.cancel()
+            self._changed.wake()
+
+    def give_up(self) -> None:
+        """The run has taken too long, and its scope has cancelled it."""
+        self._changed.wake()
 
     def abandon(self) -> None:
         """End the run early, and leave it to another instance to say so."""
@@ -187,17 +210,76 @@ class Execution:
         return call
 
     async def end_call(self, call: Call, result: Any, error: BaseException | None) -> None:
-        """Append the end of a tool, with what it found or with what it raised. Cannot be cancelled."""
+        """Append the end of a tool, with what it found or with what it raised. Cannot be cancelled.
+
+        If the log refuses and the tool has failed, the refusal becomes a note on what the tool raised.
+        """
+        if error is not None:
+            await self._complete(call, None, shown(error, Cancelled, self._ending()), error)
+            return
         json = None
-        if result is not None and error is None:
+        if result is not None:
             try:
                 json = self._json(result, f"the result of the tool {call.tool!r}")
-            except (TypeError, ValueError):
-                await self._complete(call, None, TOOL_FAILED)
+            except (TypeError, ValueError) as refused:
+                await self._complete(call, None, TOOL_FAILED, refused)
                 raise
-        await self._complete(call, json, None if error is None else shown(error, Cancelled, self._ending()))
+        await self._complete(call, json, None, None)
 
     # Inside
+
+    async def _work(self, agent: Callable[[R], Awaitable[None]], run: R, started: AgentStarted) -> None:
+        """Do the agent's part, in its own task. The scope sees no exception of the agent: it would split a group."""
+        self._task = current_task()
+        try:
+            with self._scope:
+                try:
+                    await self._record(started_key(self.post.seq), started)
+                    await agent(run)
+                    self._outcome = self._ending() or "success"
+                except BaseException as error:  # noqa: ASYNC103 - the task ends here, and its cancellation with it
+                    self._fail(error)
+                    if interrupt := _interrupt(error):
+                        raise interrupt from None  # noqa: ASYNC104
+        except Exception as error:  # the agent has left a scope of its own open
+            self._fail(error)
+        finally:
+            self._task = None
+            self._working = False
+            self._changed.wake()
+
+    def _fail(self, error: BaseException) -> None:
+        """Report what the agent has raised, unless it is only how its run was ended and hides no error."""
+        ending = self._ended_by()
+        # A Cancelled that nobody asked for is the agent's failure.
+        expected = PASSING if ending else (KeyboardInterrupt,)
+        failed = not all(is_any(leaf, expected) for leaf in leaves(error))
+        self._outcome = ending or ("failed" if failed else "interrupted")
+        if failed or hides_an_error(error):
+            self._error_id = report_error(error, **self._about())
+
+    async def _end(self) -> None:
+        """Have the agent's task end; if it does not, report where it is. What it does then is not part of the run."""
+        self.cancel("interrupted")
+        with move_on_after(self._close_timeout, shield=True):
+            while self._working:
+                await self._changed.wait()
+        if self._working:
+            self._outcome = self._ending() or "interrupted"
+            report(
+                "ERROR",
+                "a run's task does not end when it is cancelled; its conversation goes on without it",
+                **self._about(),
+                outcome=self._outcome,
+                tasks=() if self._task is None else tuple(stuck(self._task)),
+            )
+
+    def _about(self) -> dict[str, Any]:
+        return {"context": {"user": self.post.user}, "conversation": self.post.conversation, "run": self.id}
+
+    def _ended_by(self) -> Outcome | None:
+        """Why the run is being ended, also if that is what is around it. To be asked in the agent's task."""
+        return self._ending() or ("interrupted" if current_effective_deadline() == -inf else None)
 
     def _ending(self) -> Outcome | None:
         """Why the run is being ended, if it knows: of the scopes around it, it does not."""
@@ -207,9 +289,12 @@ class Execution:
         # The log sets `seq` and `at`.
         return {"conversation": self.post.conversation, "run": self.id, "seq": 0, "at": 0.0}
 
-    def _check_text(self, text: str, what: str) -> None:
+    def _check_not_over(self) -> None:
         if self.over:
             raise RuntimeError("the run is over")
+
+    def _check_text(self, text: str, what: str) -> None:
+        self._check_not_over()
         if not isinstance(text, str):
             raise TypeError(f"{what} must be a str, not {type(text).__name__}")
         if text.isascii() and ESCAPED * len(text) + 2 <= self._room:
@@ -240,10 +325,13 @@ class Execution:
             await checkpoint_if_cancelled()
         else:
             await checkpoint()
+            self._check_not_over()  # it may have ended meanwhile
         try:
             self._log.append_nowait(append)
+            return
         except WouldBlock:
-            await self._log.append(append)
+            pass
+        await self._log.append(append)
 
     async def _record(self, key: str, event: AnyEvent) -> None:
         """Append what must not be missing. If this is cancelled or raises, the end of the run makes up for it."""
@@ -251,12 +339,20 @@ class Execution:
         await self._append(append)
         self._owed.pop(key, None)
 
-    async def _complete(self, call: Call, result: Raw | None, error: str | None) -> None:
+    async def _complete(
+        self, call: Call, result: Raw | None, error: str | None, in_flight: BaseException | None
+    ) -> None:
+        """Append the end of a tool. While an exception is in flight, this raises nothing over it."""
         if call.id in self._calls:  # else the end of the run has spoken for it
             self._owe_end(call, result, error)
             if not self._ending():  # a timeout that the agent itself has put around the tool does not end the run
-                with suppress(TooSlowError):
-                    await self._settle()
+                try:
+                    with suppress(TooSlowError):
+                        await self._settle()
+                except Exception as refusal:  # the end of the run tries again, and reports it
+                    if in_flight is None:
+                        raise
+                    note(in_flight, f"The end of the tool {call.tool!r} is not in the log: {title(refusal)}")
 
     def _owe_end(self, call: Call, result: Raw | None, error: str | None) -> None:
         del self._calls[call.id]
@@ -272,10 +368,12 @@ class Execution:
         try:
             for owed in self._owing():
                 self._log.append_nowait(owed)
+            return
         except WouldBlock:
-            with fail_after(LAST_WORDS, shield=True):
-                for owed in self._owing():
-                    await self._log.append(owed)
+            pass
+        with fail_after(LAST_WORDS, shield=True):
+            for owed in self._owing():
+                await self._log.append(owed)
 
     def _owing(self) -> Iterator[Append]:
         """Yield all that is owed; each stops being owed when the next is asked for."""
@@ -284,8 +382,9 @@ class Execution:
                 yield owed
                 self._owed.pop(key, None)
 
-    async def _seal(self, outcome: Outcome, seconds: float, error_id: str | None) -> None:
+    async def _seal(self, seconds: float) -> None:
         """Append all that is owed, and the last event."""
+        outcome = self._outcome
         self.over = True
         self._metrics.run_seconds.observe(seconds, outcome)
         if self._abandoned:
@@ -294,19 +393,17 @@ class Execution:
             self._owe_end(call, None, TOOL_ENDED.get(outcome, TOOL_LEFT_OPEN))
         answer = "".join(self._answer)
         text = answer if answer and len(_encode(answer)) <= self._room else None
-        completed = AgentCompleted(**self._stamp(), outcome=outcome, seconds=seconds, text=text, error_id=error_id)
+        completed = AgentCompleted(
+            **self._stamp(), outcome=outcome, seconds=seconds, text=text, error_id=self._error_id
+        )
         key = completed_key(self.id)
         self._owed[key] = Append(completed, key, self._lease, self.post.seq)
         try:
             await self._settle()
         except Exception as error:  # what is missing keeps what would follow it from the log
+            note(error, "The end of the run is not in the log.")
             report_error(error, conversation=self.post.conversation, run=self.id)
 
 
-def _split(
-    error: BaseException, kinds: tuple[type[BaseException], ...]
-) -> tuple[BaseException | None, BaseException | None]:
-    """Split an exception into what is of these kinds, and the rest."""
-    if isinstance(error, BaseExceptionGroup):
-        return error.split(kinds)
-    return (error, None) if isinstance(error, kinds) else (None, error)
+def _interrupt(error: BaseException) -> BaseException | None:
+    return next((leaf for leaf in leaves(error) if is_any(leaf, (KeyboardInterrupt,))), None)

@@ -16,6 +16,9 @@ class Run:
     event lets other tasks run. If one is cancelled, its event may be in the log or not. They raise RuntimeError after
     the end of the run, and ValueError if the event would be longer than `event_bytes`.
 
+    The agent has a task and a context of its own. Once its run was cancelled or has timed out, it has `close_timeout`
+    seconds to clean up; the run then ends without it, and its outcome is why it was ended, whatever the agent does.
+
     Attributes:
         id: of the run.
         conversation: its id.
@@ -48,7 +51,8 @@ class Run:
 class Tool:
     """A tool at work. Set `result` to what it found: anything that has a JSON form.
 
-    Exceptions propagate. People are shown the text of a `ToolError`, and of any other only that the tool failed.
+    Exceptions propagate, and if the log then refuses the end of the tool, that is a note on them. People are shown the
+    text of a `ToolError`, and of any other only that the tool failed.
 
     Entering is a checkpoint. Leaving cannot be cancelled, so that no tool stays open: it waits at most `LAST_WORDS`
     seconds for the log, and not at all if the run is being ended.

@@ -40,7 +40,7 @@ class ChatSettings(Settings):
     """Seconds that a client has to show its token; then the connection is closed with 4500."""
 
     run_timeout: Seconds = 300.0
-    """Seconds that a run may take; then its outcome is `timeout`."""
+    """Seconds that a run may take; then it is cancelled, and its outcome is `timeout`."""
 
     lease: Seconds = 15.0
     """Seconds for which a run of an instance that died keeps others from answering in its conversation."""

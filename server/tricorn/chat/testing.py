@@ -8,7 +8,7 @@ from math import inf
 import trio
 from msgspec.json import Decoder
 
-from tricorn.chat.execution import Execution
+from tricorn.chat.execution import Execution, Runs
 from tricorn.chat.logs.base import Append
 from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.metrics import ChatMetrics
@@ -73,7 +73,7 @@ async def ask(
         cancel_after: seconds after which the user cancels the run.
 
     Raises:
-        ExceptionGroup: a KeyboardInterrupt or SystemExit that came out of the agent. Everything else ends the run only.
+        ExceptionGroup: a KeyboardInterrupt that came out of the agent. Everything else ends the run only.
     """
     attempt = _Attempt(agent)
     async with MemoryLog(lease=settings.lease) as log:
@@ -83,8 +83,10 @@ async def ask(
         lease = await log.claim(CONVERSATION)
         execution = Execution(post, lease, _Appender(log, epoch), settings, ChatMetrics())
         async with trio.open_nursery() as nursery:
+            runs = Runs(nursery)
             nursery.start_soon(_cancel, execution, cancel_after)
-            await execution.perform(attempt, Run(execution))
+            nursery.start_soon(runs.reaper.run)
+            await execution.perform(attempt, Run(execution), runs)
             nursery.cancel_scope.cancel()
         entries = await log.read(CONVERSATION, post.seq, (await log.open(CONVERSATION)).head)
     events = [_decode(entry.json) for entry in entries]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from tricorn.chat.protocol import Outcome
+from tricorn.errors.chain import is_any
+from tricorn.errors.failures import leaves
 
 TOOL_NAME_MAX = 128  # characters
 TOOL_ERROR_MAX = 500  # characters of a ToolError's text that people are shown
@@ -23,20 +23,19 @@ def shown(error: BaseException, cancelled: type[BaseException], ending: Outcome 
 
     If it is nothing but `cancelled`, they see why the run is ending, if it is.
     """
-    errors = [leaf for leaf in _leaves(error) if not isinstance(leaf, cancelled)]
+    errors = [leaf for leaf in leaves(error) if not is_any(leaf, (cancelled,))]
     if not errors:
         return TOOL_ENDED[ending or "cancelled"]
-    if not all(isinstance(leaf, ToolError) for leaf in errors):
+    if not all(is_any(leaf, (ToolError,)) for leaf in errors):
         return TOOL_FAILED
-    text = "; ".join(map(str, errors))
+    text = "; ".join([_text(leaf) for leaf in errors])
     if len(text) > TOOL_ERROR_MAX:
         text = text[:TOOL_ERROR_MAX] + "…"
-    return text.encode(errors="replace").decode() or TOOL_FAILED
+    return text or TOOL_FAILED
 
 
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from _leaves(inner)
-    else:
-        yield error
+def _text(error: BaseException) -> str:
+    try:
+        return str(error).encode(errors="replace").decode()
+    except Exception:  # of a subclass that cannot be shown
+        return TOOL_FAILED

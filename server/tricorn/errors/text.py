@@ -7,6 +7,7 @@ guaranteed share of the room, and what some do not need goes to the others.
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
 from traceback import extract_tb
 from typing import TYPE_CHECKING, cast
 
@@ -36,6 +37,8 @@ _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if
 _name_of = cast("Callable[[type], str]", type.__dict__["__name__"].__get__)  # whatever a metaclass says
 _qualname_of = cast("Callable[[type], str]", type.__dict__["__qualname__"].__get__)
 _module_of = cast("Callable[[type], object]", type.__dict__["__module__"].__get__)
+
+_add_note = BaseException.add_note
 
 _bound = binder(_names := dict(globals()))
 
@@ -67,6 +70,13 @@ def title(error: BaseException) -> str:
     text = shown(error, str)
     name = _name_of(type(error))
     return f"{name}: {text}" if text else name
+
+
+@_bound
+def note(error: BaseException, text: str) -> None:
+    """Add a note to an error, if the error lets it. Raises nothing."""
+    with suppress(Exception):
+        _add_note(error, text)
 
 
 @_bound

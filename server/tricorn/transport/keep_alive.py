@@ -1,13 +1,12 @@
-"""Looking after the connections of a server: those whose peers are gone, and those whose tasks do not end."""
+"""Looking after connections whose peers are gone, and after whatever does not end in time."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from trio import current_time, sleep_until
 
 from tricorn.errors.report import report_error
-from tricorn.protocol.phase import Phase
 from tricorn.waiter import Waiter
 
 if TYPE_CHECKING:
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 
 LOOKS_PER_TIMEOUT = 4  # looks in the shortest timeout: a look may be late by a quarter of it
 MARGIN = 0.1  # seconds that tasks which have been cancelled have for their last steps
-ENDING = (Phase.ACCEPTED, Phase.OPEN)
 
 
 async def keep_alive(connections: Collection[Connection], settings: Settings) -> None:
@@ -40,22 +38,31 @@ async def keep_alive(connections: Collection[Connection], settings: Settings) ->
         due = now + period
 
 
-class Reaper:
-    """Closes the socket of a connection whose tasks go on after they were cancelled, and reports where they are.
+class Bounded(Protocol):
+    """What must end in time: a connection whose tasks were cancelled, or a run of the chat."""
 
-    All connections have the same patience, so that those that end first are first in line.
+    patience: float  # when, in Trio's time
+
+    def give_up(self) -> None:
+        """It has not ended."""
+
+
+class Reaper:
+    """Gives up whatever goes on after its time.
+
+    All in the line have the same patience, so that those that came first are first in line.
     """
 
     def __init__(self) -> None:
-        self._line: dict[Connection, None] = {}
+        self._line: dict[Bounded, None] = {}
         self._some = Waiter()
 
-    def watch(self, connection: Connection) -> None:
-        self._line[connection] = None
+    def watch(self, bounded: Bounded) -> None:
+        self._line[bounded] = None
         self._some.wake()
 
-    def forget(self, connection: Connection) -> None:
-        self._line.pop(connection, None)
+    def forget(self, bounded: Bounded) -> None:
+        self._line.pop(bounded, None)
 
     async def run(self) -> None:
         """Watch until cancelled."""
@@ -70,12 +77,7 @@ class Reaper:
                         self._line[first] = self._line.pop(first)  # it was told since, and has more time
                 else:
                     del self._line[first]
-                    self._look(first)
-
-    def _look(self, connection: Connection) -> None:
-        if connection.phase not in ENDING:
-            return
-        try:
-            connection.give_up()
-        except Exception as error:
-            report_error(error, phase="giving up a connection")
+                    try:
+                        first.give_up()
+                    except Exception as error:
+                        report_error(error, phase="giving up what does not end")

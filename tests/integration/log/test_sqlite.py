@@ -209,7 +209,7 @@ async def test_what_fails_fails_nobody_beside_it(path: Path) -> None:
             "",
             "",
             "",
-            "OverflowError: Python int too large to convert to SQLite INTEGER",
+            f"Unavailable: SQLite file {path}: OverflowError: Python int too large to convert to SQLite INTEGER",
             f"Unavailable: SQLite file {path}: torn",
         ]
         texts = {json.loads(entry.json)["text"] for entry in await log.read("c", 0, 10)}

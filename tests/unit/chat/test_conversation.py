@@ -13,6 +13,7 @@ import trio.testing
 
 from tricorn.chat.conversation.conversation import Conversation, ConversationClosed, TooManyPosts
 from tricorn.chat.conversation.log_view import TAIL
+from tricorn.chat.execution import Runs
 from tricorn.chat.logs.base import Append, Entry, LogState, PastLost
 from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.metrics import ChatMetrics
@@ -62,7 +63,7 @@ def log() -> WatchedLog:
 @pytest.fixture
 def begin(nursery: trio.Nursery, log: WatchedLog) -> Callable[..., Conversation]:
     def begin(agent: Agent, **settings: Any) -> Conversation:
-        conversation = Conversation("c", agent, log, ChatSettings(**settings), ChatMetrics())
+        conversation = Conversation("c", agent, log, ChatSettings(**settings), ChatMetrics(), Runs(nursery))
         nursery.start_soon(conversation.live)
         return conversation
 
@@ -324,8 +325,8 @@ async def test_what_is_not_posted_does_not_count(
 
 
 async def test_its_cancellation_does_the_same(log: WatchedLog) -> None:
-    conversation = Conversation("c", sleeper, log, ChatSettings(), ChatMetrics())
     async with trio.open_nursery() as nursery:
+        conversation = Conversation("c", sleeper, log, ChatSettings(), ChatMetrics(), Runs(nursery))
         nursery.start_soon(conversation.live)
         for n in range(2):
             await conversation.post(f"p{n}", "x", local())

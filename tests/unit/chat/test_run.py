@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 import trio
 import trio.testing
 
-from tricorn.chat.execution import LAST_WORDS, SAID_AT_ONCE, Execution
+from tricorn.chat.execution import LAST_WORDS, SAID_AT_ONCE, Execution, Runs
 from tricorn.chat.logs.base import Append
 from tricorn.chat.metrics import ChatMetrics
 from tricorn.chat.protocol import UserMessage
@@ -74,7 +76,8 @@ def execute(events: Events, seconds: float = 300) -> Execution:
 
 
 async def perform(execution: Execution, agent: Agent) -> None:
-    await execution.perform(agent, Run(execution))
+    async with trio.open_nursery() as nursery:
+        await execution.perform(agent, Run(execution), Runs(nursery))
 
 
 @pytest.fixture
@@ -297,16 +300,20 @@ async def test_cancelling_after_the_deadline_changes_nothing(
     assert events[-1]["outcome"] == "timeout"
 
 
-async def test_a_run_that_is_done_before_its_cancellation_arrives_is_a_success(
-    new_execution: NewExecution, events: Events
+@pytest.mark.parametrize("swallows", [True, False])
+async def test_an_agent_that_returns_after_its_cancellation_was_cancelled(
+    swallows: bool, new_execution: NewExecution, events: Events
 ) -> None:
     async def agent(run: Run) -> None:
         await run.say("done")
         execution.cancel()
+        if swallows:
+            with suppress(trio.Cancelled):
+                await trio.sleep_forever()
 
     execution = new_execution()
     await perform(execution, agent)
-    assert events[-1]["outcome"] == "success"
+    assert events[-1]["outcome"] == "cancelled"
 
 
 async def test_a_run_cancelled_before_it_began_has_a_beginning_and_an_end(
@@ -385,14 +392,38 @@ async def test_a_cancelled_that_nobody_asked_for_is_a_failure(play: Play, events
     assert events[-1]["outcome"] == "failed"
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-async def test_the_end_of_the_program_goes_on(error: type[BaseException], play: Play, events: Events) -> None:
+@pytest.mark.parametrize("is_in_a_group", [True, False])
+async def test_a_keyboard_interrupt_goes_on(is_in_a_group: bool, play: Play, events: Events) -> None:
+    async def agent(run: Run) -> None:
+        raise BaseExceptionGroup("", [KeyboardInterrupt()]) if is_in_a_group else KeyboardInterrupt
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await play(agent)
+    assert caught.group_contains(KeyboardInterrupt)
+    assert events[-1]["outcome"] == "interrupted"
+
+
+@pytest.mark.parametrize("error", [SystemExit(2), asyncio.CancelledError(), GeneratorExit()])
+async def test_what_ends_other_programs_fails_only_the_run(
+    error: BaseException, play: Play, events: Events, capfd: pytest.CaptureFixture[str]
+) -> None:
     async def agent(run: Run) -> None:
         raise error
 
-    with pytest.raises(error):
-        await play(agent)
-    assert events[-1]["outcome"] == "interrupted"
+    await play(agent)
+    assert events[-1]["outcome"] == "failed"
+    assert msgspec.json.decode(capfd.readouterr().err)["error_id"] == events[-1]["error_id"]
+
+
+async def test_an_agent_that_leaves_a_cancel_scope_open_has_failed(
+    play: Play, events: Events, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def agent(run: Run) -> None:
+        trio.CancelScope().__enter__()
+
+    await play(agent)
+    assert events[-1]["outcome"] == "failed"
+    assert "stack corrupted" in capfd.readouterr().err
 
 
 async def test_after_its_end_a_run_can_say_nothing(play: Play, events: Events) -> None:
@@ -440,12 +471,16 @@ async def test_a_tool_that_raises_shows_an_error_and_the_exception_goes_on(
     assert events[-1]["outcome"] == "success"
 
 
+def by_scope(execution: Execution, scope: trio.CancelScope) -> None:
+    scope.cancel()
+
+
 @pytest.mark.parametrize(
     ("end", "shown", "outcome"),
     [
         (lambda execution, scope: execution.cancel(), "cancelled", "cancelled"),
         (lambda execution, scope: execution.cancel("interrupted"), "interrupted", "interrupted"),
-        (lambda execution, scope: scope.cancel(), "cancelled", "interrupted"),
+        (by_scope, "", "interrupted"),
     ],
 )
 async def test_tools_in_progress_are_completed_before_the_run(
@@ -474,7 +509,8 @@ async def test_tools_in_progress_are_completed_before_the_run(
         "tool_completed",
         "agent_completed",
     ]
-    assert [event["error"] for event in events if event["type"] == "tool_completed"] == [shown, shown]
+    if end is not by_scope:  # which may cancel the tools before the run knows why
+        assert [event["error"] for event in events if event["type"] == "tool_completed"] == [shown, shown]
     assert {event["call"] for event in events[1:3]} == {event["call"] for event in events[3:5]}
     assert events[-1]["outcome"] == outcome
 

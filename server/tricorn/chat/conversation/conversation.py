@@ -10,7 +10,7 @@ from trio import CancelScope, Event, current_time, move_on_after, open_nursery, 
 from tricorn.chat.backoff import Backoff
 from tricorn.chat.conversation.log_view import LogView
 from tricorn.chat.conversation.responder import Responder
-from tricorn.chat.execution import LAST_WORDS
+from tricorn.chat.execution import LAST_WORDS, Runs
 from tricorn.chat.logs.base import Append, Log, PastLost, Unavailable
 from tricorn.chat.metrics import ChatMetrics
 from tricorn.chat.protocol import UserMessage
@@ -46,14 +46,16 @@ class Conversation:
         ended: set when its task has ended.
     """
 
-    def __init__(self, key: str, agent: Agent, log: Log, settings: ChatSettings, metrics: ChatMetrics) -> None:
+    def __init__(
+        self, key: str, agent: Agent, log: Log, settings: ChatSettings, metrics: ChatMetrics, runs: Runs
+    ) -> None:
         self.key = key
         self.view = LogView(key, log, settings.log_timeout, metrics)
         self.over = False
         self.ended = Event()
         self._log = log
         self._settings = settings
-        self._responder = Responder(self.view, agent, log, settings, metrics)
+        self._responder = Responder(self.view, agent, log, settings, metrics, runs)
         self._scope = CancelScope()
         self._followers: set[Waiter] = set()
         self._holds = 0
@@ -197,6 +199,7 @@ class Conversation:
                 if await step():
                     return
                 backoff = None
+                continue
             except PastLost:
                 self.over = True
                 self.view.lose()
@@ -209,7 +212,7 @@ class Conversation:
                     report_error(error, conversation=self.key)
                 elif pause == FIRST_PAUSE:
                     report("WARNING", f"the log is not available: {error}", conversation=self.key)
-                await sleep(pause)
+            await sleep(pause)
 
     async def _watch(self) -> bool:
         """Hear of what others do."""

@@ -11,7 +11,7 @@ from trio.lowlevel import checkpoint
 
 from tricorn.chat.conversation.log_view import LogView
 from tricorn.chat.conversation.state import OpenRun
-from tricorn.chat.execution import Cause, Execution, completed_key
+from tricorn.chat.execution import Cause, Execution, Runs, completed_key
 from tricorn.chat.logs.base import Append, Lease, LeaseLost, Log, PastLost, Unavailable
 from tricorn.chat.metrics import ChatMetrics
 from tricorn.chat.protocol import AgentCompleted, ToolCompleted, UserMessage
@@ -26,12 +26,16 @@ from tricorn.waiter import Waiter
 class Responder:
     """Answers the posts of a conversation under its lease, one after the other.
 
+    Agents have their tasks in `runs`: one that does not end holds up the chat's end, and not the conversation.
+
     Attributes:
         may_hold: whether the lease may be this instance's. Until the log answers, that is not known.
         asked_at: when the last post was found in the log, in Trio's time.
     """
 
-    def __init__(self, view: LogView, agent: Agent, log: Log, settings: ChatSettings, metrics: ChatMetrics) -> None:
+    def __init__(
+        self, view: LogView, agent: Agent, log: Log, settings: ChatSettings, metrics: ChatMetrics, runs: Runs
+    ) -> None:
         self.may_hold = False
         self.asked_at = -inf
         self._view = view
@@ -39,6 +43,7 @@ class Responder:
         self._log = log
         self._settings = settings
         self._metrics = metrics
+        self._runs = runs
         self._lease: Lease | None = None
         self._execution: Execution | None = None  # of the run that is in progress here
         self._begun = False  # it is in the log
@@ -199,7 +204,7 @@ class Responder:
         self._execution, self._begun, self._lost = execution, False, None
         self._metrics.runs.add()
         try:
-            await execution.perform(self._agent, Run(execution))
+            await execution.perform(self._agent, Run(execution), self._runs)
         except Exception as error:  # a bug of ours: it ends this run and nothing else
             report_error(error, conversation=self._view.key, run=execution.id)
         finally:

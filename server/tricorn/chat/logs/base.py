@@ -151,8 +151,8 @@ class Log(Protocol):
     even if a scope around the block is cancelled: that is when runs say their last words.
 
     Every method except `unwatch` is a checkpoint. If it is cancelled, it may have taken effect or not. It raises
-    `Unavailable` if the store refuses. If the store does not answer, the engine keeps trying: use a cancel scope to
-    limit that.
+    `Unavailable` if the store refuses, or if its driver raises what no driver should; that is reported, and is the
+    cause. If the store does not answer, the engine keeps trying: use a cancel scope to limit that.
 
     Any number of tasks may call methods at a time, but in one conversation only one task at a time may append under the
     lease. What is returned belongs to the caller.

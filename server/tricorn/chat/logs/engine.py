@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -13,6 +12,7 @@ from tricorn.chat.backoff import Backoff
 from tricorn.chat.logs.base import Retention, Unavailable
 from tricorn.chat.settings import ChatSettings
 from tricorn.errors.report import report_error
+from tricorn.errors.text import title
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0  # seconds between two attempts to reach the store
 FAREWELL = 1.0  # seconds to let go of everything at the end
@@ -41,8 +41,13 @@ class Engine:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
-        with suppress(Unavailable), move_on_after(FAREWELL, shield=True):
-            await self._let_go()
+        with move_on_after(FAREWELL, shield=True):
+            try:
+                await self._let_go()
+            except Unavailable:
+                pass
+            except Exception as failure:
+                report_error(failure)
         self._running.cancel()
         return await self._tasks.__aexit__(kind, error, traceback)
 
@@ -83,3 +88,9 @@ class Engine:
 
     def _unavailable(self, problem: str) -> Unavailable:
         return Unavailable(f"{self._where}: {problem}")
+
+    def _broken(self, error: Exception) -> Unavailable:
+        """Make an Unavailable of what no store raises: a bug, an import that was refused, no thread. To be reported."""
+        unavailable = self._unavailable(title(error))
+        unavailable.__cause__ = error
+        return unavailable

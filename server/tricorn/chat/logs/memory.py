@@ -14,7 +14,7 @@ from typing import Self
 
 from msgspec import Struct
 from trio import current_time
-from trio.lowlevel import checkpoint
+from trio.lowlevel import cancel_shielded_checkpoint, checkpoint
 
 from tricorn.chat.logs.base import (
     KEEP_EVERYTHING,
@@ -61,7 +61,7 @@ class MemoryLog:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._end(-inf)
-        await checkpoint()
+        await cancel_shielded_checkpoint()  # a Cancelled would hide what the block raises
 
     def vanish(self) -> None:
         """Stop renewing leases, as an instance does that has died."""

@@ -39,6 +39,8 @@ from tricorn.chat.logs.psycopg_trio import Row, TrioConnection, hosts
 from tricorn.chat.logs.watching import Watchers
 from tricorn.chat.settings import ChatSettings
 from tricorn.errors.reason import reason
+from tricorn.errors.report import report_error
+from tricorn.errors.text import title
 from tricorn.settings import SettingError
 
 VERSION = 1
@@ -215,6 +217,9 @@ class PostgresLog(Engine):
                     connection.pgconn.finish()
             except (Error, OSError, TooSlowError) as error:
                 self._problem = reason(error)
+            except Exception as error:  # not PostgreSQL's
+                self._problem = title(error)
+                report_error(error)
             await sleep(backoff.next())
 
     async def _serve_others(self, connection: TrioConnection) -> None:
@@ -250,21 +255,26 @@ class PostgresLog(Engine):
 
         If the connection is to blame, the calls go back into the queue and the error is raised.
         """
-        try:
-            with fail_after(self._timeout):
-                return await _fetch(connection, statement, parameters)
-        except (DeadlockDetected, SerializationFailure):
-            return await self._answers(connection, queue, calls, statement, parameters)
-        except TooSlowError:
-            queue.put_back(calls)
-            raise
-        except Error as error:
-            if connection.pgconn.status != ConnStatus.OK or isinstance(error, _PASSING):
+        while True:
+            try:
+                with fail_after(self._timeout):
+                    return await _fetch(connection, statement, parameters)
+            except (DeadlockDetected, SerializationFailure):
+                pass
+            except TooSlowError:
                 queue.put_back(calls)
                 raise
-            if len(calls) == 1:
-                calls[0].fail(self._unavailable(reason(error)))
-            return None
+            except Error as error:
+                if connection.pgconn.status != ConnStatus.OK or isinstance(error, _PASSING):
+                    queue.put_back(calls)
+                    raise
+                if len(calls) == 1:
+                    calls[0].fail(self._unavailable(reason(error)))
+                return None
+            except Exception as error:  # not PostgreSQL's; nobody knows how far the connection has come
+                for call in calls:
+                    call.fail(self._broken(error))
+                raise
 
     async def _sweep(self) -> None:
         await self._ask("SELECT tricorn.sweep(%s)", self._retention.seconds)

@@ -39,6 +39,8 @@ from tricorn.chat.logs.engine import Engine
 from tricorn.chat.logs.watching import Watchers
 from tricorn.chat.settings import ChatSettings
 from tricorn.errors.reason import reason
+from tricorn.errors.report import report_error
+from tricorn.errors.text import title
 from tricorn.settings import SettingError
 
 _SCRIPT = files("tricorn.chat.logs").joinpath("redis.lua").read_bytes()
@@ -77,10 +79,10 @@ class RedisLog(Engine):
         await super().__aenter__()
         try:
             await self._in_time(self.check)
-        except BaseException as error:
+        except BaseException:
             self._running.cancel()
             await self._tasks.__aexit__(None, None, None)
-            raise error from None
+            raise
         return self
 
     async def check(self) -> None:
@@ -146,10 +148,9 @@ class RedisLog(Engine):
 
     async def _step(self, step: str, conversation: str, *arguments: Any) -> Any:
         asked = (0, step, conversation, self._instance, self._channels, *arguments)
-        try:
+        with suppress(NoScriptError):  # Redis was restarted, or another one took over
             return await self._ask(b"EVALSHA", _SHA, *asked)
-        except NoScriptError:  # Redis was restarted, or another one took over
-            return await self._ask(b"EVAL", _SCRIPT, *asked)
+        return await self._ask(b"EVAL", _SCRIPT, *asked)
 
     async def _ask(self, command: bytes, *arguments: Any) -> Any:
         """Ask until there is an answer. Raises Unavailable if Redis answers with an error that will not pass."""
@@ -171,6 +172,11 @@ class RedisLog(Engine):
                 raise
             except RedisError as error:
                 raise self._unavailable(reason(error)) from None
+            except Exception as error:  # not Redis's; nobody knows how far the connection has come
+                report_error(error)
+                connection.invalidate()
+                self._drop(connection)
+                raise self._broken(error) from error
 
     def _send(self, command: bytes, conversation: str) -> None:
         """Change a subscription. Without a connection there is nothing to do: the next one begins with all of them."""
@@ -214,6 +220,9 @@ class RedisLog(Engine):
                             self._notified(pushed[1].decode().removeprefix(self._channels), pushed[2])
             except* (RedisError, OSError, TooSlowError, TimeoutError) as errors:
                 self._problem = reason(errors)
+            except* Exception as errors:  # not Redis's
+                self._problem = title(errors)
+                report_error(errors)
             await sleep(backoff.next())
 
     @asynccontextmanager

@@ -7,10 +7,12 @@ that is cancelled leaves nothing half done.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import count
 from math import isinf
 from sqlite3 import SQLITE_BUSY, DatabaseError
 from time import time_ns
+from typing import Any
 
 from trio import Nursery, sleep, to_thread
 from trio.lowlevel import checkpoint
@@ -20,6 +22,7 @@ from tricorn.chat.logs.calls import CallQueue
 from tricorn.chat.logs.engine import SWEEP_PERIOD, Engine
 from tricorn.chat.logs.sqlite_file import File
 from tricorn.chat.settings import ChatSettings
+from tricorn.errors.report import report_error
 from tricorn.settings import SettingError
 
 AT_ONCE = 500  # calls in one transaction
@@ -124,12 +127,20 @@ class SQLiteLog(Engine):
             while True:
                 calls = await self._calls.take(AT_ONCE)
                 # Not abandoned if cancelled: it takes only as long as the disk does, and somebody asked for it.
-                results = await to_thread.run_sync(self._file.serve, [call.arguments for call in calls])
+                results: Sequence[Any]
+                try:
+                    results = await to_thread.run_sync(self._file.serve, [call.arguments for call in calls])
+                except Exception as error:  # no thread, or no memory
+                    results = [error] * len(calls)
+                reported = None
                 for call, result in zip(calls, results, strict=True):
                     if isinstance(result, DatabaseError):
                         call.fail(self._unavailable(str(result)))
-                    elif isinstance(result, Exception):  # a bug: nobody must take it for an outage
-                        call.fail(result)
+                    elif isinstance(result, Exception):  # not SQLite's: nobody must take it for an outage
+                        if result is not reported:
+                            reported = result
+                            report_error(result)
+                        call.fail(self._broken(result))
                     else:
                         call.succeed(result)
         finally:
