@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -66,3 +68,15 @@ def test_a_real_model_is_asked_only_when_told(tmp_path: Path) -> None:
     there = ("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path), str(asks))
     assert "1 skipped" in pytest(*there)
     assert "1 passed" in pytest(*there, "--real-llm")
+
+
+def test_the_regression_test_is_a_command() -> None:
+    command = [sys.executable, STABILITY, "-q", "-p", "no:cacheprovider", "-k", "basic_connectivity and tricorn"]
+    environ = {name: value for name, value in os.environ.items() if name != "PORT"}
+    run = partial(subprocess.run, command, cwd=ROOT, capture_output=True, text=True, check=False)
+    passes = run(env=environ)
+    assert passes.returncode == 0, passes.stdout + passes.stderr
+    assert "1 passed" in passes.stdout
+    fails = run(env=environ | {"PORT": "none"})
+    assert fails.returncode == 1, fails.stdout + fails.stderr
+    assert "PORT=none: must be " in fails.stdout
