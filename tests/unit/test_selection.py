@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,20 @@ def test_a_category_is_a_layer_and_what_always_runs() -> None:
     assert "test_dynamic_import_under_gc_pressure" in unit
     assert "test_one_fault_after_the_other" not in unit
     assert "test_one_fault_after_the_other" in collected("--category", "mission_critical")
+
+
+def test_the_incident_is_tried_on_every_way_in_and_with_every_log() -> None:
+    directories = (f"tests/{layer}/websocket" for layer in ("unit", "integration", "e2e"))
+    printed = pytest("--collect-only", *directories, STABILITY, "-m", "not reads_source")
+    served: dict[str, set[tuple[str, str]]] = {}
+    ids = r"^(\S+)\[tricorn-(native|tls|hypercorn|trio-websocket)-([a-z]+)"
+    for test, way, log in re.findall(ids, printed, re.MULTILINE):
+        served.setdefault(test, set()).add((way, log))
+    assert len(served) == 19
+    for pairs in served.values():
+        assert sorted(way for way, _ in pairs) == ["hypercorn", "native", "tls", "trio-websocket"]
+        assert sorted(log for _, log in pairs) == ["memory", "postgresql", "redis", "sqlite"]
+    assert len(set().union(*served.values())) == 16, "all tests together have every pair"
 
 
 def test_a_layer_is_a_marker() -> None:
@@ -71,7 +86,7 @@ def test_a_real_model_is_asked_only_when_told(tmp_path: Path) -> None:
 
 
 def test_the_regression_test_is_a_command() -> None:
-    command = [sys.executable, STABILITY, "-q", "-p", "no:cacheprovider", "-k", "basic_connectivity and tricorn"]
+    command = [sys.executable, STABILITY, "-q", "-p", "no:cacheprovider", "-k", "basic_connectivity and native"]
     environ = {name: value for name, value in os.environ.items() if name != "PORT"}
     run = partial(subprocess.run, command, cwd=ROOT, capture_output=True, text=True, check=False)
     passes = run(env=environ)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import grimp
+import pytest
 
 from fixtures.service import DEVELOPMENT
 
@@ -30,6 +31,7 @@ class TestImportChainValidation:
         answer = await instance.ask("ann", "without_time deep-down")
         service.judge(instance, answer, "UpstreamGone: deep-down", "in nested")
 
+    @pytest.mark.reads_source
     async def test_circular_import_detection_websocket_utils(self, service: Service) -> None:
         found = cycles(service.package)
         service.note("verdict", f"finds {', '.join(' ↔ '.join(cycle) for cycle in found) or 'none'}")
@@ -59,6 +61,7 @@ def cycles(package: str) -> list[tuple[str, str]]:
 class TestExceptionHandlerImports:
     """What an exception handler imports itself."""
 
+    @pytest.mark.refuses_imports
     async def test_exception_handler_import_failures(self, service: Service) -> None:
         instance = await service.start()
         for post, *error in (
