@@ -45,7 +45,7 @@ def test_the_incident_is_tried_on_every_way_in_and_with_every_log() -> None:
     ids = r"^(\S+)\[tricorn-(native|tls|hypercorn|trio-websocket)-([a-z]+)"
     for test, way, log in re.findall(ids, printed, re.MULTILINE):
         served.setdefault(test, set()).add((way, log))
-    assert len(served) == 19
+    assert len(served) == 21
     for pairs in served.values():
         assert sorted(way for way, _ in pairs) == ["hypercorn", "native", "tls", "trio-websocket"]
         assert sorted(log for _, log in pairs) == ["memory", "postgresql", "redis", "sqlite"]

@@ -13,10 +13,12 @@ from fixtures.service import DEVELOPMENT, STAGING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from fixtures.real_services import PostgresServer
     from fixtures.service import Answer, Instance, Service
 
 NO_DESCRIPTORS = 3  # as many as every process has
 CLIENTS = 20
+BACKENDS = "incident.backends:agent"
 
 
 class TestCloudRunImportFailures:
@@ -48,6 +50,23 @@ class TestCloudRunImportFailures:
             await ann.break_off()
         answer = await comes_back(service, instance, "home")
         service.judge(instance, answer, "UpstreamGone: first-error", "No module named 'a_cleanup_that_is_missing'")
+
+
+class TestSessionAndDatabaseFailures:
+    """What else the report's log had: no session to find the user in, and a database that does not answer."""
+
+    async def test_session_and_auth_context_failure(self, service: Service) -> None:
+        instance = await service.start(agent=BACKENDS)
+        answer = await instance.ask("ann", "session")
+        service.judge(instance, answer, "AssertionError: SessionMiddleware must be installed to access request.session")
+        assert (await instance.ask("bob", "succeed all the same")).last["text"] == "succeed: all the same"
+
+    async def test_database_connectivity_failure(self, service: Service, postgres_server: PostgresServer) -> None:
+        instance = await service.start(agent=BACKENDS)
+        answer = await instance.ask("ann", f"database {service.directory}")
+        failed = "DatabaseFailed: database: Failed (session factory and connectivity)"
+        service.judge(instance, answer, "OperationalError: ", f"{service.directory}/.s.PGSQL.5432", failed)
+        assert (await instance.ask("ann", f"database {postgres_server.directory}")).last["text"] == "database: 42"
 
 
 async def comes_back(service: Service, instance: Instance, conversation: str) -> Answer:
