@@ -48,9 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _open_stderr() -> None:
-    """Have descriptor 2 be /dev/null: closed, it would become that of the next socket, which then got our reports."""
+    """Have descriptor 2 be /dev/null: closed, it would become that of the next socket, which then got our reports.
+
+    And have `print` write there: without a `sys.stderr` it writes to stdout.
+    """
     while os.open(os.devnull, os.O_WRONLY) < 2:
         pass
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 (as long as the process)
 
 
 class _Parser(ArgumentParser):
