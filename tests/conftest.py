@@ -30,6 +30,7 @@ LAYERS = ("unit", "integration", "e2e", "mission_critical")
 ROOT = TESTS.parent
 AGAINST = ("tricorn", "asyncio", "uvloop")
 SERVICES = ("replica", "tricorn")
+SERVED_BY = "(?:-(?:native|tls|hypercorn|trio-websocket)-[a-z]+)?"  # as `fixtures.service` names it
 WIDTH = 64  # characters of a verdict
 OUTCOMES = ("passed", "failed", "error", "skipped")
 
@@ -52,6 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "any_server: talks to a process that serves the chat; --against says which")
     config.addinivalue_line("markers", "not_asyncio(reason): cannot be had of the asyncio version")
     config.addinivalue_line("markers", "not_asgi(reason): means nothing, or cannot be had, under plain Hypercorn")
+    config.addinivalue_line("markers", "reads_source: starts no server, so that it needs no way in and no log")
+    config.addinivalue_line("markers", "refuses_imports: takes all imports away from the server")
     config.addinivalue_line("markers", "real_llm: asks a real model; skipped without --real-llm")
 
 
@@ -94,11 +97,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         if "conformance" in properties:
             terminalreporter.section("RFC 6455 and RFC 7692, by kosoku")
             terminalreporter.write_line(properties["conformance"])
-    rows: dict[str, dict[str, str]] = {}
+    told: dict[str, dict[str, list[str]]] = {}
     for name, service, verdict in verdicts(terminalreporter):
-        rows.setdefault(name, {})[service] = verdict
-    if not rows:
+        told.setdefault(name, {}).setdefault(service, []).append(verdict)
+    if not told:
         return
+    rows = {name: {service: verdict_of(verdicts) for service, verdicts in row.items()} for name, row in told.items()}
     cells = [("", "the replica", "Tricorn"), *((name, *map(row.get, SERVICES)) for name, row in rows.items())]
     widths = [max(len(row[column] or "") for row in cells) for column in range(2)]
     terminalreporter.section("the incident")
@@ -107,12 +111,22 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(line.rstrip())
 
 
+def verdict_of(verdicts: list[str]) -> str:
+    """The verdict on all ways in and all logs: the worst, else the first, and how many there were."""
+    if len(verdicts) == 1:
+        return verdicts[0]
+    for outcome in OUTCOMES[1:]:
+        if outcome.upper() in verdicts:
+            return f"{outcome.upper()}: {verdicts.count(outcome.upper())} of {len(verdicts)}"
+    return f"{verdicts[0]} ({len(verdicts)} times)"
+
+
 def verdicts(terminalreporter: pytest.TerminalReporter) -> Iterator[tuple[str, str, str]]:
     """The test, the service and the verdict, of every report that has one."""
     for outcome, report, properties in noted(terminalreporter):
         if "verdict" in properties or "service" in properties:
             service = properties.get("service", "tricorn")
-            name = re.sub(rf"\[{service}\]|{service}-", "", report.nodeid.rpartition("::")[2])
+            name = re.sub(rf"\[{service}{SERVED_BY}\]|{service}{SERVED_BY}-", "", report.nodeid.rpartition("::")[2])
             verdict = properties.get("verdict", outcome) if outcome == "passed" else outcome.upper()
             yield name, service, verdict if len(verdict) <= WIDTH else f"{verdict[:WIDTH]}…"
 

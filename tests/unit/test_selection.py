@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +36,20 @@ def test_a_category_is_a_layer_and_what_always_runs() -> None:
     assert "test_dynamic_import_under_gc_pressure" in unit
     assert "test_one_fault_after_the_other" not in unit
     assert "test_one_fault_after_the_other" in collected("--category", "mission_critical")
+
+
+def test_the_incident_is_tried_on_every_way_in_and_with_every_log() -> None:
+    directories = (f"tests/{layer}/websocket" for layer in ("unit", "integration", "e2e"))
+    printed = pytest("--collect-only", *directories, STABILITY, "-m", "not reads_source")
+    served: dict[str, set[tuple[str, str]]] = {}
+    ids = r"^(\S+)\[tricorn-(native|tls|hypercorn|trio-websocket)-([a-z]+)"
+    for test, way, log in re.findall(ids, printed, re.MULTILINE):
+        served.setdefault(test, set()).add((way, log))
+    assert len(served) == 21
+    for pairs in served.values():
+        assert sorted(way for way, _ in pairs) == ["hypercorn", "native", "tls", "trio-websocket"]
+        assert sorted(log for _, log in pairs) == ["memory", "postgresql", "redis", "sqlite"]
+    assert len(set().union(*served.values())) == 16, "all tests together have every pair"
 
 
 def test_a_layer_is_a_marker() -> None:
@@ -66,3 +83,15 @@ def test_a_real_model_is_asked_only_when_told(tmp_path: Path) -> None:
     there = ("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path), str(asks))
     assert "1 skipped" in pytest(*there)
     assert "1 passed" in pytest(*there, "--real-llm")
+
+
+def test_the_regression_test_is_a_command() -> None:
+    command = [sys.executable, STABILITY, "-q", "-p", "no:cacheprovider", "-k", "basic_connectivity and native"]
+    environ = {name: value for name, value in os.environ.items() if name != "PORT"}
+    run = partial(subprocess.run, command, cwd=ROOT, capture_output=True, text=True, check=False)
+    passes = run(env=environ)
+    assert passes.returncode == 0, passes.stdout + passes.stderr
+    assert "1 passed" in passes.stdout
+    fails = run(env=environ | {"PORT": "none"})
+    assert fails.returncode == 1, fails.stdout + fails.stderr
+    assert "PORT=none: must be " in fails.stdout

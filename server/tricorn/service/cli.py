@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from secrets import token_hex
 from signal import SIGINT
+from typing import NoReturn
 
 from tricorn.settings import SettingError
 
@@ -47,14 +48,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _open_stderr() -> None:
-    """Have descriptor 2 be /dev/null: closed, it would become that of the next socket, which then got our reports."""
+    """Have descriptor 2 be /dev/null: closed, it would become that of the next socket, which then got our reports.
+
+    And have `print` write there: without a `sys.stderr` it writes to stdout.
+    """
     while os.open(os.devnull, os.O_WRONLY) < 2:
         pass
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 (as long as the process)
+
+
+class _Parser(ArgumentParser):
+    """Says in one line what was asked wrongly."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="tricorn", description="Serve WebSockets, and chat with agents over them.")
-    commands = parser.add_subparsers(required=True, metavar="run | serve | chat | token | audit | drill")
+    parser = _Parser(prog="tricorn", description="Serve WebSockets, and chat with agents over them.")
+    commands = parser.add_subparsers(required=True, metavar="run | serve | chat | check | token | audit | drill")
 
     run = commands.add_parser(
         "run",
@@ -91,6 +103,16 @@ def _parser() -> ArgumentParser:
     client.add_argument("--json", action="store_true", help="write the events as they come, one a line")
     client.add_argument("--message", metavar="TEXT", help="post this, wait for the run; exit 0 if it was a success")
     client.add_argument("--conversation", metavar="ID", default=token_hex(8), help="join this one (a new one)")
+
+    checker = commands.add_parser(
+        "check",
+        help="check a server that is deployed",
+        description="Check a deployed chat, as a pipeline does after a roll-out: exit 0 if all is well, else 1.",
+    )
+    checker.set_defaults(command="check")
+    checker.add_argument("url", metavar="URL", help="where it is served, like https://chat.example.com")
+    checker.add_argument("--timeout", metavar="SECONDS", default="30", help="for each check (%(default)s)")
+    checker.add_argument("--json", action="store_true", help="write the results as JSON, one a line")
 
     token = commands.add_parser("token", help="make a token", description="Make a token with the key TRICORN_JWT_KEY.")
     token.set_defaults(command="token")

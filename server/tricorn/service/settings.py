@@ -112,7 +112,7 @@ class ServiceSettings(ChatSettings):
     """`none` lets everybody in, from anywhere, without a token."""
 
     token: Hidden = None
-    """The token that `tricorn chat` shows to the server."""
+    """The token that `tricorn chat` and `tricorn check` show to the server."""
 
     log: Hidden = Secret("sqlite:///tricorn.db")  # noqa: RUF009 (it cannot change)
     """Where conversations are kept: memory:, sqlite:///PATH, redis://… or postgresql://…"""
@@ -168,6 +168,13 @@ class ServiceSettings(ChatSettings):
         if bind is not None:
             values["host"], values["port"] = bind
         return cls(**values)
+
+    def shown_token(self) -> str | None:
+        """Return the token that clients show. Raises `SettingError` if it cannot be one."""
+        token = None if self.token is None else self.token.reveal()
+        if token is not None and not (token.isascii() and token.isprintable()):
+            raise SettingError("TRICORN_TOKEN: must be a token, as `tricorn token` makes it")
+        return token
 
 
 _PREFIX = "TRICORN_"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import grimp
+import pytest
 
 from fixtures.service import DEVELOPMENT
 
@@ -14,31 +15,33 @@ if TYPE_CHECKING:
 POSTS = 5
 
 
-async def test_dynamic_import_under_gc_pressure(service: Service) -> None:
-    instance = await service.start()
-    for number in range(POSTS):
-        answer = await instance.ask("ann", f"collected of-{number}-")
-        service.judge(instance, answer, f"UpstreamGone: of-{number}-")
-        answer = await instance.ask("ann", f"lazy missing_{number}_")
-        service.judge(instance, answer, f"No module named 'missing_{number}_'")
+class TestImportChainValidation:
+    """What imports do while an error is handled."""
 
+    async def test_dynamic_import_under_gc_pressure(self, service: Service) -> None:
+        instance = await service.start()
+        for number in range(POSTS):
+            answer = await instance.ask("ann", f"collected of-{number}-")
+            service.judge(instance, answer, f"UpstreamGone: of-{number}-")
+            answer = await instance.ask("ann", f"lazy missing_{number}_")
+            service.judge(instance, answer, f"No module named 'missing_{number}_'")
 
-async def test_time_module_availability_in_nested_calls(service: Service) -> None:
-    instance = await service.start()
-    answer = await instance.ask("ann", "without_time deep-down")
-    service.judge(instance, answer, "UpstreamGone: deep-down", "in nested")
+    async def test_time_module_availability_in_nested_calls(self, service: Service) -> None:
+        instance = await service.start()
+        answer = await instance.ask("ann", "without_time deep-down")
+        service.judge(instance, answer, "UpstreamGone: deep-down", "in nested")
 
-
-async def test_circular_import_detection_websocket_utils(service: Service) -> None:
-    found = cycles(service.package)
-    service.note("verdict", f"finds {', '.join(' ↔ '.join(cycle) for cycle in found) or 'none'}")
-    assert (
-        found
-        == {
-            "replica": [("incident.state_machine", "incident.utils")],
-            "tricorn": [],
-        }[service.name]
-    )
+    @pytest.mark.reads_source
+    async def test_circular_import_detection_websocket_utils(self, service: Service) -> None:
+        found = cycles(service.package)
+        service.note("verdict", f"finds {', '.join(' ↔ '.join(cycle) for cycle in found) or 'none'}")
+        assert (
+            found
+            == {
+                "replica": [("incident.state_machine", "incident.utils")],
+                "tricorn": [],
+            }[service.name]
+        )
 
 
 def cycles(package: str) -> list[tuple[str, str]]:
@@ -55,34 +58,37 @@ def cycles(package: str) -> list[tuple[str, str]]:
     return sorted(found)
 
 
-async def test_exception_handler_import_failures(service: Service) -> None:
-    instance = await service.start()
-    for post, *error in (
-        ("lazy not_there", "ModuleNotFoundError", "No module named 'not_there'"),
-        ("unbound not_bound", "NameError", "name 'not_bound' is not defined"),
-        ("poisoned colorsys", "ModuleNotFoundError", "import of colorsys halted"),
-        ("without_modules first", "UpstreamGone: first"),
-    ):
-        service.judge(instance, await instance.ask("ann", post), *error)
-    async with instance.connect("bob") as bob:
-        # From here on nothing in the process can import, not even what is loaded: the name is all that must be told.
-        answer = await instance.ask("ann", "without_imports second")
-        service.judge(instance, answer, "UpstreamGone", masked_by="imports are refused")
-        service.judge(instance, await bob.ask("unbound neither"), "NameError", masked_by="imports are refused")
+class TestExceptionHandlerImports:
+    """What an exception handler imports itself."""
 
+    @pytest.mark.refuses_imports
+    async def test_exception_handler_import_failures(self, service: Service) -> None:
+        instance = await service.start()
+        for post, *error in (
+            ("lazy not_there", "ModuleNotFoundError", "No module named 'not_there'"),
+            ("unbound not_bound", "NameError", "name 'not_bound' is not defined"),
+            ("poisoned colorsys", "ModuleNotFoundError", "import of colorsys halted"),
+            ("without_modules first", "UpstreamGone: first"),
+        ):
+            service.judge(instance, await instance.ask("ann", post), *error)
+        async with instance.connect("bob") as bob:
+            # From here on nothing in the process can import, not even what is loaded: the name alone must be told.
+            answer = await instance.ask("ann", "without_imports second")
+            service.judge(instance, answer, "UpstreamGone", masked_by="imports are refused")
+            service.judge(instance, await bob.ask("unbound neither"), "NameError", masked_by="imports are refused")
 
-async def test_is_websocket_connected_import_chain(service: Service) -> None:
-    """In development the replica's error path works, by loading modules. In staging its chain has one more."""
-    staging = await service.start()
-    service.judge(staging, await staging.ask("ann", "unbound not_bound"), "name 'not_bound' is not defined")
-    development = await service.start(DEVELOPMENT)
-    async with development.connect("ann") as ann:
-        before = await loaded(ann)
-        await ann.ask("unbound not_bound")
-        chain = await loaded(ann) - before
-    assert "name 'not_bound' is not defined" in development.log
-    assert ("incident.environment" in chain) if service.name == "replica" else not chain
-    service.note("verdict", f"loads {len(chain)} modules to say what happened")
+    async def test_is_websocket_connected_import_chain(self, service: Service) -> None:
+        """In development the replica's error path works, by loading modules. In staging its chain has one more."""
+        staging = await service.start()
+        service.judge(staging, await staging.ask("ann", "unbound not_bound"), "name 'not_bound' is not defined")
+        development = await service.start(DEVELOPMENT)
+        async with development.connect("ann") as ann:
+            before = await loaded(ann)
+            await ann.ask("unbound not_bound")
+            chain = await loaded(ann) - before
+        assert "name 'not_bound' is not defined" in development.log
+        assert ("incident.environment" in chain) if service.name == "replica" else not chain
+        service.note("verdict", f"loads {len(chain)} modules to say what happened")
 
 
 async def loaded(client: Client) -> set[str]:

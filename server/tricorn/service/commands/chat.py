@@ -21,10 +21,7 @@ def command(arguments: Namespace) -> int:
         conversation = msgspec.convert(arguments.conversation, Id)
     except msgspec.ValidationError:
         raise SettingError("--conversation: must be 1 to 128 letters, digits, or any of . _ : ~ -") from None
-    secret = ServiceSettings.from_environ().token
-    token = None if secret is None else secret.reveal()
-    if token is not None and not (token.isascii() and token.isprintable()):
-        raise SettingError("TRICORN_TOKEN: must be a token, as `tricorn token` makes it")
+    token = ServiceSettings.from_environ().shown_token()
     return trio.run(
         partial(chat, url, conversation=conversation, message=arguments.message, raw=arguments.json, token=token)
     )
