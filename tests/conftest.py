@@ -54,7 +54,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "not_asyncio(reason): cannot be had of the asyncio version")
     config.addinivalue_line("markers", "not_asgi(reason): means nothing, or cannot be had, under plain Hypercorn")
     config.addinivalue_line("markers", "reads_source: starts no server, so that it needs no way in and no log")
-    config.addinivalue_line("markers", "refuses_imports: takes all imports away from the server")
     config.addinivalue_line("markers", "real_llm: asks a real model; skipped without --real-llm")
 
 

@@ -94,7 +94,6 @@ async def test_nobody_takes_the_records(service: Tricorn, stderr: Callable[..., 
         assert await instance.stop() == 0
 
 
-@pytest.mark.xfail(reason="issue 18: a failed agent's frames are kept alive while its run is closed")
 @pytest.mark.parametrize("log", LOGS)
 async def test_memory_is_exhausted_and_stays_so(service: Tricorn, log: str, request: pytest.FixtureRequest) -> None:
     service.in_files = log == "sqlite"

@@ -60,7 +60,6 @@ FAULTS = (
 
 
 @pytest.mark.not_asyncio("websockets imports in every handshake: where imports are refused, nobody comes in any more")
-@pytest.mark.refuses_imports
 async def test_one_fault_after_the_other(service: Service) -> None:
     """In one process, which serves on when all that can be broken of it is broken."""
     instance = await service.start()

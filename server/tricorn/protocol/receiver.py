@@ -140,6 +140,8 @@ class Receiver:
         size = len(data)
         if self.left:
             position = self._go_on(data, 0, messages)
+            if self.closed is not None:
+                return
         while frames < FRAMES_AT_ONCE and size - position >= 2:
             first = data[position]
             length = data[position + 1] ^ _MASKED

@@ -191,8 +191,11 @@ class NativeTransport:
         return True
 
     def limit_messages(self, max_bytes: int) -> None:
-        self._codec.limit_messages(max_bytes)
-        self.resume()
+        codec = self._codec
+        if codec.violation is None:
+            codec.limit_messages(max_bytes)
+            if codec.violation is not None:
+                self.resume()
 
     def broadcast(self, message: Broadcast) -> bool:
         self._require_open()

@@ -204,7 +204,7 @@ async def _shielded(serve: Any, task_status: trio.TaskStatus[list[str]]) -> None
 
 @asynccontextmanager
 async def running(host: Any, handler: Any, **options: Any) -> AsyncGenerator[Running]:
-    server = Running(0, host is with_tls, host is not native)
+    server = Running(0, host is with_tls, host is plain_hypercorn)
 
     async def serving(task_status: trio.TaskStatus[int]) -> None:
         with server.scope:

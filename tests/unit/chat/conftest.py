@@ -47,6 +47,9 @@ class Client:
     def __aiter__(self) -> AsyncIterator[str | bytes]:
         return self._receiver
 
+    def limit_messages(self, max_bytes: int) -> None:
+        pass
+
     async def send_texts(self, payloads: Iterable[bytes]) -> None:
         messages = [payload.decode() for payload in payloads]
         await trio.lowlevel.checkpoint()

@@ -328,6 +328,13 @@ def test_binary_need_not_be_utf8() -> None:
 # §10.4: limits
 
 
+def test_what_comes_behind_a_close_frame_in_pieces_is_ignored() -> None:
+    close = masked(CLOSE, b"\x03\xe8bye")
+    for cut in range(len(close)):
+        seen = receive(close[:cut], close[cut:] + b"\xff" * 10)
+        assert (seen.closed, seen.violation) == (Close(1000, "bye"), None)
+
+
 @pytest.mark.parametrize(
     ("came", "within"),
     [

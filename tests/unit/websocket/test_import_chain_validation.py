@@ -61,7 +61,6 @@ def cycles(package: str) -> list[tuple[str, str]]:
 class TestExceptionHandlerImports:
     """What an exception handler imports itself."""
 
-    @pytest.mark.refuses_imports
     async def test_exception_handler_import_failures(self, service: Service) -> None:
         instance = await service.start()
         for post, *error in (
