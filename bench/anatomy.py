@@ -34,7 +34,7 @@ from tricorn.request import Accept, Request
 from tricorn.transport.flow_control import READ_SIZE
 from tricorn.transport.keep_alive import Reaper
 from tricorn.transport.native import NativeTransport
-from tricorn.transport.poller import Flusher, Watched
+from tricorn.transport.poller import Turns, Watched
 from tricorn.waiter import Waiter
 from tricorn.websocket import WebSocket
 
@@ -94,7 +94,7 @@ class Socket:
     def close(self) -> None: ...
 
 
-class Ready(Flusher):
+class Ready(Turns):
     """A readiness whose sockets are ready when somebody says so."""
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ class Ready(Flusher):
     def unregister(self, watched: Watched) -> None: ...
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        await self._flush()
+        await self._take_turns()
 
 
 async def echo(ws: WebSocket) -> None:

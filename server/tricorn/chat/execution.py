@@ -7,6 +7,7 @@ from contextlib import suppress
 from itertools import count
 from math import inf
 from secrets import token_hex
+from traceback import clear_frames
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from msgspec import Raw
@@ -40,7 +41,7 @@ from tricorn.chat.protocol import (
 )
 from tricorn.chat.settings import ChatSettings
 from tricorn.chat.tools import TOOL_ENDED, TOOL_FAILED, TOOL_LEFT_OPEN, TOOL_NAME_MAX, shown
-from tricorn.errors.chain import hides_an_error, is_any
+from tricorn.errors.chain import hides_an_error, is_any, traceback_of
 from tricorn.errors.failures import PASSING, leaves
 from tricorn.errors.report import report, report_error
 from tricorn.errors.stuck import stuck
@@ -215,6 +216,7 @@ class Execution:
         If the log refuses and the tool has failed, the refusal becomes a note on what the tool raised.
         """
         if error is not None:
+            _free_memory(error)
             await self._complete(call, None, shown(error, Cancelled, self._ending()), error)
             return
         json = None
@@ -403,6 +405,13 @@ class Execution:
         except Exception as error:  # what is missing keeps what would follow it from the log
             note(error, "The end of the run is not in the log.")
             report_error(error, conversation=self.post.conversation, run=self.id)
+
+
+def _free_memory(error: BaseException) -> None:
+    """Free what the frames behind a MemoryError hold: while it is in flight, others may need it."""
+    for leaf in leaves(error):
+        if is_any(leaf, (MemoryError,)):
+            clear_frames(traceback_of(leaf))
 
 
 def _interrupt(error: BaseException) -> BaseException | None:

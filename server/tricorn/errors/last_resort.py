@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import asynccontextmanager, suppress
 from faulthandler import cancel_dump_traceback_later, dump_traceback, dump_traceback_later
 from os import _exit as end_process
+from os import close, pipe, read, set_blocking, write
 from signal import SIGINT, SIGTERM, getsignal, signal
 from threading import Thread
 from time import sleep as wait
@@ -29,8 +30,8 @@ class LastResort:
     """Ends the process if it has not ended by itself `seconds` + `GRACE` after the first signal.
 
     Then the stacks of all threads are on stderr, and the exit status is 1. A thread does this, which holds the
-    interpreter's lock: a thread that runs meanwhile cannot be looked at safely. If it does not get the lock, or there
-    can be no thread, faulthandler does it without, `BLOCKED` seconds later.
+    interpreter's lock: a thread that runs meanwhile cannot be looked at safely. It is there from the start, since later
+    there may be no memory for one. If it does not get the lock, faulthandler does it without, `BLOCKED` seconds later.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -39,6 +40,9 @@ class LastResort:
         self._is_armed = False
         self._token = current_trio_token()
         self._is_over = False
+        waiting, self._signals = pipe()
+        set_blocking(self._signals, False)
+        Thread(target=self._end_in_time, args=(waiting,), name="tricorn's last resort", daemon=True).start()
 
     def watch_signals(self) -> None:
         """Begin with the next SIGTERM or SIGINT, also if the loop is blocked then. Keeps what handles them now."""
@@ -49,27 +53,29 @@ class LastResort:
 
     def _handler(self, before: Any) -> Any:
         def handle(number: int, frame: Any) -> None:
-            if not self._is_armed:
+            if not self._is_armed and not self._is_over:
                 self._is_armed = True
-                dump_traceback_later(self._seconds + GRACE + BLOCKED, exit=True, file=STDERR)
-                with suppress(RuntimeError, MemoryError):
-                    Thread(target=self._end_in_time, name="tricorn's last resort", daemon=True).start()
+                write(self._signals, b"!")
+                with suppress(RuntimeError):  # no memory for its thread
+                    dump_traceback_later(self._seconds + GRACE + BLOCKED, exit=True, file=STDERR)
                 self._token.run_sync_soon(self._armed.set)
             before(number, frame)
 
         return handle
 
-    def _end_in_time(self) -> None:
-        # Nobody waits for this thread: it only sleeps, and ends with the process.
-        wait(self._seconds + GRACE)
-        if not self._is_over:
-            dump_traceback(STDERR)
-            end_process(1)
+    def _end_in_time(self, waiting: int) -> None:
+        if read(waiting, 1):  # else it is over
+            wait(self._seconds + GRACE)
+            if not self._is_over:
+                dump_traceback(STDERR)
+                end_process(1)
+        close(waiting)
 
     def close(self) -> None:
-        """Have nothing more to do with the process's end: it comes by itself."""
+        """Have nothing more to do with the process's end. The thread ends by itself, at the latest with the process."""
         self._is_over = True
         cancel_dump_traceback_later()
+        close(self._signals)
 
     async def report_stuck(self) -> None:
         """Report which tasks are in the way shortly before the process is ended."""

@@ -14,7 +14,7 @@ from hpack import Encoder
 from hypercorn.trio.tcp_server import TCPServer
 
 from fixtures.handlers import echo
-from fixtures.hosts import Host, TlsStream, native, native_tls
+from fixtures.hosts import Host, TlsStream, native, native_tls, server_context
 from tricorn.listening.http import is_of_a_peer, upgrade_required
 
 Served = Callable[..., Any]
@@ -90,7 +90,8 @@ SENT = {
 async def test_what_a_peer_sends_is_no_error(
     running: Served, capfd: pytest.CaptureFixture[str], sent: bytes, host: Host
 ) -> None:
-    async with running(host, echo, app=upgrade_required) as server:
+    options = {"ssl_context": server_context("h2", "http/1.1")} if host is native_tls else {}
+    async with running(host, echo, app=upgrade_required, **options) as server:
         async with await trio.open_tcp_stream("127.0.0.1", server.port) as plain:
             stream = plain
             if host is native_tls:
