@@ -215,7 +215,7 @@ def _from_jwks(text: str) -> tuple[Key, ...]:
 def _from_jwk(jwk: dict[str, Any]) -> Key | None:
     kid = jwk.get("kid")
     make = _FROM_JWK.get(str(jwk.get("kty")))  # not "oct": a secret that stands in a public list is none
-    if make is None or jwk.get("use", "sig") != "sig" or not isinstance(kid, str | None):
+    if make is None or not _may_verify(jwk) or not isinstance(kid, str | None):
         return None
     try:
         public = _public(make(jwk))
@@ -224,6 +224,12 @@ def _from_jwk(jwk: dict[str, Any]) -> Key | None:
         return None
     own = tuple(name for name in allowed if jwk.get("alg", name) == name)
     return Key(public, own, kid) if own else None
+
+
+def _may_verify(jwk: dict[str, Any]) -> bool:
+    """Whether the key's owner lets it verify signatures (RFC 7517 §4.2 and §4.3)."""
+    operations = jwk.get("key_ops", ["verify"])
+    return jwk.get("use", "sig") == "sig" and isinstance(operations, list) and "verify" in operations
 
 
 def _reader(text: str) -> Read | None:
