@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from secrets import token_hex
 from signal import SIGINT
+from typing import NoReturn
 
 from tricorn.settings import SettingError
 
@@ -52,8 +53,16 @@ def _open_stderr() -> None:
         pass
 
 
+class _Parser(ArgumentParser):
+    """Shows nothing of a URL that is in the wrong place, since it may have a password in it."""
+
+    def error(self, message: str) -> NoReturn:
+        head, is_url, _ = message.partition("://")
+        super().error(f"{head}://…" if is_url else message)
+
+
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="tricorn", description="Serve WebSockets, and chat with agents over them.")
+    parser = _Parser(prog="tricorn", description="Serve WebSockets, and chat with agents over them.")
     commands = parser.add_subparsers(required=True, metavar="run | serve | chat | token | audit | drill")
 
     run = commands.add_parser(

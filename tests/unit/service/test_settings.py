@@ -69,6 +69,9 @@ def test_where_to_listen(environ: dict[str, str], host: str, port: int) -> None:
     assert (settings.host, settings.port) == (host, port)
 
 
+ORIGINS = "origins as browsers send them, like https://example.org, https://*.example.org, http://localhost:*"
+
+
 @pytest.mark.parametrize(
     ("variable", "text", "error"),
     [
@@ -88,8 +91,8 @@ def test_where_to_listen(environ: dict[str, str], host: str, port: int) -> None:
         ("TRICORN_AUTH", "off", "TRICORN_AUTH=off: must be none, which lets everybody in, or not set"),
         ("TRICORN_JWT_KEY", "", "TRICORN_JWT_KEY: must be a text that is not empty"),
         *(
-            ("TRICORN_ORIGINS", text, f"TRICORN_ORIGINS={text}: must be origins like https://example.org, or *")
-            for text in ("example.org", "https://", "https://a.example/", "https://A.example", "null", "ws://a.example")
+            ("TRICORN_ORIGINS", text, f"TRICORN_ORIGINS={text}: must be {ORIGINS}")
+            for text in ("example.org", "https://", "https://a.example/", "https://A.example", "ws://a.example")
         ),
         ("TRICORN_BIND", "8080", "TRICORN_BIND=8080: must be HOST:PORT, for example 127.0.0.1:8080"),
         ("PORT", "65536", "PORT=65536: must be a whole number from 0 to 65535"),
@@ -146,7 +149,7 @@ def test_a_variable_like_no_other_gets_the_list() -> None:
         ({"outbox": True}, "outbox=True: must be a whole number above 0"),
         ({"outbox": 2.0}, "outbox=2.0: must be a whole number above 0"),
         ({"linger": True}, "linger=True: must be a number of seconds, 0 or more"),
-        ({"origins": "*"}, "origins=*: must be origins like https://example.org, or *"),
+        ({"origins": "*"}, f"origins=*: must be {ORIGINS}"),
         ({"deflate": None}, "deflate=None: must be off, takeover or no-takeover"),
         ({"metrics": ("h", 65536)}, "metrics=('h', 65536): must be HOST:PORT, for example 127.0.0.1:9090"),
         ({"metrics": 9090}, "metrics=9090: must be HOST:PORT, for example 127.0.0.1:9090"),
