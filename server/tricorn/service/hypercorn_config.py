@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from hypercorn.config import Config
 
+from tricorn.service.loader import look_here_for
 from tricorn.settings import SettingError
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ def _read(name: str) -> Config:
 
 
 def _from_module(name: str) -> Config:
+    look_here_for(name)
     return Config.from_object(import_module(name))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import Namespace
 from typing import TYPE_CHECKING
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 def command(arguments: Namespace) -> int:
     """Serve until SIGTERM or SIGINT. The handler or application is looked for in the current directory too."""
     send_records("stderr", "INFO")  # before the module is imported, which may choose otherwise
-    sys.path.insert(0, os.getcwd())
     host, port = parse_bind(arguments.bind, "--bind ")
     handler = load_handler(arguments.handler)
     try:

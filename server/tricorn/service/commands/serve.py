@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -28,7 +27,6 @@ def command(arguments: Namespace) -> int:
     """Serve until SIGTERM or SIGINT. The agent is looked for in the current directory too."""
     send_records("stderr", "INFO")  # before the agent is imported, which may choose otherwise
     import_at_once()
-    sys.path.insert(0, os.getcwd())
     settings = _settings(arguments)
     check_exposure(settings)
     log = make_log(settings)
@@ -37,7 +35,7 @@ def command(arguments: Namespace) -> int:
     if arguments.worker is None and settings.workers > 1:
         check_shared(log, f"--workers {settings.workers}")
         _audit(settings.agent, arguments.audit)
-        workers = [sys.executable, "-m", "tricorn", *arguments.argv, "--audit", "off"]
+        workers = [sys.executable, "-P", "-m", "tricorn", *arguments.argv, "--audit", "off"]
         return trio.run(partial(supervise, workers, settings, config=config, say=say))
     agent = load_agent(settings.agent)
     _audit(settings.agent, arguments.audit)
