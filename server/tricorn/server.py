@@ -199,8 +199,10 @@ async def serve(
         handler: called with each `WebSocket`, in that connection's own nursery; or what `asgi_handler` returns, for the
             WebSockets of an ASGI application; or a mapping of either by path, with 404 for every other path.
         port: the port to listen on; 0 takes a free one.
-        host: an address or a host name; every address that it has is listened on.
-        bind: further addresses: `HOST:PORT`, `[IPV6]:PORT` or `unix:PATH`.
+        host: an address or a host name; every address that it has is listened on, on one port. `localhost` has one of
+            IPv4 and one of IPv6; "" is every address of the machine.
+        bind: further addresses: `HOST:PORT`, `[IPV6]:PORT`, `:PORT` for every address of the machine, `unix:PATH`,
+            or `fd:N` for a socket that another program has opened.
         listeners: sockets that are bound and listen. The server closes them.
         settings: times and limits.
         before_upgrade: asked before each upgrade, for at most `settings.handshake_timeout` seconds: returns `Accept` or

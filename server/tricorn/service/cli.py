@@ -17,6 +17,10 @@ from typing import NoReturn
 
 from tricorn.settings import SettingError
 
+WHERE = (
+    "listen on HOST:PORT, :PORT (every address), unix:PATH, fd:N, or fd:// (what systemd has passed); "
+    "port 0 picks one; may be repeated (127.0.0.1:8080, or what systemd has passed)"
+)
 INTERRUPTED = 128 + SIGINT  # the exit status that shells use for Ctrl-C
 
 
@@ -74,11 +78,11 @@ def _parser() -> ArgumentParser:
     run.add_argument(
         "handler", metavar="MODULE:HANDLER", help="an async function that takes each WebSocket, or an ASGI application"
     )
-    run.add_argument("--bind", metavar="HOST:PORT", default="127.0.0.1:8080", help="where to listen (%(default)s)")
+    run.add_argument("--bind", metavar="WHERE", action="append", help=WHERE)
 
     serve = commands.add_parser("serve", help="serve the chat", description="Serve the chat until SIGTERM or Ctrl-C.")
     serve.set_defaults(command="serve")
-    serve.add_argument("--bind", metavar="HOST:PORT", help="where to listen; port 0 picks one (127.0.0.1:8080)")
+    serve.add_argument("--bind", metavar="WHERE", action="append", help=WHERE)
     serve.add_argument("--agent", metavar="MODULE:FUNCTION", help="the agent that answers (the demo agent)")
     serve.add_argument(
         "--audit",

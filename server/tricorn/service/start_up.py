@@ -21,16 +21,17 @@ from tricorn.errors.import_guard import guarded
 from tricorn.errors.last_resort import LastResort, exit_in_time
 from tricorn.errors.report import report
 from tricorn.errors.streams import recorded
-from tricorn.listening.binds import listen
+from tricorn.listening.binds import listen_on
 from tricorn.listening.site import Site
 from tricorn.metrics import Metrics, ProcessMetrics, ServerMetrics, total
 from tricorn.server import Server, serve_until_signal
 from tricorn.service.auth import Tokens
-from tricorn.service.bind import bind_or_explain, show_address
+from tricorn.service.bind import bind_or_explain, show_address, show_bind, show_urls
 from tricorn.service.chat_drill import drill_chat
 from tricorn.service.jwt_keys import Keys, load
 from tricorn.service.metrics_page import metrics_page, no_websocket, of_this_process
 from tricorn.service.pages import pages
+from tricorn.service.systemd import notify
 from tricorn.service.workers import Supervisor, reserve
 from tricorn.settings import SettingError
 
@@ -105,7 +106,7 @@ async def serve(
 
     Raises as `start_chat` does, and `SettingError` if an address cannot be listened on.
     """
-    listeners = [] if worker is not None else await bind_or_explain(listen, settings.host, settings.port, "--bind ")
+    listeners = [] if worker is not None else await bind_or_explain(_listen, settings.binds)
     for_metrics = [] if worker is not None else await _listen_for_metrics(settings)
     async with exit_in_time(settings.drain_timeout) as last_resort, start_chat(agent, settings, log) as chat:
         settle()
@@ -123,11 +124,16 @@ async def _serve_chat(
     say: Say,
     last_resort: LastResort,
 ) -> None:
+    async def drain() -> None:
+        if worker is None:
+            notify("STOPPING=1")
+        await chat.drain()
+
     server = Server(
         Site({"/ws": chat.session}, settings, subprotocols=SUBPROTOCOLS),
         listeners if worker is None else worker.listen(),
         app=pages(chat.why_not_ready),
-        drain=chat.drain,
+        drain=drain,
         config=config,
     )
     for code in close_codes.KNOWN:
@@ -149,14 +155,19 @@ async def supervise(command: Sequence[str], settings: ServiceSettings, *, config
 
     Raises `SettingError` if an address cannot be listened on, and ExceptionGroup if the drill failed.
     """
-    reserved = await bind_or_explain(reserve, settings.host, settings.port, "--bind ")
+    reserved = await bind_or_explain(reserve, settings.binds)
     for_metrics = await _listen_for_metrics(settings)
     await drill_chat()
     with guarded(settings.import_guard):
         async with trio.open_nursery() as support:
             process = ProcessMetrics()
             supervisor = Supervisor(
-                command, settings.workers, reserved, drain_timeout=settings.drain_timeout, counted=[process]
+                command,
+                settings.workers,
+                reserved,
+                drain_timeout=settings.drain_timeout,
+                counted=[process],
+                ending=partial(notify, "STOPPING=1"),
             )
             described: list[Metrics] = [ServerMetrics(), ChatMetrics(), process, supervisor.metrics]
             page = metrics_page(described, supervisor.scrape)
@@ -184,7 +195,12 @@ async def _make_gate(settings: ServiceSettings) -> tuple[Keys, Gate]:
 
 
 async def _listen_for_metrics(settings: ServiceSettings) -> list[Socket]:
-    return [] if settings.metrics is None else await bind_or_explain(listen, *settings.metrics, "TRICORN_METRICS=")
+    binds = [] if settings.metrics is None else [show_bind(*settings.metrics)]
+    return await bind_or_explain(_listen, binds, "TRICORN_METRICS=")
+
+
+async def _listen(bind: str) -> list[Socket]:
+    return await listen_on([bind])
 
 
 async def _show_metrics(
@@ -198,7 +214,8 @@ async def _show_metrics(
 
 def _announce(settings: ServiceSettings, config: Config | None, say: Say, addresses: Sequence[Address]) -> None:
     scheme = "http" if config is None or not config.ssl_enabled else "https"
-    say(f"Tricorn is listening on {scheme}://{show_address(addresses[0])}")
+    say(f"Tricorn is listening on {show_urls(scheme, addresses)}")
+    notify("READY=1")
     if settings.service is not None:
         report(
             "INFO",

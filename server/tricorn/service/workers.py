@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import socket
 import subprocess
-from os import getpid
+from os import dup, getpid
 from signal import SIGINT, SIGTERM, raise_signal, strsignal
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from trio import BrokenResourceError, current_time, move_on_after
 
 from tricorn.chat.backoff import Backoff
 from tricorn.errors.report import report, report_error
-from tricorn.listening.binds import BACKLOG, addresses, bind
+from tricorn.listening.binds import BACKLOG, addresses, bind_to, close_all
 from tricorn.metrics import NOTHING, Counter, Metrics, Numbers, total
 
 if TYPE_CHECKING:
@@ -37,12 +37,18 @@ GRACE = 1.0  # seconds beyond drain_timeout, before a worker is killed
 _decode = Decoder(Numbers).decode
 
 
-async def reserve(port: int, host: str) -> list[socket.socket]:
-    """Bind every address that the host has, for workers to listen on. Raises OSError like `bind`."""
-    reserved = await bind(port, host)
+async def reserve(text: str) -> list[socket.socket]:
+    """Bind what a text names, for workers to listen on. Raises OSError and `SettingError` like `bind_to`."""
+    reserved = await bind_to(text)
     for each in reserved:  # not before it is bound: somebody else's workers must not be joined
-        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if not _listens(each):
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     return reserved
+
+
+def _listens(sock: socket.socket) -> bool:
+    """Whether it listens already, as a Unix socket and one that was passed do: then workers share it."""
+    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
 class Worker:
@@ -87,7 +93,8 @@ class WorkerMetrics(Metrics):
 class Supervisor:
     """Keeps `count` workers running, each of them `command` with `--worker` and its descriptors behind it.
 
-    `counted` is what else this process counts; a scrape adds it to what the workers have counted.
+    `counted` is what else this process counts; a scrape adds it to what the workers have counted. `ending` is called
+    when the end begins.
     """
 
     def __init__(
@@ -98,6 +105,7 @@ class Supervisor:
         *,
         drain_timeout: float,
         counted: Sequence[Metrics] = (),
+        ending: Callable[[], None] = lambda: None,
     ) -> None:
         self.metrics = WorkerMetrics()
         self._counted = counted
@@ -106,6 +114,7 @@ class Supervisor:
         self._reserved = reserved
         self._drain_timeout = drain_timeout
         self._running: dict[int, _Running] = {}  # by the worker's number
+        self._when_ending = ending
         self._patience = trio.CancelScope()  # what still runs when it is over is killed
         self._ending = trio.Event()
         self._complete = False  # all workers have been serving
@@ -124,8 +133,7 @@ class Supervisor:
         try:
             return await self._run(announce)
         finally:
-            for each in self._reserved:
-                each.close()
+            close_all(self._reserved)
 
     async def scrape(self) -> tuple[Numbers, Mapping[str, int]]:
         """What all workers have counted, those that ended included, and the ids of the processes."""
@@ -159,6 +167,8 @@ class Supervisor:
     def _end(self) -> None:
         if not self._ending.is_set():
             self._ending.set()
+            self._when_ending()
+            close_all(self._reserved)  # so that nobody waits in the queue of a socket that the workers have left
             self._patience.deadline = current_time() + self._drain_timeout + GRACE
         for running in self._running.values():
             running.process.terminate()
@@ -279,7 +289,9 @@ class _Running:
 
 
 def _again(reserved: socket.socket) -> socket.socket:
-    """A further socket on an address that is reserved."""
+    """A further socket on an address that is reserved, or the same one if that listens already."""
+    if _listens(reserved):
+        return socket.socket(fileno=dup(reserved.fileno()))
     listener = socket.socket(reserved.family, reserved.type)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -12,13 +12,15 @@ import trio
 from tricorn.chat.logs.base import Unavailable
 from tricorn.errors.import_guard import import_at_once
 from tricorn.errors.report import send_records
+from tricorn.listening.binds import check_bind
 from tricorn.service.auth import check_exposure
-from tricorn.service.bind import parse_bind
+from tricorn.service.bind import show_bind
 from tricorn.service.commands.audit import audit_targets
 from tricorn.service.hypercorn_config import load_config
 from tricorn.service.loader import load_agent
 from tricorn.service.settings import Secret, ServiceSettings
 from tricorn.service.start_up import check_shared, make_log, serve, supervise
+from tricorn.service.systemd import ALL, expand
 from tricorn.service.workers import Worker
 from tricorn.settings import COUNT, SettingError
 
@@ -28,7 +30,9 @@ def command(arguments: Namespace) -> int:
     send_records("stderr", "INFO")  # before the agent is imported, which may choose otherwise
     import_at_once()
     settings = _settings(arguments)
-    check_exposure(settings)
+    if arguments.worker is None:  # else its supervisor has done this, and has the sockets
+        settings = replace(settings, bind=expand(settings.bind, show_bind(settings.host, settings.port)))
+        check_exposure(settings)
     log = make_log(settings)
     config = None if arguments.config is None else load_config(arguments.config)
     say = partial(print, flush=True, file=sys.stdout)  # which serving makes a stream of records
@@ -56,8 +60,10 @@ def _settings(arguments: Namespace) -> ServiceSettings:
     if arguments.agent is not None:
         settings = replace(settings, agent=arguments.agent)
     if arguments.bind is not None:
-        host, port = parse_bind(arguments.bind, "--bind ")
-        settings = replace(settings, host=host, port=port)
+        for each in arguments.bind:
+            if each != ALL:
+                check_bind(each, "--bind ")
+        settings = replace(settings, bind=tuple(arguments.bind))
     if arguments.auth is not None:
         settings = replace(settings, auth=arguments.auth)
     if arguments.log is not None:
