@@ -21,7 +21,7 @@ Address = tuple[str, int] | str  # host and port, or the path of a Unix socket
 BACKLOG = 4096
 UNIX = "unix:"
 DESCRIPTOR = "fd:"
-# Hosts with an address of IPv4 and one of IPv6, if the machine has both; whatever its files say of localhost (RFC 6761).
+# Hosts with an address of IPv4 and one of IPv6, if the machine has both (RFC 6761 §6.3, whatever /etc/hosts says).
 BOTH_FAMILIES = {"": (None,), "localhost": ("127.0.0.1", "::1")}
 ATTEMPTS = 10  # to find a port that is free in both
 NO_SUCH_FAMILY = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)

@@ -68,6 +68,8 @@ def load_config(name: str) -> Config:
         _check(name, option.removeprefix("_"), strict=":" not in name)
     if (config.certfile is None) != (config.keyfile is None):
         raise _problem(name, "certfile and keyfile need each other")
+    if config.keyfile_password is None:
+        config.keyfile_password = ""  # else OpenSSL would ask for it at the terminal, and everybody would wait
     try:
         config.create_ssl_context()
     except (OSError, SSLError) as error:  # a file that is not there, or holds something else

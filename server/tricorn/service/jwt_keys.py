@@ -90,6 +90,10 @@ class Keys:
             return self._keys[0]
         return next((key for key in self._keys if key.kid is not None and key.kid == kid), None)
 
+    def refresh(self) -> None:
+        """Have `stay_fresh` read the keys again soon. Not a checkpoint."""
+        self._wanted.set()
+
     async def stay_fresh(self) -> None:
         """Read the keys every `period` seconds, and when an unknown one is asked for. Ends only by cancellation."""
         if self._read is None:

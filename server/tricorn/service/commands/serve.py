@@ -6,6 +6,8 @@ import sys
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
+from signal import SIG_IGN, SIGHUP, signal
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -24,23 +26,28 @@ from tricorn.service.systemd import ALL, expand
 from tricorn.service.workers import Worker
 from tricorn.settings import COUNT, SettingError
 
+if TYPE_CHECKING:
+    from hypercorn.config import Config
+
 
 def command(arguments: Namespace) -> int:
     """Serve until SIGTERM or SIGINT. The agent is looked for in the current directory too."""
     send_records("stderr", "INFO")  # before the agent is imported, which may choose otherwise
+    signal(SIGHUP, SIG_IGN)  # until it is served: what SIGHUP has read again is being read
     import_at_once()
     settings = _settings(arguments)
     if arguments.worker is None:  # else its supervisor has done this, and has the sockets
         settings = replace(settings, bind=expand(settings.bind, show_bind(settings.host, settings.port)))
         check_exposure(settings)
     log = make_log(settings)
-    config = None if arguments.config is None else load_config(arguments.config)
+    read_config = partial(_load_config, arguments.config)
+    config = read_config()
     say = partial(print, flush=True, file=sys.stdout)  # which serving makes a stream of records
     if arguments.worker is None and settings.workers > 1:
         check_shared(log, f"--workers {settings.workers}")
         _audit(settings.agent, arguments.audit)
         workers = [sys.executable, "-P", "-m", "tricorn", *arguments.argv, "--audit", "off"]
-        return trio.run(partial(supervise, workers, settings, config=config, say=say))
+        return trio.run(partial(supervise, workers, settings, config=config, read_config=read_config, say=say))
     agent = load_agent(settings.agent)
     _audit(settings.agent, arguments.audit)
     worker = None if arguments.worker is None else Worker(arguments.worker)
@@ -52,6 +59,10 @@ def command(arguments: Namespace) -> int:
         return 0
     print(f"tricorn: {problem}", file=sys.stderr)
     return 1
+
+
+def _load_config(name: str | None) -> Config | None:
+    return None if name is None else load_config(name)
 
 
 def _settings(arguments: Namespace) -> ServiceSettings:
