@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 from contextlib import suppress
+from errno import EADDRINUSE, EADDRNOTAVAIL, EAFNOSUPPORT, ENOTSOCK
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ DESCRIPTOR = "fd:"
 # Hosts with an address of IPv4 and one of IPv6, if the machine has both (RFC 6761 §6.3, whatever /etc/hosts says).
 BOTH_FAMILIES = {"": (None,), "localhost": ("127.0.0.1", "::1")}
 ATTEMPTS = 10  # to find a port that is free in both
-NO_SUCH_FAMILY = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+NO_SUCH_FAMILY = (EAFNOSUPPORT, EADDRNOTAVAIL)
 
 PORT = Rule(
     description="a whole number from 0 to 65535",
@@ -69,13 +69,12 @@ async def bind(port: int, host: str) -> list[socket.socket]:
         OSError: an address cannot be found or bound.
     """
     for _ in range(ATTEMPTS - 1):
-        with suppress(_PortIsTaken):
+        try:
             return await _bind(port, host)
+        except OSError as error:  # the port that was free at the first address may be in use at the next
+            if port != 0 or error.errno != EADDRINUSE:
+                raise
     return await _bind(port, host)
-
-
-class _PortIsTaken(OSError):
-    """The port that was free at one address is in use at the next."""
 
 
 async def _bind(port: int, host: str) -> list[socket.socket]:
@@ -89,12 +88,9 @@ async def _bind(port: int, host: str) -> list[socket.socket]:
             try:
                 bound.append(_bind_one(family, kind, protocol, _with_port(address, port, bound)))
             except OSError as error:
-                if host in BOTH_FAMILIES and error.errno in NO_SUCH_FAMILY:
-                    failure = error  # the machine has only the other one
-                elif port == 0 and bound and error.errno == errno.EADDRINUSE:
-                    raise _PortIsTaken(*error.args) from None
-                else:
+                if host not in BOTH_FAMILIES or error.errno not in NO_SUCH_FAMILY:
                     raise
+                failure = error  # the machine may have only the other one
         if failure is not None and not bound:
             raise failure
     except BaseException:
@@ -127,7 +123,7 @@ def adopt(descriptor: int) -> socket.socket:
     adopted = socket.socket(fileno=descriptor)
     if adopted.type != socket.SOCK_STREAM:
         adopted.detach()
-        raise OSError(errno.ENOTSOCK, "not a stream socket")
+        raise OSError(ENOTSOCK, "not a stream socket")
     adopted.set_inheritable(False)
     return adopted
 

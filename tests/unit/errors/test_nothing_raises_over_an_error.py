@@ -31,6 +31,7 @@ ALLOWED = {
     ("protocol/handshake.py", "Head.receive_data"): "what the peer sent is at fault, and Refuse says so",
     ("protocol/handshake.py", "offered_extensions"): "what the peer sent is at fault, and Refuse says so",
     ("server.py", "Server._serve"): "the program's drain cannot raise an Exception here, and the context is kept",
+    ("listening/binds.py", "parse_bind"): "SettingError says what is wrong with the text",
     ("settings.py", "Rule.read"): "SettingError says what is wrong with the text",
     ("trio_websocket.py", "adapt.serve"): "the error in flight is Refuse, and this sends it",
 }
