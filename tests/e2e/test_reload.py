@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     load_pem_private_key,
 )
-from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
+from trio_websocket import ConnectionClosed, HandshakeError, WebSocketConnection, wrap_client_stream
 
 TRICORN = [sys.executable, "-m", "tricorn"]
 SERVE = [*TRICORN, "serve", "--bind", "127.0.0.1:0"]
@@ -253,12 +253,32 @@ async def test_a_server_with_nothing_to_read_goes_on() -> None:
             assert await ws.get_message() == "hello"
 
 
+async def test_before_it_serves_there_is_nothing_to_read_again(directory: Path) -> None:
+    (directory / "mine.py").write_text(f"import signal\nsignal.raise_signal(signal.SIGHUP)\n{PROGRAM}")
+    for command in (["serve", "--agent", "mine:agent"], ["run", "mine:echo"]):
+        async with running([*TRICORN, *command, "--bind", "127.0.0.1:0"]):
+            pass
+
+
+async def gone(pid: int) -> None:
+    """Wait until a process that is not ours has ended."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    await trio.lowlevel.wait_readable(descriptor)
+    os.close(descriptor)
+
+
 async def pids(service: Service) -> set[int]:
     """The workers that serve."""
     found: set[int] = set()
     while len(found) < 2:
-        async with websocket(service) as ws:
-            found.add(await ask(ws))
+        try:
+            async with websocket(service) as ws:
+                found.add(await ask(ws))
+        except* (ConnectionClosed, HandshakeError, trio.BrokenResourceError):
+            pass  # by one that is being replaced
     return found
 
 
@@ -307,6 +327,17 @@ async def test_workers_are_not_replaced_for_a_bad_certificate(directory: Path) -
             assert record["severity"] == "ERROR"
             assert await ask(ws) == pid
             assert await is_trusted(service, context)
+
+
+async def test_a_worker_that_hangs_is_replaced_too() -> None:
+    async with running(WORKERS, TRICORN_DRAIN_TIMEOUT="1", TRICORN_CLOSE_TIMEOUT="0.5") as service:
+        before = await pids(service)
+        for pid in before:
+            os.kill(pid, signal.SIGSTOP)
+        service.reload()
+        for pid in before:
+            await gone(pid)
+        assert not await pids(service) & before
 
 
 async def test_the_end_while_workers_are_replaced() -> None:

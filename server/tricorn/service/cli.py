@@ -12,7 +12,7 @@ from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from secrets import token_hex
-from signal import SIGINT
+from signal import SIG_IGN, SIGHUP, SIGINT, signal
 from typing import NoReturn
 
 from tricorn.settings import SettingError
@@ -21,6 +21,7 @@ WHERE = (
     "listen on HOST:PORT, :PORT (every address), unix:PATH, fd:N, or fd:// (what systemd has passed); "
     "port 0 picks one; may be repeated (127.0.0.1:8080, or what systemd has passed)"
 )
+SERVERS = ("serve", "run")
 INTERRUPTED = 128 + SIGINT  # the exit status that shells use for Ctrl-C
 
 
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv, Namespace(argv=argv))
     if arguments.command == "audit" and not arguments.targets:
         arguments.command = "audit_served"
+    if arguments.command in SERVERS:
+        signal(SIGHUP, SIG_IGN)  # until it serves: what SIGHUP has read again is being read
     try:
         module = import_module(f"tricorn.service.commands.{arguments.command}")
     except ModuleNotFoundError as error:

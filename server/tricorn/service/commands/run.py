@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from signal import SIG_IGN, SIGHUP, signal
 from typing import TYPE_CHECKING
 
 import trio
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 def command(arguments: Namespace) -> int:
     """Serve until SIGTERM or SIGINT. The handler or application is looked for in the current directory too."""
     send_records("stderr", "INFO")  # before the module is imported, which may choose otherwise
-    signal(SIGHUP, SIG_IGN)  # until it is served
     for each in arguments.bind or ():
         if each != ALL:
             check_bind(each, "--bind ")

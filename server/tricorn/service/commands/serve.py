@@ -6,7 +6,6 @@ import sys
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
-from signal import SIG_IGN, SIGHUP, signal
 from typing import TYPE_CHECKING
 
 import trio
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 def command(arguments: Namespace) -> int:
     """Serve until SIGTERM or SIGINT. The agent is looked for in the current directory too."""
     send_records("stderr", "INFO")  # before the agent is imported, which may choose otherwise
-    signal(SIGHUP, SIG_IGN)  # until it is served: what SIGHUP has read again is being read
     import_at_once()
     settings = _settings(arguments)
     if arguments.worker is None:  # else its supervisor has done this, and has the sockets
