@@ -1,7 +1,9 @@
-# A version of the official slim image. `.ci/image` builds it without a registry, on a stand-in for that image.
+# A version of the official slim image, and its digest (sha256:…): a tag is what its owner says today. `.ci/image` builds
+# without a registry, on a stand-in for that image, and with the digest of that.
 ARG PYTHON=3.12
+ARG DIGEST=
 
-FROM python:${PYTHON}-slim AS build
+FROM python:${PYTHON}-slim${DIGEST:+@${DIGEST}} AS build
 WORKDIR /build
 RUN python -m venv --without-pip /opt/tricorn
 COPY .ci/build-requirements.txt .ci/requirements.txt ./
@@ -13,7 +15,7 @@ RUN pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir . . \
     && pip --python /opt/tricorn/bin/python install --no-cache-dir --no-index --no-deps tricorn-*.whl \
     && pip --python /opt/tricorn/bin/python check
 
-FROM python:${PYTHON}-slim
+FROM python:${PYTHON}-slim${DIGEST:+@${DIGEST}}
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="Tricorn" \
     org.opencontainers.image.description="A chat with agents over WebSockets, on a server in which every connection is a nursery" \

@@ -13,7 +13,7 @@ import uvloop
 from bench.asyncio_version.chat import make_chat
 from bench.asyncio_version.server import Server
 from tricorn.errors.report import send_records
-from tricorn.service.bind import parse_bind
+from tricorn.listening.binds import parse_bind
 from tricorn.service.settings import ServiceSettings
 from tricorn.settings import SettingError
 

@@ -20,6 +20,7 @@ from websockets.typing import Subprotocol
 from bench.asyncio_version.chat import Chat
 from tricorn.chat.protocol import SUBPROTOCOLS
 from tricorn.errors.report import report, trace_id
+from tricorn.listening.binds import parse_bind
 from tricorn.protocol.close import FAULTS, NORMAL, SERVICE_RESTART, STALLED, Close
 from tricorn.protocol.handshake import check_origin, wants_websocket
 from tricorn.request import Refuse
@@ -79,8 +80,7 @@ class Server:
         loop = asyncio.get_running_loop()
         server = await serve(
             self._handle,
-            settings.host,
-            settings.port,
+            *parse_bind(settings.binds[0]),
             create_connection=WebSocket,
             process_request=self._process_request,
             select_subprotocol=_select_subprotocol,

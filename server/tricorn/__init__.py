@@ -1,5 +1,6 @@
 """Tricorn: a WebSocket server on Trio in which every connection is a nursery."""
 
+import tricorn._command  # noqa: F401 (for what it does)
 from tricorn.application import Application, asgi_app
 from tricorn.asgi_handler import ASGIApp, AsgiHandler, asgi_handler
 from tricorn.connection import Disconnected

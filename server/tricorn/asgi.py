@@ -21,7 +21,7 @@ from tricorn.service.hypercorn_config import workers_of
 from tricorn.service.loader import load_agent
 from tricorn.service.pages import pages
 from tricorn.service.settings import ServiceSettings
-from tricorn.service.start_up import check_shared, make_log, start_chat
+from tricorn.service.start_up import check_shared, make_log, read_keys, start_chat
 from tricorn.settings import SettingError
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ class _Service:
         await receive()
         async with AsyncExitStack() as stack:
             try:
-                starting = start_chat(self._agent, self.settings, self._log)
+                keys = await read_keys(self.settings)
+                starting = start_chat(self._agent, self.settings, self._log, keys)
                 self._chat = await stack.enter_async_context(starting)
             except Exception as error:
                 report("CRITICAL", f"did not start up: {error}")  # Hypercorn says so as well, under a traceback

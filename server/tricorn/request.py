@@ -17,7 +17,7 @@ class Request:
         path: the path, decoded.
         query: the part behind `?`, as it came.
         http_version: `1.1`, for example.
-        headers: the headers by lower-case name. Values that came several times are joined by `, ` (RFC 9110 §5.3).
+        headers: the headers by lower-case name. Values that came several times are joined by `, `, cookies by `; `.
         peer: the client's address, host and port; None if it connected to a Unix socket.
         raw_path: the path as it came, not decoded.
         secure: the request came through TLS that this server ends.

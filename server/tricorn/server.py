@@ -11,6 +11,7 @@ import trio
 from trio import current_time, move_on_after, sleep
 
 from tricorn.errors.last_resort import LastResort, exit_in_time
+from tricorn.errors.report import report_error
 from tricorn.listening.accept import Acceptor, accept_forever
 from tricorn.listening.binds import addresses, close_all, listen, listen_on
 from tricorn.listening.http import Hypercorn, lifespans, upgrade_required
@@ -74,7 +75,8 @@ class Server:
             self._http = Hypercorn(app, site.state_of(app), site.settings, site.metrics, config)
         self._config = config if self._http is None else self._http.config
         self._poller = best_poller()
-        tls = ssl_context or (config.create_ssl_context() if config is not None else None)
+        self._make_tls = None if ssl_context or config is None else config.create_ssl_context
+        tls = self._make_tls() if self._make_tls else ssl_context
         self._acceptor = Acceptor(site, self._poller, self._http, tls)
         self._serving = trio.CancelScope()
         self._draining = trio.CancelScope(shield=True)
@@ -99,6 +101,18 @@ class Server:
         """
         self._serving.cancel()
         await self._over.wait()
+
+    def reload(self) -> None:
+        """Read the certificate of `config` again, for connections that come from now on. Not a checkpoint.
+
+        If it cannot be used, the one before stays, and the error is reported.
+        """
+        if self._make_tls is None or self._acceptor.tls is None:
+            return
+        try:
+            self._acceptor.tls = self._make_tls()
+        except Exception as error:
+            report_error(error, action="reading the certificate again; the one before stays")
 
     def begin_closing(self) -> None:
         """Have the server close; the second time, close every socket at once. Not a checkpoint."""
@@ -199,8 +213,10 @@ async def serve(
         handler: called with each `WebSocket`, in that connection's own nursery; or what `asgi_handler` returns, for the
             WebSockets of an ASGI application; or a mapping of either by path, with 404 for every other path.
         port: the port to listen on; 0 takes a free one.
-        host: an address or a host name; every address that it has is listened on.
-        bind: further addresses: `HOST:PORT`, `[IPV6]:PORT` or `unix:PATH`.
+        host: an address or a host name; every address that it has is listened on, on one port. `localhost` has one of
+            IPv4 and one of IPv6; "" is every address of the machine.
+        bind: further addresses: `HOST:PORT`, `[IPV6]:PORT`, `:PORT` for every address of the machine, `unix:PATH`,
+            or `fd:N` for a socket that another program has opened.
         listeners: sockets that are bound and listen. The server closes them.
         settings: times and limits.
         before_upgrade: asked before each upgrade, for at most `settings.handshake_timeout` seconds: returns `Accept` or
@@ -245,7 +261,7 @@ def run(
 
     Returns once everything is closed, within `settings.drain_timeout` seconds of the signal; a second signal closes
     every socket at once. If a task or a thread does not end, the process exits with status 1 a second later, and a
-    record and the stacks of all threads on stderr say which.
+    record and the stacks of all threads on stderr say which. SIGHUP has the certificate of `config` read again.
 
     Neither this nor `serve` watches what a program imports after start-up. If yours should be watched, await
     `tricorn.errors.drill.drill` first, and call this in a block of `tricorn.errors.import_guard.guarded`.
@@ -265,20 +281,31 @@ def run(
 
 
 async def serve_until_signal(
-    server: Server, last_resort: LastResort, *, task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED
+    server: Server,
+    last_resort: LastResort,
+    *,
+    reload: Callable[[], None] = lambda: None,
+    task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve until SIGTERM or SIGINT; a second signal closes every socket at once. If cancelled, the server closes."""
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    """Serve until SIGTERM or SIGINT; a second signal closes every socket at once. If cancelled, the server closes.
+
+    At SIGHUP the server reloads, and `reload` is called for what else is to be read again.
+    """
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         last_resort.watch_signals()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_obey, signals, server)
+            nursery.start_soon(_obey, signals, server, reload)
             await server.serve(task_status)
             nursery.cancel_scope.cancel()
 
 
-async def _obey(signals: AsyncIterator[int], server: Server) -> None:
-    async for _ in signals:
-        server.begin_closing()
+async def _obey(signals: AsyncIterator[int], server: Server, reload: Callable[[], None]) -> None:
+    async for number in signals:
+        if number == signal.SIGHUP:
+            server.reload()
+            reload()
+        else:
+            server.begin_closing()
 
 
 async def _bind(

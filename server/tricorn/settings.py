@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from tricorn.protocol.origin import are_patterns
 
 _WHOLE = pattern(r"\d+").fullmatch
+_SPECIAL = pattern(r"[/?#]").split
 _DECIMAL = pattern(r"\d*\.?\d+(e[+-]?\d+)?|inf").fullmatch
 
 
@@ -87,6 +88,21 @@ def printable(value: object) -> str:
     """Return `value` as text that stays on its line."""
     text = str(value)
     return text if text.isprintable() else repr(text)
+
+
+def check_userinfo(url: str) -> None:
+    """Check that a URL has one reading: parsers disagree about special characters in a user name and a password, and
+    may take the end of a password for a host or a path.
+
+    Raises:
+        ValueError: it may have several. The text has nothing of the URL in it.
+    """
+    rest = url.partition("://")[2]
+    authority = _SPECIAL(rest, maxsplit=1)[0]
+    if authority and ("@" in rest[len(authority) :] or authority.count("@") > 1):
+        raise ValueError(
+            "special characters must be written as %XX in a user name, password or path: @ is %40, / is %2F"
+        )
 
 
 _rules: dict[type, Mapping[str, Rule]] = {}  # what was found out before

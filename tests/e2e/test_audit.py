@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -134,6 +135,64 @@ async def test_serve_warns_of_what_the_audit_finds() -> None:
 )
 async def test_serve_without_a_word(arguments: list[str]) -> None:
     assert await serve(*arguments) == (0, [])
+
+
+SHADOWS = [
+    "secrets.py:1 shadow: hides the module secrets of the standard library; give it another name",
+    "time.py:1 shadow: hides the module time of the standard library; give it another name",
+]
+
+
+@pytest.fixture
+def shadows(directory: Path) -> None:
+    for name in ("secrets.py", "time.py"):
+        (directory / name).write_text("print('imported', __name__)")
+
+
+@pytest.mark.usefixtures("shadows")
+async def test_an_agent_beside_modules_that_hide_others() -> None:
+    assert await run("audit", "clean:works") == (1, SHADOWS, [])
+    status, said = await serve("--agent", "clean:works")
+    assert (status, said) == (0, [f"tricorn: {finding}" for finding in SHADOWS])
+    status, out, err = await run("serve", "--bind", "127.0.0.1:0", "--agent", "clean:works", "--audit", "strict")
+    assert (status, out) == (2, [])
+    assert err[:2] == [f"tricorn: {finding}" for finding in SHADOWS]
+
+
+@pytest.mark.usefixtures("shadows")
+async def test_a_package_that_hides_an_installed_one(directory: Path) -> None:
+    (directory / "trio").mkdir()
+    (directory / "trio" / "__init__.py").touch()
+    status, [*_, said], _ = await run("audit", "clean:works")
+    assert status == 1
+    assert said == f"trio/__init__.py:1 shadow: hides the module trio in {trio.__file__}; give it another name"
+
+
+@pytest.mark.usefixtures("shadows")
+async def test_without_an_agent_there_nothing_is_imported_from_the_directory() -> None:
+    assert await run("audit", "tricorn.chat.agents.demo:demo") == (0, [], [])
+    assert await serve("--audit", "strict") == (0, [])
+
+
+@pytest.mark.usefixtures("shadows")
+@pytest.mark.parametrize("command", [TRICORN, [str(Path(sys.executable).with_name("tricorn"))]], ids=["-m", "script"])
+@pytest.mark.parametrize(("agent", "is_first"), [("tricorn.chat.agents.demo:demo", False), ("tells:agent", True)])
+async def test_the_directory_is_on_the_path_only_for_its_agent(
+    directory: Path, command: list[str], agent: str, is_first: bool
+) -> None:
+    (directory / "tells.py").write_text(CLEAN.replace("works", "agent"))
+    site = directory / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import atexit, os, sys\natexit.register(lambda: print([os.getcwd() in sys.path, sys.path[0] == os.getcwd()]))"
+    )
+    done = await trio.run_process(
+        [*command, "drill", "--agent", agent],
+        capture_stdout=True,
+        env=os.environ | {"PYTHONPATH": str(site)},
+    )
+    assert done.stdout.decode().splitlines()[-1] == f"[{is_first}, {is_first}]"
+    assert b"imported" not in done.stdout
 
 
 async def test_strict_does_not_serve() -> None:

@@ -106,6 +106,21 @@ def test_a_token_opens_the_chat_and_no_secret_shows(serving: Serving, tmp_path: 
         assert secret.encode() not in command
 
 
+@pytest.mark.parametrize("password", ["pa55@w0rd", "pa55/w0rd", "5432/pa55w0rd", "pa55[w0rd"])
+@pytest.mark.parametrize("log", ["redis://me:{}@127.0.0.1:1/0", "postgresql://me:{}@127.0.0.1:1/db"])
+def test_no_part_of_a_password_shows(log: str, password: str) -> None:
+    for arguments, environ in [
+        ([], {"TRICORN_LOG": log.format(password), "TRICORN_LOG_TIMEOUT": "0.2"}),
+        ([], {"TRICORN_JWT_KEY": f"https://me:{password}@issuer.invalid/jwks"}),
+        ([log.format(password)], {}),
+    ]:
+        done = tricorn("serve", "--bind", "127.0.0.1:0", *arguments, **environ)
+        assert done.returncode in {1, 2}
+        assert "tricorn" in done.stderr
+        for part in ("pa55", "w0rd", "5432"):
+            assert part not in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("ttl", ["", "1", "h", "0s", "-1h", "1w", "1.5h", "9" * 5000 + "s", "１h"])
 def test_a_time_that_is_none(ttl: str) -> None:
     done = tricorn("token", "--user", "ada", f"--ttl={ttl}", TRICORN_JWT_KEY=SECRET)

@@ -308,7 +308,7 @@ trio.run(Worker(sys.argv[2]).obey, lambda: NOTHING)
 
 
 async def test_cancelled_it_leaves_no_process() -> None:
-    supervisor = Supervisor([sys.executable, "-c", OBEYS], 2, await reserve(0, "127.0.0.1"), drain_timeout=1)
+    supervisor = Supervisor([sys.executable, "-c", OBEYS], 2, await reserve("127.0.0.1:0"), drain_timeout=1)
     ready = trio.Event()
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
@@ -325,7 +325,7 @@ async def test_cancelled_it_leaves_no_process() -> None:
 
 async def test_one_that_is_killed_before_it_serves_ends_it(capfd: pytest.CaptureFixture[str]) -> None:
     kills_itself = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    supervisor = Supervisor([sys.executable, "-c", kills_itself], 2, await reserve(0, "127.0.0.1"), drain_timeout=1)
+    supervisor = Supervisor([sys.executable, "-c", kills_itself], 2, await reserve("127.0.0.1:0"), drain_timeout=1)
     with trio.fail_after(PATIENCE):
         assert await supervisor.run(pytest.fail) == 1
     [record] = map(json.loads, capfd.readouterr().err.splitlines())
@@ -333,7 +333,7 @@ async def test_one_that_is_killed_before_it_serves_ends_it(capfd: pytest.Capture
 
 
 async def test_a_command_that_there_is_not_ends_it(capfd: pytest.CaptureFixture[str]) -> None:
-    supervisor = Supervisor(["/nowhere/at/all"], 2, await reserve(0, "127.0.0.1"), drain_timeout=1)
+    supervisor = Supervisor(["/nowhere/at/all"], 2, await reserve("127.0.0.1:0"), drain_timeout=1)
     with trio.fail_after(PATIENCE):
         assert await supervisor.run(pytest.fail) == 1
     [record] = map(json.loads, capfd.readouterr().err.splitlines())

@@ -23,6 +23,13 @@ def pins(name: str) -> Iterator[tuple[Requirement, list[str]]]:
         yield Requirement(requirement), hashes
 
 
+def test_each_base_image_can_be_pinned_by_its_digest() -> None:
+    bases = re.findall("^FROM (.*)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert len(bases) == 2
+    assert all("${DIGEST:+@${DIGEST}}" in base for base in bases)
+    assert '--build-arg "DIGEST=$digest"' in (ROOT / ".ci" / "image").read_text()
+
+
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [

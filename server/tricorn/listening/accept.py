@@ -97,7 +97,7 @@ class Acceptor:
         self._site = site
         self._poller = poller
         self._http = http
-        self._tls = tls
+        self.tls = tls  # for the sockets that come from now on
         self._tls_turns = Lock()
         self._sockets = Capacity(settings.max_connections + SPARE, "max_connections", metrics)
         self._pages = Capacity(settings.max_connections + SPARE_PAGES, "max_connections", metrics)
@@ -112,8 +112,8 @@ class Acceptor:
         wire: Wire = sock
         try:
             with self._sockets, self._peers.of(peer):
-                if self._tls is not None:
-                    wire = TlsSocket(sock, self._tls)
+                if self.tls is not None:
+                    wire = TlsSocket(sock, self.tls)
                 following = await self._enter(wire, sock, peer)
                 if isinstance(following, Head):
                     await self._serve_pages(wire, sock, peer, following)
@@ -145,7 +145,7 @@ class Acceptor:
                 async with http2.run():
                     await http2.serve(head.data)
                 return
-            pages = Pages(*arguments, secure=self._tls is not None)
+            pages = Pages(*arguments, secure=self.tls is not None)
             async with pages.run():
                 following: Head | Upgraded | None = head
                 while isinstance(following, Head):
@@ -278,7 +278,7 @@ class Acceptor:
 
         What has come is read first, since what is closed with something unread may take the response back.
         """
-        if self._tls is not None and not (isinstance(wire, TlsSocket) and wire.ready):
+        if self.tls is not None and not (isinstance(wire, TlsSocket) and wire.ready):
             return  # there is no way to say it yet
         with suppress(OSError):
             wire.recv(READ_SIZE)

@@ -155,11 +155,15 @@ _USUAL = {b"GET": "GET", b"1.1": "1.1"}  # which connections keep: they share th
 
 
 def join_headers(raw_headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
-    """Return headers by lower-case name, what came several times joined by `, ` (RFC 9110 §5.3)."""
+    """Return headers by lower-case name, what came several times joined by `, ` (RFC 9110 §5.3).
+
+    Cookies are joined by `; ` (RFC 9113 §8.2.3): a comma would be a part of the first one's value.
+    """
     headers: dict[str, str] = {}
     for raw_name, raw_value in raw_headers:
         name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+        separator = "; " if name == "cookie" else ", "
+        headers[name] = f"{headers[name]}{separator}{value}" if name in headers else value
     return headers
 
 

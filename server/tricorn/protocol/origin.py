@@ -24,10 +24,15 @@ _NEVER_SENT = {
     "wss": "https://",
     "file": NULL,
     "data": NULL,
+    "about": NULL,
+    "javascript": NULL,
     "blob": "the origin of the page that made it",
 }
 
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^\s/?#@,:\[\]]+)(?::([0-9]+|\*))?", re.ASCII)
+
+_FORBIDDEN = re.compile(r"[\x00-\x20%<>\\^|\x7f]")  # in a host (URL Standard, "forbidden domain code point")
+_EXTENSION = re.compile(r"[a-p]{32}")  # how Chromium names them
 
 
 class _Parts(NamedTuple):
@@ -53,8 +58,12 @@ def check_pattern(pattern: str) -> None:
     name = host.removeprefix(_SUBDOMAINS)
     if ANY in name:
         raise ValueError("a * stands for whole subdomains, https://*.example.org, or for the port, http://localhost:*")
-    if port and port != ANY and (int(port) > 65535 or port != str(int(port))):
-        raise ValueError("the port must be a whole number from 0 to 65535, without zeros before it, or *")
+    if port and port != ANY and (len(port) > 5 or not 0 < int(port) <= 65535 or port != str(int(port))):
+        raise ValueError("the port must be a whole number from 1 to 65535, without zeros before it, or *")
+    if scheme == "chrome-extension" and (port or not _EXTENSION.fullmatch(host)):
+        raise ValueError("the id of an extension is 32 letters from a to p, and no port follows it")
+    if scheme in _DEFAULT_PORTS and name != host and _is_number(name.rpartition(".")[2]):
+        raise ValueError("an address has no subdomains")
     if scheme in _DEFAULT_PORTS and name != (right := _as_browsers_write(name)):
         raise ValueError(f"browsers write this host as {right}" if right else "there is no such host")
 
@@ -105,6 +114,11 @@ def _split(origin: str) -> _Parts | None:
     return _Parts(scheme, host, port or _DEFAULT_PORTS.get(scheme, ""))
 
 
+def _is_number(label: str) -> bool:
+    """Whether a host that ends with it must be an address of IPv4 ("ends in a number" in the URL Standard)."""
+    return label.isdecimal() or re.fullmatch(r"0x[0-9a-f]*", label) is not None
+
+
 def _as_browsers_write(host: str) -> str:
     """Return a host of http: as the URL Standard serialises it, if that can be told; "" if it cannot be one."""
     if host.startswith("["):
@@ -112,7 +126,9 @@ def _as_browsers_write(host: str) -> str:
             return f"[{IPv6Address(host[1:-1]).compressed}]"
         except ValueError:
             return ""
-    if host.rpartition(".")[2].isdecimal():
+    if _FORBIDDEN.search(host):
+        return ""
+    if _is_number(host.removesuffix(".").rpartition(".")[2]):
         try:
             return str(ip_address(host))
         except ValueError:

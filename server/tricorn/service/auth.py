@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from os import dup
+from socket import socket
 from typing import Annotated, Any
 
 import jwt
@@ -17,6 +19,7 @@ from jwt.utils import base64url_encode
 from tricorn.chat.close_codes import UNAUTHENTICATED
 from tricorn.chat.identity import Identity, NotAdmitted, is_loopback
 from tricorn.errors.report import report, report_error
+from tricorn.listening.binds import DESCRIPTOR, UNIX, parse_bind
 from tricorn.service.jwt_keys import SECRET_BYTES, Key, Keys, algorithms
 from tricorn.service.settings import ServiceSettings
 from tricorn.settings import SettingError
@@ -97,11 +100,32 @@ def _refusal(error: Exception, peer: str) -> NotAdmitted:
 
 def check_exposure(settings: ServiceSettings) -> None:
     """Raise `SettingError` where strangers could come in and nobody said that they may."""
-    if settings.jwt_key is None and settings.auth is None and not is_loopback(settings.host):
-        raise SettingError(
-            f"{settings.host} is open to others, and without a key they would all come in: set TRICORN_JWT_KEY, "
-            "or listen on 127.0.0.1, or say --auth none if everybody may"
-        )
+    if settings.jwt_key is not None or settings.auth is not None:
+        return
+    for each in settings.binds:
+        host = _host(each)
+        if host is None:
+            problem = f"{each}: clients of a Unix socket have no address, so without a key none of them could come in"
+        elif not is_loopback(host):
+            problem = f"{host or each} is open to others, and without a key they would all come in"
+        else:
+            continue
+        ways_out = "set TRICORN_JWT_KEY, or listen on 127.0.0.1, or say --auth none if everybody may"
+        raise SettingError(f"{problem}: {ways_out}")
+
+
+def _host(bind: str) -> str | None:
+    """The host that something listens on, or None for a Unix socket."""
+    if bind.startswith(UNIX):
+        return None
+    if not bind.startswith(DESCRIPTOR):
+        return parse_bind(bind)[0]
+    try:
+        with socket(fileno=dup(int(bind.removeprefix(DESCRIPTOR)))) as copy:
+            name = copy.getsockname()
+    except OSError:
+        return "localhost"  # listening on it will say what is wrong
+    return name[0] if isinstance(name, tuple) else None
 
 
 def make_token(

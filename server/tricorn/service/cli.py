@@ -12,11 +12,16 @@ from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from secrets import token_hex
-from signal import SIGINT
+from signal import SIG_IGN, SIGHUP, SIGINT, signal
 from typing import NoReturn
 
 from tricorn.settings import SettingError
 
+WHERE = (
+    "listen on HOST:PORT, :PORT (every address), unix:PATH, fd:N, or fd:// (what systemd has passed); "
+    "port 0 picks one; may be repeated (127.0.0.1:8080, or what systemd has passed)"
+)
+SERVERS = ("serve", "run")
 INTERRUPTED = 128 + SIGINT  # the exit status that shells use for Ctrl-C
 
 
@@ -29,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv, Namespace(argv=argv))
     if arguments.command == "audit" and not arguments.targets:
         arguments.command = "audit_served"
+    if arguments.command in SERVERS:
+        signal(SIGHUP, SIG_IGN)  # until it serves: what SIGHUP has read again is being read
     try:
         module = import_module(f"tricorn.service.commands.{arguments.command}")
     except ModuleNotFoundError as error:
@@ -58,10 +65,11 @@ def _open_stderr() -> None:
 
 
 class _Parser(ArgumentParser):
-    """Says in one line what was asked wrongly."""
+    """Says in one line what was asked wrongly, but nothing of a URL in the wrong place: that may have a password."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        head, is_url, _ = message.partition("://")
+        self.exit(2, f"{self.prog}: {head}://…\n" if is_url else f"{self.prog}: {message}\n")
 
 
 def _parser() -> ArgumentParser:
@@ -77,11 +85,11 @@ def _parser() -> ArgumentParser:
     run.add_argument(
         "handler", metavar="MODULE:HANDLER", help="an async function that takes each WebSocket, or an ASGI application"
     )
-    run.add_argument("--bind", metavar="HOST:PORT", default="127.0.0.1:8080", help="where to listen (%(default)s)")
+    run.add_argument("--bind", metavar="WHERE", action="append", help=WHERE)
 
     serve = commands.add_parser("serve", help="serve the chat", description="Serve the chat until SIGTERM or Ctrl-C.")
     serve.set_defaults(command="serve")
-    serve.add_argument("--bind", metavar="HOST:PORT", help="where to listen; port 0 picks one (127.0.0.1:8080)")
+    serve.add_argument("--bind", metavar="WHERE", action="append", help=WHERE)
     serve.add_argument("--agent", metavar="MODULE:FUNCTION", help="the agent that answers (the demo agent)")
     serve.add_argument(
         "--audit",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from hypercorn.config import Config
 
+from tricorn.service.loader import look_here_for
 from tricorn.settings import SettingError
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ def load_config(name: str) -> Config:
         _check(name, option.removeprefix("_"), strict=":" not in name)
     if (config.certfile is None) != (config.keyfile is None):
         raise _problem(name, "certfile and keyfile need each other")
+    if config.keyfile_password is None:
+        config.keyfile_password = ""  # else OpenSSL would ask for it at the terminal, and everybody would wait
     try:
         config.create_ssl_context()
     except (OSError, SSLError) as error:  # a file that is not there, or holds something else
@@ -105,6 +108,7 @@ def _read(name: str) -> Config:
 
 
 def _from_module(name: str) -> Config:
+    look_here_for(name)
     return Config.from_object(import_module(name))
 
 

@@ -10,6 +10,7 @@ from base64 import b64decode
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
+from re import compile as pattern
 from ssl import create_default_context
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -31,7 +32,7 @@ from jwt.exceptions import InvalidKeyError
 
 from tricorn.chat.identity import is_loopback
 from tricorn.errors.report import report_error
-from tricorn.settings import SettingError
+from tricorn.settings import SettingError, check_userinfo
 
 READ_TIMEOUT = 10.0  # seconds, for reading the keys once
 COOLDOWN = 5.0  # seconds between two readings: tokens with made-up key ids must not become a flood at the issuer's
@@ -41,6 +42,8 @@ RSA_BITS = 2048  # at least, RFC 7518 §3.3
 
 RSA = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
 CURVES = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
+
+_URL = pattern(r"[!-~]+").fullmatch
 
 Read = Callable[[], Awaitable[str]]
 
@@ -86,6 +89,10 @@ class Keys:
         if len(self._keys) == 1 and None in (kid, self._keys[0].kid):
             return self._keys[0]
         return next((key for key in self._keys if key.kid is not None and key.kid == kid), None)
+
+    def refresh(self) -> None:
+        """Have `stay_fresh` read the keys again soon. Not a checkpoint."""
+        self._wanted.set()
 
     async def stay_fresh(self) -> None:
         """Read the keys every `period` seconds, and when an unknown one is asked for. Ends only by cancellation."""
@@ -215,7 +222,7 @@ def _from_jwks(text: str) -> tuple[Key, ...]:
 def _from_jwk(jwk: dict[str, Any]) -> Key | None:
     kid = jwk.get("kid")
     make = _FROM_JWK.get(str(jwk.get("kty")))  # not "oct": a secret that stands in a public list is none
-    if make is None or jwk.get("use", "sig") != "sig" or not isinstance(kid, str | None):
+    if make is None or not _may_verify(jwk) or not isinstance(kid, str | None):
         return None
     try:
         public = _public(make(jwk))
@@ -226,17 +233,32 @@ def _from_jwk(jwk: dict[str, Any]) -> Key | None:
     return Key(public, own, kid) if own else None
 
 
+def _may_verify(jwk: dict[str, Any]) -> bool:
+    """Whether the key's owner lets it verify signatures (RFC 7517 §4.2 and §4.3)."""
+    operations = jwk.get("key_ops", ["verify"])
+    return jwk.get("use", "sig") == "sig" and isinstance(operations, list) and "verify" in operations
+
+
 def _reader(text: str) -> Read | None:
     if text.startswith("file:"):
         return trio.Path(text.removeprefix("file:").removeprefix("//")).read_text
     if text.startswith(("https:", "http:")):
-        url = urlsplit(text)
-        if not url.hostname or url.username is not None:
-            raise ValueError("must be a URL like https://example.org/jwks.json")
-        if url.scheme == "http" and not is_loopback(url.hostname):
+        url = _split(text)
+        if url.scheme == "http" and not is_loopback(url.hostname or ""):
             raise ValueError("must be read over https: whoever can change it on its way can make tokens")
         return partial(fetch, url)
     return None
+
+
+def _split(text: str) -> SplitResult:
+    check_userinfo(text)
+    try:
+        url = urlsplit(text)
+        if url.hostname and url.username is None and url.port != 0 and _URL(text):
+            return url
+    except ValueError:  # its text would have parts of the URL
+        pass
+    raise ValueError("must be a URL like https://example.org/jwks.json")
 
 
 async def fetch(url: SplitResult) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
+from importlib.machinery import PathFinder
 from inspect import iscoroutinefunction, signature
 from os.path import basename
 from traceback import extract_tb
@@ -33,6 +36,16 @@ class Name(NamedTuple):
     def error(self, problem: str) -> SettingError:
         """Make the error that says what is wrong with it."""
         return SettingError(f"{self.label}: {problem}")
+
+
+def look_here_for(module: str) -> None:
+    """Put the working directory first on `sys.path` if it has this module.
+
+    Else whatever happens to lie there would be imported in place of the standard library and of installed packages.
+    """
+    package, here = module.partition(".")[0], os.getcwd()
+    if package not in sys.modules and PathFinder.find_spec(package, [here]) is not None and sys.path[:1] != [here]:
+        sys.path.insert(0, here)
 
 
 def agent_name(text: str) -> Name:
@@ -89,6 +102,7 @@ def _check(name: Name, found: Any) -> object:
 
 
 def _import(name: Name) -> ModuleType:
+    look_here_for(name.module)
     try:
         return import_module(name.module)
     except ModuleNotFoundError as error:

@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal, Self
 
 from tricorn.chat.settings import ChatSettings, Linger
 from tricorn.errors.import_guard import Mode
-from tricorn.service.bind import PORT, parse_bind
+from tricorn.listening.binds import PORT, check_bind, parse_bind
+from tricorn.service.bind import show_bind
+from tricorn.service.systemd import ALL
 from tricorn.settings import Count, Rule, Seconds, SettingError, one_of, rules
 
 
@@ -41,6 +43,20 @@ HOST = Rule(description="an address or a host name", test=lambda value: isinstan
 
 Host = Annotated[str, HOST]
 Port = Annotated[int, PORT]
+
+
+def _are_binds(value: object) -> bool:
+    if not isinstance(value, tuple) or not all(isinstance(each, str) for each in value):
+        return False
+    for each in value:
+        if each != ALL:
+            check_bind(each, "bind=")
+    return True
+
+
+Binds = Annotated[
+    tuple[str, ...], Rule(description="a tuple of HOST:PORT, :PORT, unix:PATH, fd:N or fd://", test=_are_binds)
+]
 Bind = Annotated[
     tuple[str, int] | None,
     Rule(
@@ -83,6 +99,9 @@ class ServiceSettings(ChatSettings):
 
     port: Port = 8080
     """The port to listen on; 0 takes a free one."""
+
+    bind: Binds = ()
+    """What to listen on in place of `host` and `port`: HOST:PORT, :PORT for every address, unix:PATH, fd:N, fd://."""
 
     agent: AgentName = "tricorn.chat.agents.demo:demo"
     """The agent that answers, as module:function."""
@@ -137,9 +156,15 @@ class ServiceSettings(ChatSettings):
         if self.jwt_key is not None and self.auth is not None:
             raise SettingError("auth=none: there is a jwt_key as well; only one of them can be meant")
 
+    @property
+    def binds(self) -> tuple[str, ...]:
+        """What to listen on."""
+        return self.bind or (show_bind(self.host, self.port),)
+
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = environ) -> Self:
-        """Read `TRICORN_BIND` and `TRICORN_METRICS` (HOST:PORT), other `TRICORN_<FIELD>`, and what Cloud Run says.
+        """Read `TRICORN_BIND` (`bind`, with spaces or commas between), `TRICORN_METRICS` (HOST:PORT), other
+        `TRICORN_<FIELD>`, and what Cloud Run says.
 
         `K_SERVICE`, `K_REVISION` and `K_CONFIGURATION` name the service, and a service listens on every interface
         unless `TRICORN_HOST` says another. `PORT` is its port. `TRICORN_BIND` goes before all of these. Raises
@@ -151,22 +176,19 @@ class ServiceSettings(ChatSettings):
             values["host"] = "0.0.0.0"  # noqa: S104 (a container has its own network)
         if "PORT" in environ:
             values["port"] = PORT.read("PORT=", environ["PORT"])
-        bind = None
         settable = {name.upper(): name for name in rules(cls) if name not in _NOT_VARIABLES}
         for variable, text in environ.items():
             if not variable.startswith(_PREFIX):
                 continue
             name = variable.removeprefix(_PREFIX)
             if name == "BIND":
-                bind = parse_bind(text, f"{variable}=")
+                values["bind"] = _binds(variable, text)
             elif name == "METRICS":
                 values["metrics"] = parse_bind(text, f"{variable}=")
             elif field := settable.get(name):
                 values[field] = rules(cls)[field].read(f"{variable}=", text)
             else:
                 raise SettingError(f"{variable}: no such setting; {_nearest(name, sorted(['BIND', *settable]))}")
-        if bind is not None:
-            values["host"], values["port"] = bind
         return cls(**values)
 
     def shown_token(self) -> str | None:
@@ -179,7 +201,15 @@ class ServiceSettings(ChatSettings):
 
 _PREFIX = "TRICORN_"
 _OF_CLOUD_RUN = ("service", "revision", "configuration")
-_NOT_VARIABLES = {"port", *_OF_CLOUD_RUN}
+_NOT_VARIABLES = {"bind", "port", *_OF_CLOUD_RUN}
+
+
+def _binds(variable: str, text: str) -> tuple[str, ...]:
+    binds = tuple(text.replace(",", " ").split()) or (text,)
+    for each in binds:
+        if each != ALL:
+            check_bind(each, f"{variable}=")
+    return binds
 
 
 def _nearest(name: str, names: list[str]) -> str:

@@ -21,16 +21,17 @@ from tricorn.errors.import_guard import guarded
 from tricorn.errors.last_resort import LastResort, exit_in_time
 from tricorn.errors.report import report
 from tricorn.errors.streams import recorded
-from tricorn.listening.binds import listen
+from tricorn.listening.binds import listen_on
 from tricorn.listening.site import Site
 from tricorn.metrics import Metrics, ProcessMetrics, ServerMetrics, total
 from tricorn.server import Server, serve_until_signal
 from tricorn.service.auth import Tokens
-from tricorn.service.bind import bind_or_explain, show_address
+from tricorn.service.bind import bind_or_explain, show_address, show_bind, show_urls
 from tricorn.service.chat_drill import drill_chat
 from tricorn.service.jwt_keys import Keys, load
 from tricorn.service.metrics_page import metrics_page, no_websocket, of_this_process
 from tricorn.service.pages import pages
+from tricorn.service.systemd import notify
 from tricorn.service.workers import Supervisor, reserve
 from tricorn.settings import SettingError
 
@@ -73,15 +74,14 @@ def check_shared(log: Log, processes: str) -> None:
 
 
 @asynccontextmanager
-async def start_chat(agent: Agent, settings: ServiceSettings, log: Log) -> AsyncGenerator[Chat]:
+async def start_chat(agent: Agent, settings: ServiceSettings, log: Log, keys: Keys) -> AsyncGenerator[Chat]:
     """Start all that a chat needs, in order, and the chat; `async with` ends it in the opposite order.
 
     Raises:
-        SettingError: the keys cannot be read or used.
         Unavailable: the log cannot be opened; maybe in an ExceptionGroup.
         ExceptionGroup: the drill failed.
     """
-    keys, gate = await _make_gate(settings)
+    gate = _make_gate(settings, keys)
     async with log:
         await drill_chat()
         with guarded(settings.import_guard):
@@ -105,16 +105,18 @@ async def serve(
 
     Raises as `start_chat` does, and `SettingError` if an address cannot be listened on.
     """
-    listeners = [] if worker is not None else await bind_or_explain(listen, settings.host, settings.port, "--bind ")
+    listeners = [] if worker is not None else await bind_or_explain(_listen, settings.binds)
     for_metrics = [] if worker is not None else await _listen_for_metrics(settings)
-    async with exit_in_time(settings.drain_timeout) as last_resort, start_chat(agent, settings, log) as chat:
+    keys = await read_keys(settings)
+    async with exit_in_time(settings.drain_timeout) as last_resort, start_chat(agent, settings, log, keys) as chat:
         settle()
         with recorded():
-            await _serve_chat(chat, settings, listeners, for_metrics, config, worker, say, last_resort)
+            await _serve_chat(chat, keys, settings, listeners, for_metrics, config, worker, say, last_resort)
 
 
 async def _serve_chat(
     chat: Chat,
+    keys: Keys,
     settings: ServiceSettings,
     listeners: list[Socket],
     for_metrics: list[Socket],
@@ -123,11 +125,16 @@ async def _serve_chat(
     say: Say,
     last_resort: LastResort,
 ) -> None:
+    async def drain() -> None:
+        if worker is None:
+            notify("STOPPING=1")
+        await chat.drain()
+
     server = Server(
         Site({"/ws": chat.session}, settings, subprotocols=SUBPROTOCOLS),
         listeners if worker is None else worker.listen(),
         app=pages(chat.why_not_ready),
-        drain=chat.drain,
+        drain=drain,
         config=config,
     )
     for code in close_codes.KNOWN:
@@ -136,7 +143,7 @@ async def _serve_chat(
     async with trio.open_nursery() as support:
         await _show_metrics(support, for_metrics, metrics_page(counted, of_this_process(counted)), settings, say)
         async with trio.open_nursery() as serving:
-            await serving.start(serve_until_signal, server, last_resort)
+            await serving.start(partial(serve_until_signal, server, last_resort, reload=keys.refresh))
             if worker is None:
                 _announce(settings, config, say, server.addresses)
             else:
@@ -144,19 +151,39 @@ async def _serve_chat(
         support.cancel_scope.cancel()
 
 
-async def supervise(command: Sequence[str], settings: ServiceSettings, *, config: Config | None, say: Say) -> int:
+async def supervise(
+    command: Sequence[str],
+    settings: ServiceSettings,
+    *,
+    config: Config | None,
+    read_config: Callable[[], object],
+    say: Say,
+) -> int:
     """Have workers serve, each of them started with `command`, and return the exit status: see `Supervisor.run`.
+
+    At SIGHUP, workers are replaced if `read_config` raises no `SettingError` and the keys can be read.
 
     Raises `SettingError` if an address cannot be listened on, and ExceptionGroup if the drill failed.
     """
-    reserved = await bind_or_explain(reserve, settings.host, settings.port, "--bind ")
+
+    async def check() -> None:
+        read_config()
+        await read_keys(settings)
+
+    reserved = await bind_or_explain(reserve, settings.binds)
     for_metrics = await _listen_for_metrics(settings)
     await drill_chat()
     with guarded(settings.import_guard):
         async with trio.open_nursery() as support:
             process = ProcessMetrics()
             supervisor = Supervisor(
-                command, settings.workers, reserved, drain_timeout=settings.drain_timeout, counted=[process]
+                command,
+                settings.workers,
+                reserved,
+                drain_timeout=settings.drain_timeout,
+                counted=[process],
+                ending=partial(notify, "STOPPING=1"),
+                check=check,
             )
             described: list[Metrics] = [ServerMetrics(), ChatMetrics(), process, supervisor.metrics]
             page = metrics_page(described, supervisor.scrape)
@@ -176,15 +203,26 @@ def settle() -> None:
     gc.set_threshold(*COLLECT)
 
 
-async def _make_gate(settings: ServiceSettings) -> tuple[Keys, Gate]:
+async def read_keys(settings: ServiceSettings) -> Keys:
+    """Read the keys that the settings name, if they do. Raises `SettingError` if they cannot be read or used."""
     if settings.jwt_key is None:
-        return Keys(()), ThisMachine() if settings.auth is None else Everybody()
-    keys = await load(settings.jwt_key.reveal(), settings.jwks_refresh)
-    return keys, Tokens(keys, settings)
+        return Keys(())
+    return await load(settings.jwt_key.reveal(), settings.jwks_refresh)
+
+
+def _make_gate(settings: ServiceSettings, keys: Keys) -> Gate:
+    if settings.jwt_key is None:
+        return ThisMachine() if settings.auth is None else Everybody()
+    return Tokens(keys, settings)
 
 
 async def _listen_for_metrics(settings: ServiceSettings) -> list[Socket]:
-    return [] if settings.metrics is None else await bind_or_explain(listen, *settings.metrics, "TRICORN_METRICS=")
+    binds = [] if settings.metrics is None else [show_bind(*settings.metrics)]
+    return await bind_or_explain(_listen, binds, "TRICORN_METRICS=")
+
+
+async def _listen(bind: str) -> list[Socket]:
+    return await listen_on([bind])
 
 
 async def _show_metrics(
@@ -198,7 +236,8 @@ async def _show_metrics(
 
 def _announce(settings: ServiceSettings, config: Config | None, say: Say, addresses: Sequence[Address]) -> None:
     scheme = "http" if config is None or not config.ssl_enabled else "https"
-    say(f"Tricorn is listening on {scheme}://{show_address(addresses[0])}")
+    say(f"Tricorn is listening on {show_urls(scheme, addresses)}")
+    notify("READY=1")
     if settings.service is not None:
         report(
             "INFO",

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import socket
 import subprocess
-from os import getpid
-from signal import SIGINT, SIGTERM, raise_signal, strsignal
+from os import dup, getpid
+from signal import SIGHUP, SIGINT, SIGTERM, raise_signal, strsignal
 from typing import TYPE_CHECKING
 
 import trio
@@ -20,11 +20,11 @@ from trio import BrokenResourceError, current_time, move_on_after
 
 from tricorn.chat.backoff import Backoff
 from tricorn.errors.report import report, report_error
-from tricorn.listening.binds import BACKLOG, addresses, bind
+from tricorn.listening.binds import BACKLOG, addresses, bind_to, close_all
 from tricorn.metrics import NOTHING, Counter, Metrics, Numbers, total
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
     from tricorn.listening.binds import Address
 
@@ -37,12 +37,18 @@ GRACE = 1.0  # seconds beyond drain_timeout, before a worker is killed
 _decode = Decoder(Numbers).decode
 
 
-async def reserve(port: int, host: str) -> list[socket.socket]:
-    """Bind every address that the host has, for workers to listen on. Raises OSError like `bind`."""
-    reserved = await bind(port, host)
+async def reserve(text: str) -> list[socket.socket]:
+    """Bind what a text names, for workers to listen on. Raises OSError and `SettingError` like `bind_to`."""
+    reserved = await bind_to(text)
     for each in reserved:  # not before it is bound: somebody else's workers must not be joined
-        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if not _listens(each):
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     return reserved
+
+
+def _listens(sock: socket.socket) -> bool:
+    """Whether it listens already, as a Unix socket and one that was passed do: then workers share it."""
+    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
 class Worker:
@@ -87,7 +93,8 @@ class WorkerMetrics(Metrics):
 class Supervisor:
     """Keeps `count` workers running, each of them `command` with `--worker` and its descriptors behind it.
 
-    `counted` is what else this process counts; a scrape adds it to what the workers have counted.
+    `counted` is what else this process counts; a scrape adds it to what the workers have counted. `ending` is called
+    when the end begins, and `check` before workers are replaced: if it raises, they are not.
     """
 
     def __init__(
@@ -98,6 +105,8 @@ class Supervisor:
         *,
         drain_timeout: float,
         counted: Sequence[Metrics] = (),
+        ending: Callable[[], None] = lambda: None,
+        check: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint,
     ) -> None:
         self.metrics = WorkerMetrics()
         self._counted = counted
@@ -106,6 +115,11 @@ class Supervisor:
         self._reserved = reserved
         self._drain_timeout = drain_timeout
         self._running: dict[int, _Running] = {}  # by the worker's number
+        self._when_ending = ending
+        self._check = check
+        self._told = trio.Event()  # to replace the workers
+        self._replaced: set[int] = set()  # workers that are told to end, for others to take their place
+        self._up: dict[int, trio.Event] = {}  # set when the worker of that number serves, or none is going to
         self._patience = trio.CancelScope()  # what still runs when it is over is killed
         self._ending = trio.Event()
         self._complete = False  # all workers have been serving
@@ -119,13 +133,14 @@ class Supervisor:
         Either signal is passed on to all workers; a second one too, and then they abort. A worker that ends before all
         have been serving, without having served, ends all of it, and the exit status is its own.
 
+        At SIGHUP workers are replaced, one after the other, so that everything is read again.
+
         If cancelled, the workers are killed.
         """
         try:
             return await self._run(announce)
         finally:
-            for each in self._reserved:
-                each.close()
+            close_all(self._reserved)
 
     async def scrape(self) -> tuple[Numbers, Mapping[str, int]]:
         """What all workers have counted, those that ended included, and the ids of the processes."""
@@ -138,7 +153,7 @@ class Supervisor:
         return total(parts), {"supervisor": getpid(), **pids}
 
     async def _run(self, announce: Callable[[list[Address]], None]) -> int:
-        with trio.open_signal_receiver(SIGTERM, SIGINT) as signals:
+        with trio.open_signal_receiver(SIGTERM, SIGINT, SIGHUP) as signals:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._obey, signals)
                 with self._patience:
@@ -148,37 +163,75 @@ class Supervisor:
                         await self._start(workers, range(2, self._count + 1))
                         if not self._ending.is_set():
                             self._complete = True
+                            nursery.start_soon(self._replace_when_told)
                             announce(addresses(self._reserved))
                 nursery.cancel_scope.cancel()
         return self._status
 
     async def _obey(self, signals: AsyncIterator[int]) -> None:
-        async for _ in signals:
-            self._end()
+        async for number in signals:
+            if number == SIGHUP:
+                self._told.set()
+            else:
+                self._end()
+
+    async def _replace_when_told(self) -> None:
+        while True:
+            await self._told.wait()
+            self._told = trio.Event()
+            try:
+                await self._check()
+            except Exception as error:
+                report_error(error, action="replacing the workers; they stay")
+            else:
+                for number in range(1, self._count + 1):
+                    await self._replace(number)
+
+    async def _replace(self, number: int) -> None:
+        """Have a worker end, and wait until there is another that serves. One that does not end in time is killed."""
+        running = self._running.get(number)
+        if running is None or self._ending.is_set():
+            return  # the next one is about to start, or none is
+        self._replaced.add(number)
+        self._up[number] = up = trio.Event()
+        running.process.terminate()
+        with move_on_after(self._drain_timeout + GRACE) as scope:
+            await running.process.wait()
+        if scope.cancelled_caught:
+            running.process.kill()
+        await up.wait()
 
     def _end(self) -> None:
+        told_already: set[int] = set()
         if not self._ending.is_set():
+            told_already = self._replaced
             self._ending.set()
+            self._when_ending()
+            close_all(self._reserved)  # so that nobody waits in the queue of a socket that the workers have left
             self._patience.deadline = current_time() + self._drain_timeout + GRACE
-        for running in self._running.values():
-            running.process.terminate()
+        for number, running in self._running.items():
+            if number not in told_already:
+                running.process.terminate()
 
     async def _start(self, nursery: trio.Nursery, numbers_of_workers: Sequence[int]) -> None:
-        up = {number: trio.Event() for number in numbers_of_workers}
-        for number, event in up.items():
-            nursery.start_soon(self._keep, number, event)
-        for event in up.values():
-            await event.wait()
+        for number in numbers_of_workers:
+            self._up[number] = trio.Event()
+            nursery.start_soon(self._keep, number)
+        for number in numbers_of_workers:
+            await self._up[number].wait()
 
-    async def _keep(self, number: int, up: trio.Event) -> None:
-        """Run a worker, and the next when it has ended. `up` is set when it serves, or is not going to."""
+    async def _keep(self, number: int) -> None:
+        """Run a worker, and the next when it has ended."""
         backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         while not self._ending.is_set():
             began = current_time()
-            status = await self._run_one(number, up)
+            status = await self._run_one(number)
             if self._ending.is_set():
                 break
-            if not up.is_set() and not self._complete:
+            if number in self._replaced:
+                self._replaced.remove(number)
+                continue
+            if not self._up[number].is_set() and not self._complete:
                 if status < 0:  # else it has said why
                     report("ERROR", f"worker {number} did not start: {_how(status)}", worker=number)
                 self._status = status if status > 0 else 1
@@ -198,9 +251,9 @@ class Supervisor:
             )
             with move_on_after(pause):
                 await self._ending.wait()
-        up.set()
+        self._up[number].set()
 
-    async def _run_one(self, number: int, up: trio.Event) -> int:
+    async def _run_one(self, number: int) -> int:
         """Run a worker until it ends, and return its exit status, negative for a signal. If cancelled, kill it."""
         try:
             process, control = await self._open()
@@ -212,7 +265,7 @@ class Supervisor:
             if self._ending.is_set():
                 process.terminate()
             async with control, trio.open_nursery() as nursery:
-                nursery.start_soon(running.hear, up)
+                nursery.start_soon(running.hear, self._up[number])
                 status = await process.wait()
                 nursery.cancel_scope.cancel()
             return status
@@ -279,7 +332,9 @@ class _Running:
 
 
 def _again(reserved: socket.socket) -> socket.socket:
-    """A further socket on an address that is reserved."""
+    """A further socket on an address that is reserved, or the same one if that listens already."""
+    if _listens(reserved):
+        return socket.socket(fileno=dup(reserved.fileno()))
     listener = socket.socket(reserved.family, reserved.type)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -50,6 +50,22 @@ async def let_in(request: tricorn.Request) -> Accept:
     return Accept()
 
 
+async def test_cookies_are_joined_by_semicolons(hosted: Served) -> None:
+    """Other headers that came several times by commas."""
+    seen: list[tuple[str, str]] = []
+
+    async def hook(request: tricorn.Request) -> Accept:
+        seen.append((request.headers["cookie"], request.headers["x"]))
+        return Accept()
+
+    async with hosted(echo, before_upgrade=hook) as server, server.open() as stream:
+        client = server.client(stream)
+        lines = b"Cookie: a=1, 2; b=3\r\nX: 1\r\ncookie: c=4\r\nX: 2\r\n\r\n"
+        await stream.send_all(client.request().removesuffix(b"\r\n") + lines)
+        await client.handshake()
+    assert seen == [("a=1, 2; b=3; c=4", "1, 2")]
+
+
 # Handlers by path
 
 

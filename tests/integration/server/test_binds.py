@@ -6,8 +6,10 @@ import os
 import socket
 import ssl
 import stat
+from functools import partial
 from math import inf
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ import tricorn
 from fixtures.client import Client, connect, is_served, left_over, serving
 from fixtures.handlers import echo
 from tricorn import Settings, WebSocket
+from tricorn.listening.binds import bind
 
 SILENT = Settings(ping_interval=inf)
 
@@ -52,11 +55,93 @@ async def test_ipv6_has_brackets() -> None:
         await is_served(address)
 
 
-@pytest.mark.parametrize("text", ["", "8080", ":8080", "127.0.0.1", "127.0.0.1:", "127.0.0.1:x", "a:1:", "/socket"])
+@pytest.mark.parametrize("host", ["localhost", ""])
+async def test_both_families_on_one_port(host: str) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("there is no IPv6")
+    hosts = {"127.0.0.1", "::1"} if host else {"0.0.0.0", "::"}
+    for arguments in ({"port": 0, "host": host}, {"bind": [f"{host}:0"]}):
+        async with serving(echo, **arguments) as server:
+            assert {address[0] for address in server.addresses} == hosts
+            [port] = {address[1] for address in server.addresses}
+            await is_served(("127.0.0.1", port))
+            await is_served(("::1", port))
+
+
+async def test_a_port_that_is_taken_in_one_family_is_not_picked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names have both families here, whatever this machine has: two addresses of IPv4 stand for them."""
+    taken = socket.create_server(("127.0.0.2", 0))
+    port = taken.getsockname()[1]
+
+    async def resolve(*_: Any, **__: Any) -> list[Any]:
+        first = 0 if picked else port  # the first time, one whose twin is taken
+        picked.append(first)
+        return [
+            (socket.AF_INET, socket.SOCK_STREAM, 0, "", (host, first if host == "127.0.0.1" else 0))
+            for host in ("127.0.0.1", "127.0.0.2")
+        ]
+
+    picked: list[int] = []
+    monkeypatch.setattr(trio.socket, "getaddrinfo", resolve)
+    with taken:
+        bound = await bind(0, "name")
+        assert len({sock.getsockname()[1] for sock in bound}) == 1
+        assert bound[0].getsockname()[1] != port
+        assert len(picked) == 2
+    for sock in bound:
+        sock.close()
+
+
+@pytest.mark.parametrize("host", ["localhost", ""])
+async def test_a_family_that_the_machine_does_not_have(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    """An address of somebody else's stands for it."""
+
+    async def resolve(*_: Any, **__: Any) -> list[Any]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (each, 0)) for each in hosts]
+
+    monkeypatch.setattr(trio.socket, "getaddrinfo", resolve)
+    hosts = ["192.0.2.1", "127.0.0.1"]
+    bound = await bind(0, host)
+    assert {each.getsockname()[0] for each in bound} == {"127.0.0.1"}
+    for each in bound:
+        each.close()
+    before = left_over()
+    with pytest.raises(OSError, match="assign"):
+        await bind(0, "example.org")
+    hosts = ["192.0.2.1"]
+    with pytest.raises(OSError, match="assign"):
+        await bind(0, host)
+    assert left_over() == before
+
+
+async def test_a_descriptor() -> None:
+    given = socket.create_server(("127.0.0.1", 0))
+    address = given.getsockname()
+    async with trio.open_nursery() as nursery:
+        server = await nursery.start(partial(tricorn.serve, echo, bind=[f"fd:{(number := given.detach())}"]))
+        assert server.addresses == [address]
+        await is_served(address)
+        nursery.cancel_scope.cancel()
+    with pytest.raises(OSError, match="descriptor"):
+        os.fstat(number)
+
+
+async def test_a_descriptor_that_is_no_stream_socket() -> None:
+    with socket.socket(type=socket.SOCK_DGRAM) as datagrams, TemporaryFile() as file:
+        for descriptor in (datagrams.fileno(), file.fileno(), 99999):
+            with pytest.raises(OSError, match=r"socket|descriptor"):
+                await tricorn.serve(echo, bind=[f"fd:{descriptor}"])
+        os.fstat(datagrams.fileno())
+        os.fstat(file.fileno())
+
+
+@pytest.mark.parametrize("text", ["", "8080", "127.0.0.1", "127.0.0.1:", "127.0.0.1:x", "a:1:", "/socket", "fd:x"])
 async def test_what_is_no_address(text: str) -> None:
     before = left_over()
     given = socket.create_server(("127.0.0.1", 0))
-    with pytest.raises(ValueError, match="must be HOST:PORT"):
+    with pytest.raises(ValueError, match=r"must be |has brackets"):
         await tricorn.serve(echo, 0, bind=["127.0.0.1:0", text], listeners=[given])
     assert left_over() == before
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import socket
 import string
+from pathlib import Path
 from time import time
 from typing import Any
 
@@ -296,6 +298,25 @@ def test_nobody_is_let_in_by_accident(host: str) -> None:
         assert way_out in str(raised.value)
     check_exposure(ServiceSettings(host=host, auth="none"))
     check_exposure(ServiceSettings(host=host, jwt_key=Secret(SECRET)))
+
+
+@pytest.mark.parametrize("bind", [":0", "unix:/run/socket", "[::]:0", "localhost:0 0.0.0.0:0"])
+def test_each_place_to_listen_counts(bind: str) -> None:
+    with pytest.raises(SettingError, match="without a key"):
+        check_exposure(ServiceSettings(bind=tuple(bind.split())))
+    check_exposure(ServiceSettings(bind=tuple(bind.split()), auth="none"))
+
+
+def test_a_socket_that_was_passed_counts_by_its_address(tmp_path: Path) -> None:
+    with socket.socket() as inside, socket.socket() as outside, socket.socket(socket.AF_UNIX) as unix:
+        inside.bind(("127.0.0.1", 0))
+        outside.bind(("0.0.0.0", 0))
+        unix.bind(str(tmp_path / "socket"))
+        check_exposure(ServiceSettings(bind=(f"fd:{inside.fileno()}",)))
+        for each in (outside, unix):
+            with pytest.raises(SettingError, match="without a key"):
+                check_exposure(ServiceSettings(bind=(f"fd:{inside.fileno()}", f"fd:{each.fileno()}")))
+            each.getsockname()  # it is open
 
 
 def test_cloud_run_is_no_exception() -> None:

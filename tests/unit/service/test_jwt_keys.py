@@ -29,7 +29,10 @@ from cryptography.hazmat.primitives.serialization import (
 from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 from trio.testing import MockClock
 
+from tricorn.chat.identity import NotAdmitted
+from tricorn.service.auth import Tokens
 from tricorn.service.jwt_keys import COOLDOWN, MAX_BYTES, READ_TIMEOUT, Keys, load, parse, parse_for_signing
+from tricorn.service.settings import ServiceSettings
 from tricorn.settings import SettingError
 
 SECRET = "a secret of thirty-two bytes or more"
@@ -48,13 +51,26 @@ def public_pem(key: Any) -> str:
 
 def jwk(key: Any, kid: str | None, **more: Any) -> dict[str, Any]:
     algorithm = ECAlgorithm if isinstance(key, ec.EllipticCurvePrivateKey) else RSAAlgorithm
-    made = {**algorithm.to_jwk(key.public_key(), as_dict=True), "kid": kid, **more}
-    return {name: value for name, value in made.items() if value is not None and name != "key_ops"}
+    made = {**algorithm.to_jwk(key.public_key(), as_dict=True), "key_ops": None, "kid": kid, **more}
+    return {name: value for name, value in made.items() if value is not None}
 
 
 def jwks(*keys: dict[str, Any]) -> str:
     return json.dumps({"keys": keys})
 
+
+PURPOSES_BUT_VERIFYING: list[dict[str, Any]] = [
+    {"use": "enc"},
+    {"use": "Sig"},
+    {"use": ["sig"]},
+    {"key_ops": []},
+    {"key_ops": ["sign"]},
+    {"key_ops": ["encrypt", "wrapKey"]},
+    {"key_ops": "verify"},
+    {"key_ops": {"verify": True}},
+    {"key_ops": ["verify"], "use": "enc"},
+    {"key_ops": ["sign"], "use": "sig"},
+]
 
 # Kinds
 
@@ -67,6 +83,8 @@ def jwks(*keys: dict[str, Any]) -> str:
         (public_pem(RSA), ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512"]),
         (jwks(jwk(RSA, "a", alg="RS256")), ["RS256"]),
         (jwks(jwk(EC, None)), ["ES256"]),
+        (jwks(jwk(EC, None, use="sig", key_ops=["verify"])), ["ES256"]),
+        (jwks(jwk(EC, None, key_ops=["sign", "verify"])), ["ES256"]),
     ],
 )
 def test_the_kind_of_a_key_settles_its_algorithms(text: str, algorithms: list[str]) -> None:
@@ -97,7 +115,7 @@ def test_the_kind_of_a_key_settles_its_algorithms(text: str, algorithms: list[st
         '{"keys":[5]}',
         "{" * 5000,
         jwks({"kty": "oct", "kid": "a", "k": "A" * 64}),
-        jwks(jwk(RSA, "a", use="enc")),
+        *(jwks(jwk(RSA, "a", **purpose)) for purpose in PURPOSES_BUT_VERIFYING),
         jwks(jwk(RSA, "a", alg="HS256")),
         jwks(jwk(RSA, "a", alg="none")),
         jwks(jwk(EC, "a", alg="RS256")),
@@ -111,6 +129,22 @@ def test_what_is_no_key_is_not_shown(text: str) -> None:
         parse(text)
     assert raised.value.__cause__ is None
     assert not text.strip() or text.strip()[-12:] not in str(raised.value)
+
+
+@pytest.mark.parametrize("purpose", PURPOSES_BUT_VERIFYING, ids=str)
+@pytest.mark.parametrize("first", [True, False])
+async def test_a_key_for_another_purpose_verifies_no_token(purpose: dict[str, Any], first: bool) -> None:
+    """Another key with the same id does."""
+    other = rsa.generate_private_key(65537, 2048)
+    both = [jwk(other, "a", **purpose), jwk(RSA, "a")]
+    tokens = Tokens(Keys(parse(jwks(*(both if first else both[::-1])))), ServiceSettings())
+
+    def sign(key: Any) -> str:
+        return jwt.encode({"sub": "ada", "exp": 2**40}, key, algorithm="RS256", headers={"kid": "a"})
+
+    with pytest.raises(NotAdmitted):
+        await tokens.admit(sign(other), "203.0.113.9", {})
+    assert (await tokens.admit(sign(RSA), "203.0.113.9", {})).user == "ada"
 
 
 def test_what_signs() -> None:

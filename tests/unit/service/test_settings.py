@@ -21,7 +21,8 @@ ORIGINS = "origins as browsers send them, like https://example.org, https://*.ex
 def test_every_field_is_a_variable_or_has_another_way_in(field: dataclasses.Field[object]) -> None:
     ways = {
         "host": {"TRICORN_HOST": "example.org"},
-        "port": {"TRICORN_BIND": "127.0.0.1:3"},
+        "port": {"PORT": "3"},
+        "bind": {"TRICORN_BIND": "127.0.0.1:3"},
         "event_bytes": {"TRICORN_EVENT_BYTES": "5000"},
         "metrics": {"TRICORN_METRICS": "[::1]:3"},
         "service": {"K_SERVICE": "3"},
@@ -34,6 +35,7 @@ def test_every_field_is_a_variable_or_has_another_way_in(field: dataclasses.Fiel
     }
     values = {
         "host": "example.org",
+        "bind": ("127.0.0.1:3",),
         "auth": "none",
         "deflate": "takeover",
         "import_guard": "deny",
@@ -55,21 +57,25 @@ def test_seconds_are_decimal_and_may_be_never() -> None:
 
 
 @pytest.mark.parametrize(
-    ("environ", "host", "port"),
+    ("environ", "bind"),
     [
-        ({"PORT": "9000"}, "127.0.0.1", 9000),
-        ({"K_SERVICE": "chat", "PORT": "9000"}, "0.0.0.0", 9000),
-        ({"K_SERVICE": "chat", "PORT": "9000", "TRICORN_BIND": "127.0.0.1:1"}, "127.0.0.1", 1),
-        ({"TRICORN_BIND": "[::1]:0", "PORT": "9000"}, "::1", 0),
-        ({"TRICORN_HOST": "0.0.0.0"}, "0.0.0.0", 8080),
-        ({"TRICORN_HOST": "0.0.0.0", "PORT": "9000"}, "0.0.0.0", 9000),
-        ({"K_SERVICE": "chat", "TRICORN_HOST": "127.0.0.1"}, "127.0.0.1", 8080),
-        ({"TRICORN_BIND": "[::1]:0", "TRICORN_HOST": "0.0.0.0", "PORT": "9000"}, "::1", 0),
+        ({"PORT": "9000"}, "127.0.0.1:9000"),
+        ({"K_SERVICE": "chat", "PORT": "9000"}, "0.0.0.0:9000"),
+        ({"K_SERVICE": "chat", "PORT": "9000", "TRICORN_BIND": "127.0.0.1:1"}, "127.0.0.1:1"),
+        ({"TRICORN_BIND": "[::1]:0", "PORT": "9000"}, "[::1]:0"),
+        ({"TRICORN_HOST": "0.0.0.0"}, "0.0.0.0:8080"),
+        ({"TRICORN_HOST": "::1"}, "[::1]:8080"),
+        ({"TRICORN_HOST": "0.0.0.0", "PORT": "9000"}, "0.0.0.0:9000"),
+        ({"K_SERVICE": "chat", "TRICORN_HOST": "127.0.0.1"}, "127.0.0.1:8080"),
+        ({"TRICORN_BIND": "[::1]:0", "TRICORN_HOST": "0.0.0.0", "PORT": "9000"}, "[::1]:0"),
+        ({"TRICORN_BIND": ":80, unix:/run/a fd:4 fd://"}, ":80 unix:/run/a fd:4 fd://"),
     ],
 )
-def test_where_to_listen(environ: dict[str, str], host: str, port: int) -> None:
-    settings = ServiceSettings.from_environ(environ)
-    assert (settings.host, settings.port) == (host, port)
+def test_where_to_listen(environ: dict[str, str], bind: str) -> None:
+    assert ServiceSettings.from_environ(environ).binds == tuple(bind.split())
+
+
+ORIGINS = "origins as browsers send them, like https://example.org, https://*.example.org, http://localhost:*"
 
 
 @pytest.mark.parametrize(
@@ -95,6 +101,8 @@ def test_where_to_listen(environ: dict[str, str], host: str, port: int) -> None:
             for text in ("example.org", "https://", "https://a.example/", "https://A.example", "ws://a.example")
         ),
         ("TRICORN_BIND", "8080", "TRICORN_BIND=8080: must be HOST:PORT, for example 127.0.0.1:8080"),
+        ("TRICORN_BIND", "", "TRICORN_BIND=: must be HOST:PORT, for example 127.0.0.1:8080"),
+        ("TRICORN_BIND", ":80 unix:", "TRICORN_BIND=unix:: must be unix:PATH, for example unix:/run/tricorn.sock"),
         ("PORT", "65536", "PORT=65536: must be a whole number from 0 to 65535"),
         ("PORT", "http", "PORT=http: must be a whole number from 0 to 65535"),
         ("TRICORN_RUN_TIMEOUTS", "1", "TRICORN_RUN_TIMEOUTS: no such setting; did you mean TRICORN_RUN_TIMEOUT?"),
@@ -143,6 +151,8 @@ def test_a_variable_like_no_other_gets_the_list() -> None:
     ("values", "error"),
     [
         ({"port": -1}, "port=-1: must be a whole number from 0 to 65535"),
+        ({"bind": ("80",)}, "bind=80: must be HOST:PORT, for example 127.0.0.1:8080"),
+        ({"bind": ":80"}, "bind=:80: must be a tuple of HOST:PORT, :PORT, unix:PATH, fd:N or fd://"),
         ({"host": ""}, "host=: must be an address or a host name"),
         ({"ping_timeout": nan}, "ping_timeout=nan: must be a number of seconds above 0"),
         ({"outbox": "256"}, "outbox=256: must be a whole number above 0"),

@@ -6,7 +6,7 @@ from importlib import import_module
 
 from tricorn.chat.logs.base import Log
 from tricorn.chat.settings import ChatSettings
-from tricorn.settings import SettingError
+from tricorn.settings import SettingError, check_userinfo
 
 ENGINES = {
     "memory": "memory",
@@ -28,6 +28,10 @@ def connect(url: str, settings: ChatSettings) -> Log:
     engine = ENGINES.get(url.partition(":")[0])
     if engine is None:
         raise SettingError("log: must begin with memory:, sqlite:///, redis://, rediss://, unix:// or postgresql://")
+    try:
+        check_userinfo(url)
+    except ValueError as error:
+        raise SettingError(f"log: {error}") from None
     try:
         module = import_module(f"tricorn.chat.logs.{engine}")
     except ModuleNotFoundError as error:

@@ -14,7 +14,6 @@ from logging import CRITICAL, getLogger
 from math import isinf
 from secrets import token_hex
 from typing import Any
-from urllib.parse import urlsplit
 
 from psycopg import Error, Notify
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
@@ -326,7 +325,7 @@ def connect(url: str, settings: ChatSettings) -> PostgresLog:
     except (Error, ValueError):
         raise SettingError(WANTED) from None
     if (
-        urlsplit(url).scheme not in ("postgresql", "postgres")
+        not url.startswith(("postgresql://", "postgres://"))
         or not given
         or not all(port.isdecimal() for _, port in places)
     ):

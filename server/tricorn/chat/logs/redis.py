@@ -275,16 +275,16 @@ def connect(url: str, settings: ChatSettings) -> RedisLog:
 
     Raises SettingError if it is no such URL.
     """
-    parts = urlsplit(url)
-    query = parse_qs(parts.query)
     try:
+        parts = urlsplit(url)
+        query = parse_qs(parts.query)
         port = parts.port or 6379
         database = query.pop("db", [""])[0] if parts.scheme == "unix" else parts.path.strip("/")
         db = int(database or 0)
     except ValueError:
         raise SettingError(WANTED) from None
     place = parts.path if parts.scheme == "unix" else parts.hostname
-    if parts.scheme not in ("redis", "rediss", "unix") or not place or query or db < 0:
+    if parts.scheme not in ("redis", "rediss", "unix") or not place or query or parts.fragment or db < 0:
         raise SettingError(WANTED)
     options: dict[str, Any] = {
         "username": unquote(parts.username) if parts.username else None,

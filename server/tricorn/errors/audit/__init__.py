@@ -2,5 +2,6 @@
 
 from tricorn.errors.audit.program import defines, locate, python_files
 from tricorn.errors.audit.rules import Finding, audit
+from tricorn.errors.audit.shadows import shadows
 
-__all__ = ["Finding", "audit", "defines", "locate", "python_files"]
+__all__ = ["Finding", "audit", "defines", "locate", "python_files", "shadows"]

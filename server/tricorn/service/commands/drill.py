@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Collection, Iterator
@@ -19,7 +18,6 @@ from tricorn.service.settings import ServiceSettings
 
 def command(arguments: Namespace) -> int:
     """Print what each step loads and how long it takes. The agent is looked for in the current directory too."""
-    sys.path.insert(0, os.getcwd())
     settings = ServiceSettings.from_environ()
     agent = settings.agent if arguments.agent is None else arguments.agent
     _print_step("imports", process_time(), sys.modules)  # in CPU time: who began to import had no clock yet

@@ -2,43 +2,50 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import trio
 
 from tricorn.chat.logs.base import Unavailable
 from tricorn.errors.import_guard import import_at_once
 from tricorn.errors.report import send_records
+from tricorn.listening.binds import check_bind
 from tricorn.service.auth import check_exposure
-from tricorn.service.bind import parse_bind
+from tricorn.service.bind import show_bind
 from tricorn.service.commands.audit import audit_targets
 from tricorn.service.hypercorn_config import load_config
 from tricorn.service.loader import load_agent
 from tricorn.service.settings import Secret, ServiceSettings
 from tricorn.service.start_up import check_shared, make_log, serve, supervise
+from tricorn.service.systemd import ALL, expand
 from tricorn.service.workers import Worker
 from tricorn.settings import COUNT, SettingError
+
+if TYPE_CHECKING:
+    from hypercorn.config import Config
 
 
 def command(arguments: Namespace) -> int:
     """Serve until SIGTERM or SIGINT. The agent is looked for in the current directory too."""
     send_records("stderr", "INFO")  # before the agent is imported, which may choose otherwise
     import_at_once()
-    sys.path.insert(0, os.getcwd())
     settings = _settings(arguments)
-    check_exposure(settings)
+    if arguments.worker is None:  # else its supervisor has done this, and has the sockets
+        settings = replace(settings, bind=expand(settings.bind, show_bind(settings.host, settings.port)))
+        check_exposure(settings)
     log = make_log(settings)
-    config = None if arguments.config is None else load_config(arguments.config)
+    read_config = partial(_load_config, arguments.config)
+    config = read_config()
     say = partial(print, flush=True, file=sys.stdout)  # which serving makes a stream of records
     if arguments.worker is None and settings.workers > 1:
         check_shared(log, f"--workers {settings.workers}")
         _audit(settings.agent, arguments.audit)
-        workers = [sys.executable, "-m", "tricorn", *arguments.argv, "--audit", "off"]
-        return trio.run(partial(supervise, workers, settings, config=config, say=say))
+        workers = [sys.executable, "-P", "-m", "tricorn", *arguments.argv, "--audit", "off"]
+        return trio.run(partial(supervise, workers, settings, config=config, read_config=read_config, say=say))
     agent = load_agent(settings.agent)
     _audit(settings.agent, arguments.audit)
     worker = None if arguments.worker is None else Worker(arguments.worker)
@@ -52,14 +59,20 @@ def command(arguments: Namespace) -> int:
     return 1
 
 
+def _load_config(name: str | None) -> Config | None:
+    return None if name is None else load_config(name)
+
+
 def _settings(arguments: Namespace) -> ServiceSettings:
     """Return what the environment says, unless an argument says another."""
     settings = ServiceSettings.from_environ()
     if arguments.agent is not None:
         settings = replace(settings, agent=arguments.agent)
     if arguments.bind is not None:
-        host, port = parse_bind(arguments.bind, "--bind ")
-        settings = replace(settings, host=host, port=port)
+        for each in arguments.bind:
+            if each != ALL:
+                check_bind(each, "--bind ")
+        settings = replace(settings, bind=tuple(arguments.bind))
     if arguments.auth is not None:
         settings = replace(settings, auth=arguments.auth)
     if arguments.log is not None:
