@@ -53,7 +53,11 @@ def asgi_app(
     Of the settings, those that say how a request head comes in mean nothing here, nor does `deflate`: that is between
     Hypercorn and the client. Pings are Hypercorn's too (`websocket_ping_interval`); that a peer has vanished is found
     by TCP's keepalive, in `ping_interval` and `ping_timeout`.
+
+    Raises:
+        SettingError: the settings have `proxy_protocol`: connections are Hypercorn's, which does not know it.
     """
+    settings.require_own_listener("plain Hypercorn")
     site = Site(handler, settings, before_upgrade=before_upgrade, subprotocols=subprotocols)
     return Application(site, app=app, drain=drain)
 
@@ -80,12 +84,14 @@ class Application:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
             await self._live(scope, receive, send)
-        elif not self._lives:
+            return
+        if not self._lives:
             raise RuntimeError("Tricorn's application is used without its lifespan: pass that on to it")
-        elif scope["type"] == "websocket":
-            await self._websockets.serve(scope, receive, send, self._way_to_the_socket(scope))
+        reach = self._way_to_the_socket(scope)
+        scope = self._site.proxies.scope(scope)
+        if scope["type"] == "websocket":
+            await self._websockets.serve(scope, receive, send, reach)
         else:
-            reach = self._way_to_the_socket(scope)
             self._answering.add(reach)
             try:
                 await self._app(scope, receive, send)

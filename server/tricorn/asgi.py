@@ -94,6 +94,7 @@ def _load() -> _Service:
     import_at_once()
     try:
         settings = ServiceSettings.from_environ()
+        settings.require_own_listener("plain Hypercorn")
         log = make_log(settings)
         _check_workers(log)
         return _Service(load_agent(settings.agent), settings, log)

@@ -59,7 +59,9 @@ def adapt(
 
     Raises:
         TypeError: the handler is an `asgi_handler`, or one of them is: nothing here runs an application's lifespan.
+        SettingError: the settings have `proxy_protocol`: connections are trio-websocket's, which does not know it.
     """
+    settings.require_own_listener("trio-websocket")
     site = Site(handler, settings, before_upgrade=before_upgrade, subprotocols=subprotocols)
     if site.apps:
         raise TypeError("trio-websocket cannot serve an ASGI application, whose lifespan it does not run: use serve")
@@ -68,7 +70,7 @@ def adapt(
         sock = _socket(request._connection._stream)
         refused = False
         try:
-            asked = _as_asked(request, _peer(sock))
+            asked = site.proxies.request(_as_asked(request, _peer(sock)))
             try:
                 check_upgrade(asked)
                 admitted, accepted = await site.admit(asked)

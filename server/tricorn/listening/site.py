@@ -13,6 +13,7 @@ from tricorn.connection import Connection
 from tricorn.errors.report import report, report_error, report_hidden
 from tricorn.listening.capacity import require_capacity
 from tricorn.metrics import ServerMetrics
+from tricorn.protocol.forwarded import TrustedProxies
 from tricorn.protocol.handshake import check_answer, check_origin, choose_subprotocol, offered_subprotocols
 from tricorn.request import Accept, Refuse
 from tricorn.transport.keep_alive import Reaper, keep_alive
@@ -37,6 +38,7 @@ class Site:
     Attributes:
         settings: times and limits.
         metrics: the counters of the server.
+        proxies: those that are trusted.
         connections: the connections that there are, with what their handlers hold.
         reaper: closes their sockets if their tasks do not end.
         closing: no more are let in.
@@ -54,6 +56,7 @@ class Site:
         self.settings = settings
         self.connections: dict[Connection, WebSocket[Any]] = {}
         self.metrics = ServerMetrics(self.connections)
+        self.proxies = TrustedProxies(settings.trusted_proxies)
         self.reaper = Reaper()
         self.closing = False
         self.app = handlers.app if isinstance(handlers, AsgiHandler) else None
