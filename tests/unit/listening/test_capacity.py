@@ -57,8 +57,9 @@ def test_peers_on_a_unix_socket_share_their_places() -> None:
 def test_trusted_proxies_have_no_limit() -> None:
     peers = PeerCapacity(1, ServerMetrics(), TrustedProxies(("192.0.2.1", "unix")))
     for proxy in (("192.0.2.1", 1), None):
-        with peers.of(proxy), peers.of(proxy), pytest.raises(AtCapacity), peers.of(("192.0.2.2", 1)):
-            with peers.of(("192.0.2.2", 2)):
+        with peers.of(proxy), peers.of(proxy), peers.of(("192.0.2.2", 1)):
+            assert peers.of(("192.0.2.2", 2)).taken == 1
+            with pytest.raises(AtCapacity), peers.of(("192.0.2.2", 2)):
                 raise AssertionError
 
 
