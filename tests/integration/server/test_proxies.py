@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +33,7 @@ from tricorn.chat import Chat
 Served = Callable[..., AbstractAsyncContextManager[Any]]
 
 SETTINGS = Settings(trusted_proxies=("unix",), ping_interval=inf)
+WEBSOCKETS = "proxy_http_version 1.1; proxy_set_header Upgrade $http_upgrade; proxy_set_header Connection upgrade;"
 OTHER = "127.0.0.2"  # an address of this machine that is not the proxy's
 
 
@@ -217,19 +219,42 @@ async def test_one_user_that_does_not_answer_our_close_does_not_cut_the_others(
             assert await client.receive() == "hello"
 
 
-async def test_without_a_key_nobody_comes_in(running: Any, proxy_of: ProxyOf) -> None:
-    """The proxy's address is of this machine, and so may be the Host."""
+@asynccontextmanager
+async def without_a_key(running: Any, proxy_of: ProxyOf) -> AsyncGenerator[Proxy]:
+    """The chat, behind a proxy whose address is of this machine, as the Host may be."""
     chats: list[Chat] = []
 
     async def session(ws: WebSocket) -> None:
         await chats[0].session(ws)
 
-    async with running(native, session) as server, proxy_of(server.port) as proxy, Chat(NotImplemented) as chat:
+    async with (
+        running(native, session, app=page) as server,
+        proxy_of(server.port) as proxy,
+        Chat(NotImplemented) as chat,
+    ):
         chats.append(chat)
-        async with visit(proxy) as client:
-            code, reason = await client.closed()
-            assert code == 4501
-            assert reason.endswith("a server behind a proxy needs a key")
+        yield proxy
+
+
+async def test_without_a_key_nobody_comes_in(running: Any, proxy_of: ProxyOf) -> None:
+    async with without_a_key(running, proxy_of) as proxy, visit(proxy) as client:
+        code, reason = await client.closed()
+        assert code == 4501
+        assert reason.endswith("a server behind a proxy needs a key")
+
+
+async def test_without_a_key_an_nginx_that_says_nothing(running: Any, nginx_of: ProxyOf) -> None:
+    plain = "proxy_pass http://127.0.0.1:{upstream};"
+    async with without_a_key(running, partial(nginx_of, passing=plain)) as proxy:
+        with pytest.raises(AssertionError, match="HTTP 200"):  # it speaks HTTP/1.0, which has no WebSockets
+            async with visit(proxy):
+                raise NotImplementedError
+    async with without_a_key(running, partial(nginx_of, passing=plain + WEBSOCKETS)) as proxy:
+        with pytest.raises(AssertionError, match="HTTP 403"):
+            async with visit(proxy, Origin="http://example.org"):
+                raise NotImplementedError
+        async with visit(proxy) as client:  # nothing tells it from a program on this machine: docs/security.md
+            assert json.loads(str(await client.receive()))["user"] == "local"
 
 
 # Long idle
