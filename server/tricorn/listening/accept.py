@@ -311,10 +311,11 @@ class Acceptor:
         sock, header = accepted.sock, ProxyHeader()
         while not header.complete:
             await wait_readable(sock)
-            data = sock.recv(READ_SIZE, MSG_PEEK)
-            if not data:
-                raise ConnectionResetError("the proxy left without a header")
-            sock.recv(header.receive_data(data))
+            with suppress(BlockingIOError):
+                data = sock.recv(READ_SIZE, MSG_PEEK)
+                if not data:
+                    raise ConnectionResetError("the proxy left without a header")
+                sock.recv(header.receive_data(data))
         if header.client is not None:
             accepted.peer = header.client
             accepted.take(self._peers.of(accepted.peer))

@@ -66,7 +66,7 @@ class TrustedProxies:
             return self._unix
         if not self._networks:
             return False
-        address = _address(peer[0])
+        address = parse_address(peer[0])
         return address is not None and any(address in network for network in self._networks)
 
     def request(self, request: Request) -> Request:
@@ -164,21 +164,19 @@ def _unquoted(value: str) -> str:
 def _peer(node: str) -> Peer:
     """The address of a node, with port 0 if none is said; None if it is hidden, unknown or malformed."""
     parts = _NODE.fullmatch(node)
-    address = _address(node if parts is None else parts[1] or parts[2])  # X-Forwarded-For has IPv6 without brackets
+    address = parse_address(
+        node if parts is None else parts[1] or parts[2]
+    )  # X-Forwarded-For has IPv6 without brackets
     port = 0 if parts is None else int(parts[3] or 0)
     return None if address is None or "%" in node or port > 65535 else (str(address), port)
 
 
-def _address(text: str) -> IPv4Address | IPv6Address | None:
+def parse_address(text: str | bytes) -> IPv4Address | IPv6Address | None:
+    """Return an address; None if it is none. One that IPv6 maps (RFC 4291 §2.5.5.2) is returned as that of IPv4."""
     try:
         address = ip_address(text)
     except ValueError:
         return None
-    return unmapped(address)
-
-
-def unmapped(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
-    """Return the IPv4 address that an IPv6 address stands for (RFC 4291 §2.5.5.2), or else the address itself."""
     return (isinstance(address, IPv6Address) and address.ipv4_mapped) or address
 
 

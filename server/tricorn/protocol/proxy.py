@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import re
 from http import HTTPStatus
-from ipaddress import ip_address
 
-from tricorn.protocol.forwarded import unmapped
+from tricorn.protocol.forwarded import parse_address
 from tricorn.request import Refuse
 
 MAX_V1 = 107  # bytes, with CRLF (§2.1)
@@ -66,14 +65,13 @@ class ProxyHeader:
         if line is None:
             raise _malformed()
         if line[1] is not None:
-            try:
-                source, target = (ip_address(line[each].decode("ascii")) for each in (2, 3))
-            except ValueError:
-                raise _malformed() from None
-            port = int(line[4])
-            if {source.version, target.version} != {int(line[1])} or max(port, int(line[5])) > 65535:
+            source, target = line[2].decode("ascii"), line[3].decode("ascii")
+            address, port = parse_address(source), int(line[4])
+            if address is None or parse_address(target) is None or max(port, int(line[5])) > 65535:
                 raise _malformed()
-            self.client = str(unmapped(source)), port
+            if {":" in source, ":" in target} != {line[1] == b"6"}:
+                raise _malformed()
+            self.client = str(address), port
         return end
 
     def _receive_v2(self) -> int | None:
@@ -89,7 +87,7 @@ class ProxyHeader:
         if data[12] == _PROXY and size is not None:
             if end < 16 + 2 * size + 4:
                 raise _malformed()
-            address = unmapped(ip_address(data[16 : 16 + size]))
+            address = parse_address(data[16 : 16 + size])
             self.client = str(address), int.from_bytes(data[16 + 2 * size : 18 + 2 * size], "big")
         return end
 
