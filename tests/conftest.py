@@ -21,6 +21,7 @@ pytest_plugins = [
     "fixtures.against",
     "fixtures.browser",
     "fixtures.real_services",
+    "fixtures.proxies",
     "fixtures.service",
     "pytest_tricorn",
 ]

@@ -15,7 +15,7 @@ from tricorn.errors.report import report_hidden
 from tricorn.listening.asgi import AsgiWebSockets
 from tricorn.listening.http import lifespans, upgrade_required
 from tricorn.listening.site import Site, run_drain
-from tricorn.settings import Settings, require_defaults
+from tricorn.settings import LISTENER, Settings, require_defaults
 from tricorn.transport.descriptors import Descriptors, Ends
 from tricorn.transport.sockets import shut_down
 
@@ -55,9 +55,9 @@ def asgi_app(
     keepalive, in `ping_interval` and `ping_timeout`. WebSockets over HTTP/2 get 501.
 
     Raises:
-        SettingError: a setting means nothing here: `deflate`, `max_head_bytes`, `max_handshakes` or `peer_connections`.
+        SettingError: a setting means nothing here: `deflate`, or one of `settings.LISTENER`.
     """
-    require_defaults(settings, ("deflate", "max_head_bytes", "max_handshakes", "peer_connections"), "plain Hypercorn")
+    require_defaults(settings, ("deflate", *LISTENER), "plain Hypercorn")
     site = Site(handler, settings, before_upgrade=before_upgrade, subprotocols=subprotocols)
     return Application(site, app=app, drain=drain)
 
@@ -84,12 +84,14 @@ class Application:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
             await self._live(scope, receive, send)
-        elif not self._lives:
+            return
+        if not self._lives:
             raise RuntimeError("Tricorn's application is used without its lifespan: pass that on to it")
-        elif scope["type"] == "websocket":
-            await self._websockets.serve(scope, receive, send, self._way_to_the_socket(scope))
+        reach = self._way_to_the_socket(scope)
+        scope = self._site.proxies.scope(scope)
+        if scope["type"] == "websocket":
+            await self._websockets.serve(scope, receive, send, reach)
         else:
-            reach = self._way_to_the_socket(scope)
             self._answering.add(reach)
             try:
                 await self._app(scope, receive, send)

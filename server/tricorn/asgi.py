@@ -25,6 +25,7 @@ from tricorn.service.start_up import check_shared, make_log, read_keys, start_ch
 from tricorn.settings import SettingError
 
 if TYPE_CHECKING:
+    from tricorn.asgi_handler import ASGIApp
     from tricorn.chat.logs.base import Log
     from tricorn.websocket import WebSocket
 
@@ -90,24 +91,18 @@ def _check_workers(log: Log) -> None:
         check_shared(log, f"hypercorn -w {workers}")
 
 
-def _load() -> _Service:
+def _load() -> ASGIApp:
     send_records("stderr", "INFO")  # before the agent is imported, which may choose otherwise
     import_at_once()
     try:
         settings = ServiceSettings.from_environ()
         log = make_log(settings)
         _check_workers(log)
-        return _Service(load_agent(settings.agent), settings, log)
+        service = _Service(load_agent(settings.agent), settings, log)
+        handlers = {"/ws": service.session}
+        return asgi_app(handlers, settings=settings, subprotocols=SUBPROTOCOLS, app=service.app, drain=service.drain)
     except SettingError as error:
         raise SystemExit(f"tricorn: {error}") from None
 
 
-_service = _load()
-
-app = asgi_app(
-    {"/ws": _service.session},
-    settings=_service.settings,
-    subprotocols=SUBPROTOCOLS,
-    app=_service.app,
-    drain=_service.drain,
-)
+app = _load()

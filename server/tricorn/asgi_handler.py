@@ -132,7 +132,7 @@ class AsgiHandler:
             del failure  # or it would refer to itself, by its traceback
 
 
-def websocket_scope(request: Request, server: tuple[str, int] | str) -> dict[str, Any]:
+def websocket_scope(request: Request, server: tuple[str, int] | str, root_path: str = "") -> dict[str, Any]:
     """Return the scope of a request to a server at an address: host and port, or the path of a Unix socket."""
     return {
         "http_version": request.http_version,
@@ -140,7 +140,7 @@ def websocket_scope(request: Request, server: tuple[str, int] | str) -> dict[str
         "path": request.path,
         "raw_path": request.raw_path.encode("latin-1"),
         "query_string": request.query.encode("latin-1"),
-        "root_path": "",
+        "root_path": root_path,
         "headers": [(name.encode("latin-1"), value.encode("latin-1")) for name, value in request.headers.items()],
         "client": request.peer,
         "server": (server, None) if isinstance(server, str) else server[:2],

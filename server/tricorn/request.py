@@ -18,10 +18,12 @@ class Request:
         query: the part behind `?`, as it came.
         http_version: `1.1`, for example.
         headers: the headers by lower-case name. Values that came several times are joined by `, `, cookies by `; `.
-        peer: the client's address, host and port; None if it connected to a Unix socket.
+        peer: the client's address, host and port; None if it connected to a Unix socket. Behind a trusted proxy it is
+            what that says, with port 0 if it says none.
         raw_path: the path as it came, not decoded.
-        secure: the request came through TLS that this server ends.
-        certificate: the client's certificate as `ssl.SSLSocket.getpeercert` returns it, if it showed one.
+        secure: the request came through TLS that this server ends, or that a trusted proxy says it ends.
+        certificate: the client's certificate as `ssl.SSLSocket.getpeercert` returns it, if it showed one. Behind a
+            proxy that ends TLS, it is the proxy's.
     """
 
     method: str

@@ -8,6 +8,7 @@ from math import inf
 from re import compile as pattern
 from typing import Annotated, Any, Literal, get_type_hints
 
+from tricorn.protocol.forwarded import are_proxies
 from tricorn.protocol.origin import are_patterns
 
 _WHOLE = pattern(r"\d+").fullmatch
@@ -67,6 +68,18 @@ def decimal(text: str) -> float:
     if not text.isascii() or not _DECIMAL(text):
         raise ValueError
     return float(text)
+
+
+def boolean(text: str) -> bool:
+    """Read `true` or `false`. Raises ValueError."""
+    if text not in ("true", "false"):
+        raise ValueError
+    return text == "true"
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Read a list, separated by commas or spaces."""
+    return tuple(text.replace(",", " ").split())
 
 
 def is_whole(value: object) -> bool:
@@ -135,9 +148,18 @@ Origins = Annotated[
     Rule(
         description="origins as browsers send them, like https://example.org, https://*.example.org, http://localhost:*",
         test=are_patterns,
-        parse=lambda text: tuple(text.replace(",", " ").split()),
+        parse=words,
     ),
 ]
+Proxies = Annotated[
+    tuple[str, ...],
+    Rule(
+        description="addresses like 127.0.0.1 or ::1, networks by their first address like 10.0.0.0/8, or unix",
+        test=are_proxies,
+        parse=words,
+    ),
+]
+Switch = Annotated[bool, Rule(description="true or false", test=lambda value: isinstance(value, bool), parse=boolean)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +198,10 @@ class Settings:
     """WebSockets of the whole server. The next client gets HTTP 503."""
 
     peer_connections: Limit = inf
-    """Sockets of one peer address. No limit by default: behind a proxy all peers have the proxy's address."""
+    """Sockets of one peer address. No limit by default: behind a proxy all peers have the proxy's address.
+
+    It does not bound the sockets of `trusted_proxies`, but those of each client behind them.
+    """
 
     max_handshakes: Count = 1000
     """Sockets that have not sent their whole request head yet."""
@@ -205,6 +230,16 @@ class Settings:
     origins: Origins = ()
     """Origins whose pages may connect, besides the server's own; `tricorn.protocol.origin` has the patterns."""
 
+    trusted_proxies: Proxies = ()
+    """Proxies whose `Forwarded` or `X-Forwarded-For`, `-Proto` and `-Host` are believed: addresses, networks, `unix`.
+
+    `unix` is every peer on a Unix socket. Each proxy must replace these headers or add to them, and remove those that
+    it does not write: what it passes on unchanged is whatever its client said.
+    """
+
+    proxy_protocol: Switch = False
+    """Whether connections of `trusted_proxies` begin with a header of the PROXY protocol, version 1 or 2."""
+
     def __post_init__(self) -> None:
         for name, rule in rules(type(self)).items():
             rule.check(f"{name}=", getattr(self, name))
@@ -212,6 +247,11 @@ class Settings:
             raise SettingError(
                 f"close_timeout={self.close_timeout}: must be less than drain_timeout, which is {self.drain_timeout}"
             )
+        if self.proxy_protocol and not self.trusted_proxies:
+            raise SettingError("proxy_protocol=True: needs trusted_proxies, which are those that send its header")
+
+
+LISTENER = ("max_head_bytes", "max_handshakes", "peer_connections", "proxy_protocol")  # of who accepts the sockets
 
 
 def require_defaults(settings: Settings, names: Sequence[str], host: str) -> None:

@@ -23,7 +23,7 @@ from tricorn.errors.report import report_error
 from tricorn.listening.site import Site
 from tricorn.protocol.handshake import accept, as_request, check_upgrade, refusal
 from tricorn.request import Refuse
-from tricorn.settings import Settings, require_defaults
+from tricorn.settings import LISTENER, Settings, require_defaults
 from tricorn.transport.keep_alive import Reaper, keep_alive
 from tricorn.transport.native import NativeTransport
 from tricorn.transport.stream import StreamSocket
@@ -60,9 +60,9 @@ def adapt(
 
     Raises:
         TypeError: the handler is an `asgi_handler`, or one of them is: nothing here runs an application's lifespan.
-        SettingError: a setting means nothing here: `max_head_bytes`, `max_handshakes` or `peer_connections`.
+        SettingError: a setting means nothing here, one of `settings.LISTENER`.
     """
-    require_defaults(settings, ("max_head_bytes", "max_handshakes", "peer_connections"), "trio-websocket")
+    require_defaults(settings, LISTENER, "trio-websocket")
     site = Site(handler, settings, before_upgrade=before_upgrade, subprotocols=subprotocols)
     if site.apps:
         raise TypeError("trio-websocket cannot serve an ASGI application, whose lifespan it does not run: use serve")
@@ -71,7 +71,7 @@ def adapt(
         sock = _socket(request._connection._stream)
         refused = False
         try:
-            asked = _as_asked(request, _peer(sock))
+            asked = site.proxies.request(_as_asked(request, _peer(sock)))
             try:
                 check_upgrade(asked)
                 admitted, accepted = await site.admit(asked)

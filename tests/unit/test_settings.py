@@ -40,7 +40,7 @@ def test_each_layer_has_settings_of_its_own() -> None:
     assert names == {
         *("handshake_timeout", "close_timeout", "stall_timeout", "ping_interval", "ping_timeout", "drain_timeout"),
         *("max_connections", "peer_connections", "max_handshakes", "max_head_bytes", "max_message_bytes", "deflate"),
-        *("messages_per_second", "bytes_per_second", "origins"),
+        *("messages_per_second", "bytes_per_second", "origins", "trusted_proxies", "proxy_protocol"),
     }
 
 
@@ -50,6 +50,16 @@ def test_each_layer_has_settings_of_its_own() -> None:
         ({"ping_timeout": nan}, "ping_timeout=nan: must be a number of seconds above 0"),
         ({"max_connections": "9"}, "max_connections=9: must be a whole number above 0"),
         ({"peer_connections": 0.5}, "peer_connections=0.5: must be a number, 1 or more, or inf"),
+        (
+            {"trusted_proxies": ("10.0.0.1/8",)},
+            "trusted_proxies=('10.0.0.1/8',): must be addresses like 127.0.0.1 or ::1, "
+            "networks by their first address like 10.0.0.0/8, or unix",
+        ),
+        ({"proxy_protocol": "yes", "trusted_proxies": ("unix",)}, "proxy_protocol=yes: must be true or false"),
+        (
+            {"proxy_protocol": True},
+            "proxy_protocol=True: needs trusted_proxies, which are those that send its header",
+        ),
         ({"drain_timeout": 1.5}, "close_timeout=2.0: must be less than drain_timeout, which is 1.5"),
     ],
 )

@@ -13,6 +13,7 @@ from tricorn.chat.close_codes import FORBIDDEN, UNAUTHENTICATED
 from tricorn.protocol.close import Close
 
 IN_SUBPROTOCOL = "bearer."
+OF_PROXIES = ("forwarded", "via", "x-real-ip")  # headers, besides X-Forwarded-*
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -73,12 +74,14 @@ class ThisMachine:
     """Everybody on this machine is `local`, and nobody else comes in.
 
     The Host must be of this machine too: a page whose name was made to lead here (DNS rebinding) names another one, and
-    so does a proxy that would let in the whole world.
+    so does a proxy that would let in the whole world. So nobody comes in through a proxy, if it says that it is one.
     """
 
     wants_token = False
 
     async def admit(self, token: str | None, peer: str, headers: Mapping[str, str]) -> Identity:
+        if any(name in OF_PROXIES or name.startswith("x-forwarded-") for name in headers):
+            raise NotAdmitted(FORBIDDEN, "the request came through a proxy, and a server behind a proxy needs a key")
         name, _, port = headers.get("host", "").rpartition(":")
         host = name if port.isdecimal() else headers.get("host", "")
         if not is_loopback(peer) or not is_loopback(host.removeprefix("[").removesuffix("]").lower()):

@@ -8,7 +8,7 @@ from dataclasses import replace
 from errno import EMFILE, ENFILE, ENOBUFS, ENOMEM
 from functools import partial
 from http import HTTPStatus
-from socket import AF_UNIX, IPPROTO_TCP, SHUT_WR, TCP_NODELAY
+from socket import AF_UNIX, IPPROTO_TCP, MSG_PEEK, SHUT_WR, TCP_NODELAY
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -29,6 +29,7 @@ from tricorn.protocol.handshake import (
     wants_websocket,
 )
 from tricorn.protocol.http2 import REFUSAL
+from tricorn.protocol.proxy import ProxyHeader
 from tricorn.request import Refuse
 from tricorn.transport.flow_control import READ_DEFLATED, READ_SIZE
 from tricorn.transport.native import NativeTransport
@@ -85,6 +86,36 @@ async def accept_forever(
             connections.start_soon(serve, sock, address[:2] if isinstance(address, tuple) else None)
 
 
+class _Accepted:
+    """An accepted socket: what carries it, whose it is, and its place among those of its peer.
+
+    Attributes:
+        peer: who connected, or for whom a proxy did (PROXY protocol).
+        wire: the socket, or the TLS on it.
+    """
+
+    __slots__ = ("_capacity", "peer", "sock", "wire")
+
+    def __init__(self, sock: socket.socket, peer: Peer) -> None:
+        self.sock = sock
+        self.peer = peer
+        self.wire: Wire = sock
+        self._capacity: Capacity | None = None
+
+    def take(self, capacity: Capacity) -> None:
+        """Take a place there, and leave the one before. Raises `AtCapacity`, and then the place stays the same."""
+        if capacity is not self._capacity:
+            capacity.__enter__()
+            self.leave()
+            self._capacity = capacity
+
+    def leave(self) -> None:
+        """Leave the place, if it has one."""
+        if self._capacity is not None:
+            self._capacity.__exit__(None, None, None)
+            self._capacity = None
+
+
 class Acceptor:
     """Serves accepted sockets, each from its first byte to its end.
 
@@ -101,7 +132,7 @@ class Acceptor:
         self._tls_turns = Lock()
         self._sockets = Capacity(settings.max_connections + SPARE, "max_connections", metrics)
         self._pages = Capacity(settings.max_connections + SPARE_PAGES, "max_connections", metrics)
-        self._peers = PeerCapacity(settings.peer_connections, metrics)
+        self._peers = PeerCapacity(settings.peer_connections, metrics, site.proxies)
         self._handshakes = _Handshakes(settings.max_handshakes, "max_handshakes", metrics)
 
     async def serve(self, sock: socket.socket, peer: Peer) -> None:
@@ -109,14 +140,15 @@ class Acceptor:
 
         A socket for which there is no room is answered and closed at once, which is not a checkpoint.
         """
-        wire: Wire = sock
+        accepted = _Accepted(sock, peer)
         try:
-            with self._sockets, self._peers.of(peer):
+            with self._sockets:
+                accepted.take(self._peers.of(peer))
                 if self.tls is not None:
-                    wire = TlsSocket(sock, self.tls)
-                following = await self._enter(wire, sock, peer)
+                    accepted.wire = TlsSocket(sock, self.tls)
+                following = await self._enter(accepted)
                 if isinstance(following, Head):
-                    await self._serve_pages(wire, sock, peer, following)
+                    await self._serve_pages(accepted, following)
                 elif following is not None:
                     transport, connection, websocket, handler = following
                     del following  # it would be kept as long as the connection
@@ -126,19 +158,21 @@ class Acceptor:
                         self._site.forget(connection)
                         transport.forget()
         except AtCapacity as full:
-            self._turn_away(wire, refuse(full))
+            self._turn_away(accepted.wire, refuse(full))
         except OSError:
             pass  # the peer is gone
         except Exception as error:  # a bug of ours: it ends this connection and nothing else
-            report_error(error, peer=peer)
+            report_error(error, peer=accepted.peer)
         finally:
-            wire.close()
+            accepted.leave()
+            accepted.wire.close()
 
-    async def _serve_pages(self, wire: Wire, sock: socket.socket, peer: Peer, head: Head) -> None:
+    async def _serve_pages(self, accepted: _Accepted, head: Head) -> None:
         """Have requests answered, each after the one before, and then a WebSocket, if the last one is its upgrade."""
         assert self._http is not None  # noqa: S101
+        sock = accepted.sock
         local = None if sock.family == AF_UNIX else sock.getsockname()[:2]
-        arguments = self._http, wire, peer, local
+        arguments = self._http, accepted.wire, accepted.peer, local
         with self._pages:
             if head.is_http2:
                 http2 = Http2(*arguments, secure=True)
@@ -149,31 +183,35 @@ class Acceptor:
             async with pages.run():
                 following: Head | Upgraded | None = head
                 while isinstance(following, Head):
-                    if not await pages.answer(following) or not (data := await pages.following()):
+                    if not await pages.answer(following):
                         return
-                    following = await self._go_on(wire, sock, peer, data)
+                    accepted.take(self._peers.of(accepted.peer))  # until the next client of a proxy
+                    if not (data := await pages.following()):
+                        return
+                    following = await self._go_on(accepted, data)
                 if following is not None:
                     pages.give_away()
                     await self._run(*following)
 
-    async def _go_on(self, wire: Wire, sock: socket.socket, peer: Peer, data: bytes) -> Head | Upgraded | None:
+    async def _go_on(self, accepted: _Accepted, data: bytes) -> Head | Upgraded | None:
         """The same as `_enter` for a request that follows others. Raises no Exception."""
         try:
-            return await self._enter(wire, sock, peer, data)
+            return await self._enter(accepted, data)
         except AtCapacity as full:
-            self._turn_away(wire, refuse(full))
+            self._turn_away(accepted.wire, refuse(full))
         except OSError:
             pass  # the peer is gone
         return None
 
     async def _serve_asgi(
-        self, wire: Wire, sock: socket.socket, head: Head, request: Request, handler: AsgiHandler, accepted: Accept
+        self, accepted: _Accepted, head: Head, request: Request, handler: AsgiHandler, answer: Accept
     ) -> None:
         site = self._site
+        root_path = "" if self._http is None else self._http.config.root_path
         await handler.serve(
-            websocket_scope(request, sock.getsockname()),
-            accepted,
-            partial(self._run_upgraded, wire, head, request),
+            websocket_scope(request, accepted.sock.getsockname(), root_path),
+            answer,
+            partial(self._run_upgraded, accepted.wire, head, request),
             state=site.state_of(handler.app),
             settings=site.settings,
             deciding=self._handshakes,
@@ -193,28 +231,28 @@ class Acceptor:
             self._site.forget(connection)
             transport.forget()
 
-    async def _enter(self, wire: Wire, sock: socket.socket, peer: Peer, data: bytes = b"") -> Head | Upgraded | None:
+    async def _enter(self, accepted: _Accepted, data: bytes = b"") -> Head | Upgraded | None:
         """Read the head of a request that begins with `data`, and answer it if it is an upgrade, or to be refused.
 
         Return the WebSocket that it became, or the head of a request for a page, or None if it is over.
         """
-        site = self._site
+        site, wire, sock = self._site, accepted.wire, accepted.sock
         head = Head(site.settings.max_head_bytes)
         asked = None  # an application, which decides by itself and stays until the connection has ended
         try:
             with self._handshakes:
-                request = await self._read_head(wire, peer, head, data)
+                request = await self._read_head(accepted, head, data)
                 if request is not None and wants_websocket(request):
                     self._check_host(request)
                     check_upgrade(request)
-                    handler, accepted = await site.admit(request)
+                    handler, answer = await site.admit(request)
                     if sock.family != AF_UNIX:
                         sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
                     if not isinstance(handler, AsgiHandler):
-                        return *upgrade(wire, self._poller, site, head, request, accepted), handler
-                    asked = request, handler, accepted
+                        return *upgrade(wire, self._poller, site, head, request, answer), handler
+                    asked = request, handler, answer
             if asked is not None:
-                await self._serve_asgi(wire, sock, head, *asked)
+                await self._serve_asgi(accepted, head, *asked)
             elif head.is_http2 and (self._http is None or data or _protocol(wire) != "h2"):
                 await self._refuse(wire, REFUSAL)
             elif request is None and not head.is_http2:
@@ -235,19 +273,24 @@ class Acceptor:
         if self._http is not None and not self._http.serves(request.headers.get("host", "")):
             raise Refuse(HTTPStatus.MISDIRECTED_REQUEST, "this server has another name")
 
-    async def _read_head(self, wire: Wire, peer: Peer, head: Head, data: bytes) -> Request | None:
+    async def _read_head(self, accepted: _Accepted, head: Head, data: bytes) -> Request | None:
         """Return None if there will be no head that we can read: the stream ended, or it is HTTP/2."""
-        with move_on_after(self._site.settings.handshake_timeout):
+        site, wire = self._site, accepted.wire
+        with move_on_after(site.settings.handshake_timeout):
+            if site.settings.proxy_protocol and not data and accepted.peer in site.proxies:
+                await self._read_proxy_header(accepted)
             if isinstance(wire, TlsSocket) and not data:
                 data = await wire.handshake(self._tls_turns)
             while True:
                 if data:
-                    request = head.receive_data(data, peer)
+                    request = head.receive_data(data, accepted.peer)
                     if head.is_http2:
                         return None
-                    if request is not None and isinstance(wire, TlsSocket):
-                        return replace(request, secure=True, certificate=wire.certificate)
                     if request is not None:
+                        if isinstance(wire, TlsSocket):
+                            request = replace(request, secure=True, certificate=wire.certificate)
+                        request = site.proxies.request(request)
+                        accepted.take(self._peers.of(request.peer))
                         return request
                 await wait_readable(wire.fileno())
                 try:
@@ -261,8 +304,24 @@ class Acceptor:
             return None
         raise Refuse(HTTPStatus.REQUEST_TIMEOUT, "the request head did not come in time")
 
+    async def _read_proxy_header(self, accepted: _Accepted) -> None:
+        """Find out for whom a proxy connected. Takes nothing of what comes after that, which may be TLS."""
+        sock, header = accepted.sock, ProxyHeader()
+        while not header.complete:
+            await wait_readable(sock)
+            with suppress(BlockingIOError):
+                data = sock.recv(READ_SIZE, MSG_PEEK)
+                if not data:
+                    raise ConnectionResetError("the proxy left without a header")
+                sock.recv(header.receive_data(data))
+        if header.client is not None:
+            accepted.peer = header.client
+            accepted.take(self._peers.of(accepted.peer))
+
     async def _refuse(self, wire: Wire, response: bytes) -> None:
         """Send a response and wait for the peer's end: closed with something unread, the socket would take it back."""
+        if not self._can_answer(wire):
+            return
         with move_on_after(self._site.settings.close_timeout):
             while response := response[_send_some(wire, response) :]:
                 await wait_writable(wire.fileno())
@@ -278,12 +337,15 @@ class Acceptor:
 
         What has come is read first, since what is closed with something unread may take the response back.
         """
-        if self.tls is not None and not (isinstance(wire, TlsSocket) and wire.ready):
-            return  # there is no way to say it yet
+        if not self._can_answer(wire):
+            return
         with suppress(OSError):
             wire.recv(READ_SIZE)
         with suppress(OSError):
             wire.send(response)
+
+    def _can_answer(self, wire: Wire) -> bool:
+        return self.tls is None or (isinstance(wire, TlsSocket) and wire.ready)
 
 
 class _Handshakes(Capacity):

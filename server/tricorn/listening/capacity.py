@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from http import HTTPStatus
+from math import inf
 from random import randrange
 from socket import AF_INET6, inet_pton
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
+from tricorn.protocol.forwarded import TrustedProxies
 from tricorn.request import Refuse
 
 if TYPE_CHECKING:
@@ -55,16 +57,26 @@ class Capacity:
         self.taken -= 1
 
 
-class PeerCapacity:
-    """Room for each peer address. All of an IPv6 /64 network counts as one: whoever has an address has all of it."""
+NO_PROXIES = TrustedProxies(())
 
-    def __init__(self, limit: float, metrics: ServerMetrics) -> None:
+
+class PeerCapacity:
+    """Room for each peer address, without limit for trusted proxies.
+
+    All of an IPv6 /64 network counts as one: whoever has an address has all of it.
+    """
+
+    def __init__(self, limit: float, metrics: ServerMetrics, proxies: TrustedProxies = NO_PROXIES) -> None:
         self._limit = limit
         self._metrics = metrics
+        self._proxies = proxies
+        self._of_proxies = Capacity(inf, "peer_connections", metrics)
         self._by_network: WeakValueDictionary[str | bytes, Capacity] = WeakValueDictionary()  # those that are taken
 
     def of(self, peer: tuple[str, int] | None) -> Capacity:
         """Return the room of this peer. Peers on a Unix socket share one."""
+        if peer in self._proxies:
+            return self._of_proxies
         address = "" if peer is None else peer[0]
         network = inet_pton(AF_INET6, address.partition("%")[0])[:8] if ":" in address else address
         capacity = self._by_network.get(network)

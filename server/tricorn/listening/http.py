@@ -33,6 +33,7 @@ from tricorn.errors.chain import ENDINGS, in_order, is_any, is_group, traceback_
 from tricorn.errors.failures import leaves
 from tricorn.errors.report import report, report_error, report_hidden
 from tricorn.errors.text import title
+from tricorn.protocol.forwarded import TrustedProxies
 from tricorn.transport.flow_control import READ_DEFLATED, READ_SIZE
 from tricorn.transport.sockets import reset_when_closed
 
@@ -70,6 +71,7 @@ class Hypercorn:
     ) -> None:
         config = Config() if config is None else copy(config)
         self._app = app
+        self._proxies = TrustedProxies(settings.trusted_proxies)
         self._server_names = frozenset(config.server_names)
         config.server_names = []  # Hypercorn would never end a connection that asks for another name
         config.include_server_header = False
@@ -109,6 +111,7 @@ class Hypercorn:
 
     async def answer(self, exchange: Exchange, scope: Any, receive: Any, send: Any) -> None:
         """Have the app answer a request. Raises what the app raises, for which Hypercorn answers with 500."""
+        scope = self._proxies.scope(scope)
         try:
             if scope["type"] != "http":  # RFC 8441, which is not offered
                 await send({"type": "websocket.close"})

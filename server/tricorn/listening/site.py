@@ -14,6 +14,7 @@ from tricorn.errors.report import report, report_error, report_hidden
 from tricorn.listening.capacity import require_capacity
 from tricorn.metrics import ServerMetrics
 from tricorn.protocol.deflate import negotiate
+from tricorn.protocol.forwarded import TrustedProxies
 from tricorn.protocol.handshake import (
     check_answer,
     check_origin,
@@ -45,6 +46,7 @@ class Site:
     Attributes:
         settings: times and limits.
         metrics: the counters of the server.
+        proxies: those that are trusted.
         connections: the connections that there are, with what their handlers hold.
         reaper: closes their sockets if their tasks do not end.
         closing: no more are let in.
@@ -62,6 +64,7 @@ class Site:
         self.settings = settings
         self.connections: dict[Connection, WebSocket[Any]] = {}
         self.metrics = ServerMetrics(self.connections)
+        self.proxies = TrustedProxies(settings.trusted_proxies)
         self.reaper = Reaper()
         self.closing = False
         self.app = handlers.app if isinstance(handlers, AsgiHandler) else None

@@ -27,7 +27,7 @@ MAX_HEADERS = 100  # of one request head; browsers and proxies send about 20
 Offer = tuple[str, Sequence[tuple[str, str | None]]]  # of an extension: its name and its parameters
 
 _ABSOLUTE = re.compile(r"https?://([^/?#]*)", re.IGNORECASE)  # the beginning of an absolute-form, RFC 9112 §3.2.2
-_HOST = re.compile(r"(?:\[[0-9a-fA-F:.]+\]|[\w.~!$&'()*+;=%-]*)(?::[0-9]*)?", re.ASCII)  # RFC 9110 §7.2
+HOST = re.compile(r"(?:\[[0-9a-fA-F:.]+\]|[\w.~!$&'()*+;=%-]*)(?::[0-9]*)?", re.ASCII)  # RFC 9110 §7.2
 
 _TOKEN = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)  # RFC 9110 §5.6.2
 _FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")  # RFC 9110 §5.5
@@ -204,7 +204,7 @@ def check_origin(request: Request, origins: Sequence[str]) -> None:
     Raises:
         Refuse: the Host is malformed, or the page may not connect.
     """
-    if not _HOST.fullmatch(request.headers.get("host", "")):
+    if not HOST.fullmatch(request.headers.get("host", "")):
         raise Refuse(HTTPStatus.BAD_REQUEST, "the Host must be a name or an address, with or without a port")
     if not is_allowed(request.headers.get("origin"), request.headers.get("host", ""), origins):
         raise Refuse(HTTPStatus.FORBIDDEN, "pages of this origin may not connect")

@@ -408,7 +408,7 @@ function conversationOf(location) {
 if (globalThis.document?.getElementById("log")) {
   // Whoever logs people in on this origin leaves their token here; it ends with the tab.
   const token = () => sessionStorage.getItem("tricorn.token");
-  const client = new Client(`${location.origin.replace("http", "ws")}/ws`, conversationOf(location), token);
+  const client = new Client(new URL("ws", location).href.replace("http", "ws"), conversationOf(location), token);
   new Page(client);
   client.connect();
   addEventListener("online", () => client.connect());

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -229,7 +230,8 @@ async def _show_metrics(
     nursery: trio.Nursery, listeners: list[Socket], page: ASGIApp, settings: ServiceSettings, say: Say
 ) -> None:
     if listeners:
-        server = Server(Site(no_websocket, settings), listeners, app=page)
+        site = Site(no_websocket, replace(settings, proxy_protocol=False))  # Prometheus comes by itself
+        server = Server(site, listeners, app=page)
         await nursery.start(server.serve)
         say(f"Metrics are at http://{show_address(server.addresses[0])}/metrics")
 

@@ -8,6 +8,7 @@ import pytest
 
 from tricorn.listening.capacity import RETRY_AFTER, AtCapacity, Capacity, PeerCapacity
 from tricorn.metrics import ServerMetrics
+from tricorn.protocol.forwarded import TrustedProxies
 
 
 def test_a_place_is_free_again_behind_the_block() -> None:
@@ -51,6 +52,15 @@ def test_peers_on_a_unix_socket_share_their_places() -> None:
     with peers.of(None):
         assert peers.of(None).taken == 1
         assert peers.of(("192.0.2.1", 1)).taken == 0
+
+
+def test_trusted_proxies_have_no_limit() -> None:
+    peers = PeerCapacity(1, ServerMetrics(), TrustedProxies(("192.0.2.1", "unix")))
+    for proxy in (("192.0.2.1", 1), None):
+        with peers.of(proxy), peers.of(proxy), peers.of(("192.0.2.2", 1)):
+            assert peers.of(("192.0.2.2", 2)).taken == 1
+            with pytest.raises(AtCapacity), peers.of(("192.0.2.2", 2)):
+                raise AssertionError
 
 
 def test_places_of_nobody_are_forgotten() -> None:

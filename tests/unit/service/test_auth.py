@@ -290,6 +290,17 @@ async def test_other_machines_and_names_that_lead_here(peer: str, host: str) -> 
     assert await Everybody().admit(None, peer, {"host": host}) == Identity("local")
 
 
+@pytest.mark.parametrize("name", ["forwarded", "x-forwarded-for", "x-forwarded-server", "x-real-ip", "via"])
+async def test_without_a_key_nobody_comes_in_through_a_proxy(name: str) -> None:
+    headers = {"host": "127.0.0.1:8080", name: "127.0.0.1"}
+    with pytest.raises(NotAdmitted) as raised:
+        await ThisMachine().admit(None, "127.0.0.1", headers)
+    code, reason = raised.value.close
+    assert code == 4501
+    assert reason.endswith("a server behind a proxy needs a key")
+    assert await Everybody().admit(None, "127.0.0.1", headers) == Identity("local")
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.2", "chat.example", "127.0.0.1.example"])
 def test_nobody_is_let_in_by_accident(host: str) -> None:
     with pytest.raises(SettingError) as raised:

@@ -32,6 +32,8 @@ def test_every_field_is_a_variable_or_has_another_way_in(field: dataclasses.Fiel
         "auth": {"TRICORN_AUTH": "none"},
         "deflate": {"TRICORN_DEFLATE": "takeover"},
         "origins": {"TRICORN_ORIGINS": "https://3.example"},
+        "trusted_proxies": {"TRICORN_TRUSTED_PROXIES": "127.0.0.1, 10.0.0.0/8 unix"},
+        "proxy_protocol": {"TRICORN_PROXY_PROTOCOL": "true", "TRICORN_TRUSTED_PROXIES": "unix"},
     }
     values = {
         "host": "example.org",
@@ -40,6 +42,8 @@ def test_every_field_is_a_variable_or_has_another_way_in(field: dataclasses.Fiel
         "deflate": "takeover",
         "import_guard": "deny",
         "origins": ("https://3.example",),
+        "trusted_proxies": ("127.0.0.1", "10.0.0.0/8", "unix"),
+        "proxy_protocol": True,
     }
     environ = ways.get(field.name, {f"TRICORN_{field.name.upper()}": "3"})
     value = getattr(ServiceSettings.from_environ(environ), field.name)
@@ -100,6 +104,13 @@ ORIGINS = "origins as browsers send them, like https://example.org, https://*.ex
             ("TRICORN_ORIGINS", text, f"TRICORN_ORIGINS={text}: must be {ORIGINS}")
             for text in ("example.org", "https://", "https://a.example/", "https://A.example", "ws://a.example")
         ),
+        (
+            "TRICORN_TRUSTED_PROXIES",
+            "127.0.0.1 nginx",
+            "TRICORN_TRUSTED_PROXIES=127.0.0.1 nginx: must be addresses like 127.0.0.1 or ::1, "
+            "networks by their first address like 10.0.0.0/8, or unix",
+        ),
+        ("TRICORN_PROXY_PROTOCOL", "1", "TRICORN_PROXY_PROTOCOL=1: must be true or false"),
         ("TRICORN_BIND", "8080", "TRICORN_BIND=8080: must be HOST:PORT, for example 127.0.0.1:8080"),
         ("TRICORN_BIND", "", "TRICORN_BIND=: must be HOST:PORT, for example 127.0.0.1:8080"),
         ("TRICORN_BIND", ":80 unix:", "TRICORN_BIND=unix:: must be unix:PATH, for example unix:/run/tricorn.sock"),
