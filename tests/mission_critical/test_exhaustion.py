@@ -111,6 +111,30 @@ async def test_memory_is_exhausted_and_stays_so(service: Tricorn, log: str, requ
     assert "MemoryError" in {record["message"] for record in instance.records}
 
 
+async def test_connections_keep_coming_with_little_memory_left(service: Tricorn) -> None:
+    """They wait until there is room; whoever is there is served."""
+    instance = await service.start()
+
+    async def come(user: str) -> None:
+        async with instance.connect(user) as client:
+            assert (await client.ask("succeed too")).last["text"] == "succeed: too"
+            await trio.sleep_forever()
+
+    async with instance.connect("bob") as bob:
+        limit = instance.address_space() + 2**24
+        resource.prlimit(instance.pid, resource.RLIMIT_AS, (limit, limit))
+        async with trio.open_nursery() as others:
+            for number in range(600):
+                others.start_soon(come, f"other-{number}")
+                if number % 100 == 99:
+                    assert (await bob.ask(f"succeed {number}")).last["text"] == f"succeed: {number}"
+            while not any("cannot accept" in record["message"] for record in instance.records):
+                assert (await bob.ask("succeed again")).last["text"] == "succeed: again"
+            others.cancel_scope.cancel()
+    assert await instance.stop() == 0
+    assert {record["severity"] for record in instance.records} <= {"INFO", "WARNING"}
+
+
 def id_of(answer: Answer) -> str:
     """The id of the error that a run failed with, on a connection that goes on."""
     assert answer.close_code is None

@@ -17,7 +17,7 @@ from trio.lowlevel import wait_readable, wait_writable
 
 from tricorn.asgi_handler import AsgiHandler, websocket_scope
 from tricorn.errors.report import report, report_error
-from tricorn.listening.capacity import AtCapacity, Capacity, PeerCapacity
+from tricorn.listening.capacity import AtCapacity, Capacity, PeerCapacity, require_memory
 from tricorn.listening.http import Pages
 from tricorn.listening.http2 import Http2
 from tricorn.protocol.handshake import (
@@ -68,8 +68,10 @@ async def accept_forever(
     short = False
     while True:
         await wait_readable(listener)
-        for _ in range(ACCEPT_AT_ONCE):
+        for number in range(ACCEPT_AT_ONCE):
             try:
+                if not number % 8:
+                    require_memory()
                 sock, address = listener.accept()
             except BlockingIOError:
                 break

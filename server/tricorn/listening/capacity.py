@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from errno import ENOMEM
 from http import HTTPStatus
 from math import inf
+from mmap import mmap
+from os import strerror
 from random import randrange
 from socket import AF_INET6, inet_pton
 from typing import TYPE_CHECKING
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
 
     from tricorn.metrics import ServerMetrics
 
+MEMORY = 4 << 20  # bytes
+PIECE = 400  # bytes; CPython takes up to 512 from what it has freed and keeps
 RETRY_AFTER = range(5, 16)  # seconds; any of them, so that clients refused together do not come back together
 
 
@@ -33,6 +38,17 @@ def require_capacity(taken: int, limit: float, setting: str, metrics: ServerMetr
     if taken >= limit:
         metrics.limit_hits.add(setting)
         raise AtCapacity
+
+
+def require_memory() -> None:
+    """Raise OSError (ENOMEM) if there is not the memory that the connections which are there may need."""
+    try:
+        mmap(-1, MEMORY).close()  # costs nothing that is not used
+    except OSError:
+        try:
+            [bytes(PIECE) for _ in range(MEMORY // PIECE)]  # there may be some that was freed and is kept
+        except MemoryError:
+            raise OSError(ENOMEM, strerror(ENOMEM)) from None
 
 
 class Capacity:

@@ -56,6 +56,7 @@ ALLOWED = {
     ("protocol/handshake.py", "Head.receive_data"): "what the peer sent is at fault, and Refuse says so",
     ("protocol/handshake.py", "offered_extensions"): "what the peer sent is at fault, and Refuse says so",
     ("server.py", "Server._serve"): "the program's drain cannot raise an Exception here, and the context is kept",
+    ("listening/capacity.py", "require_memory"): "the error is a lack of memory, and this says so as accepting does",
     ("listening/binds.py", "parse_bind"): "SettingError says what is wrong with the text",
     ("service/auth.py", "Tokens.admit"): "NotAdmitted answers the client; what is not its token's fault is reported",
     ("service/bind.py", "bind_or_explain"): "SettingError says why the address cannot be used",
