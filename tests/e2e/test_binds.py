@@ -151,5 +151,6 @@ async def test_systemd_is_told(command: list[str], kind: str, directory: Path, m
             assert await notify.recv(100) == b"READY=1"
             process.send_signal(signal.SIGTERM)
             assert await notify.recv(100) == b"STOPPING=1"
+            await process.wait()  # a second signal might find it without a handler
         with pytest.raises(BlockingIOError):
             os.read(notify.fileno(), 100)
