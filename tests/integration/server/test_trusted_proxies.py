@@ -270,5 +270,5 @@ async def test_on_a_unix_socket(running: Any) -> None:
 
 @pytest.mark.parametrize("make", [tricorn.asgi_app, adapt])
 def test_who_does_not_own_its_connections_refuses_the_setting(make: Callable[..., object]) -> None:
-    with pytest.raises(SettingError, match=r"^proxy_protocol=True: .* cannot read it"):
+    with pytest.raises(SettingError, match=r"^proxy_protocol=True: .* has no such setting"):
         make(echo, settings=PROXIED)
