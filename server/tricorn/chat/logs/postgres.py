@@ -52,8 +52,8 @@ AT_ONCE = 500  # appends in one transaction
 WANTED = "log: must be postgresql://[USER:PASSWORD@]HOST[:PORT]/DATABASE"
 
 _APPEND = (
-    "SELECT * FROM tricorn.append(%s, %s::text[], %s::text[], %s::bytea[], %s::bytea[], %s::text[], %s::bigint[],"
-    " %s::bigint[], %s::boolean[], %s::bigint[], %s, %s)"
+    "SELECT * FROM tricorn.append(%s, %b::text[], %b::text[], %b::bytea[], %b::bytea[], %b::text[], %b::bigint[],"
+    " %b::bigint[], %b::boolean[], %b::bigint[], %s, %s)"
 )
 _READ = (
     "SELECT e.seq, e.json FROM tricorn.entry e JOIN tricorn.conversation c ON c.id = e.conversation"
@@ -71,7 +71,7 @@ _UNANSWERED = (
     "SELECT key FROM tricorn.conversation"
     " WHERE asked > answered AND (holder IS NULL OR NOT tricorn.alive(holder)) LIMIT %s"
 )
-_STAND = "SELECT * FROM tricorn.stand(%s::text[], %s::bigint[])"
+_STAND = "SELECT * FROM tricorn.stand(%b::text[], %b::bigint[])"
 
 # This server cannot serve us now; another connection may lead to one that can.
 _PASSING = (AdminShutdown, CannotConnectNow, CrashShutdown, ReadOnlySqlTransaction)
