@@ -16,7 +16,7 @@ import pytest
 import trio
 
 TRICORN = [sys.executable, "-m", "tricorn"]
-SERVE = [*TRICORN, "serve", "--auth", "none"]
+SERVE = [*TRICORN, "serve", "--audit", "off", "--auth", "none"]
 PATIENCE = 60  # seconds, for what takes one or two
 HANDLER = """
 async def echo(ws):
@@ -31,7 +31,7 @@ from tricorn.service.cli import main
 MemoryLog.shared = True
 sys.exit(main(sys.argv[1:]))
 """
-WORKERS = [sys.executable, "-c", SHARED, "serve", "--auth", "none", "--workers", "2"]
+WORKERS = [sys.executable, "-c", SHARED, "serve", "--audit", "off", "--auth", "none", "--workers", "2"]
 # Do what systemd does, and become the command: sys.argv[1] has descriptors, which are passed from 3 on.
 SYSTEMD = """
 import os, sys

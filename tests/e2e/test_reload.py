@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
 from trio_websocket import ConnectionClosed, HandshakeError, WebSocketConnection, wrap_client_stream
 
 TRICORN = [sys.executable, "-m", "tricorn"]
-SERVE = [*TRICORN, "serve", "--bind", "127.0.0.1:0"]
+SERVE = [*TRICORN, "serve", "--audit", "off", "--bind", "127.0.0.1:0"]
 SHARED = """
 import sys
 from tricorn.chat.logs.memory import MemoryLog

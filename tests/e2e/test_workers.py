@@ -40,7 +40,7 @@ from tricorn.service.cli import main
 MemoryLog.shared = True
 sys.exit(main(sys.argv[1:]))
 """
-SERVE = ("serve", "--bind", "127.0.0.1:0", "--agent", "mine:pid")
+SERVE = ("serve", "--audit", "off", "--bind", "127.0.0.1:0", "--agent", "mine:pid")
 SETTINGS = {"TRICORN_METRICS": "127.0.0.1:0"}
 # A signal ends a connection by its timeouts only if nothing else does.
 PATIENT = {**SETTINGS, "TRICORN_DRAIN_TIMEOUT": "50", "TRICORN_CLOSE_TIMEOUT": "40"}

@@ -17,7 +17,7 @@ import trio
 from prometheus_client.parser import text_string_to_metric_families
 from trio_websocket import open_websocket_url
 
-SERVE = [sys.executable, "-m", "tricorn", "serve", "--bind", "127.0.0.1:0"]
+SERVE = [sys.executable, "-m", "tricorn", "serve", "--audit", "off", "--bind", "127.0.0.1:0"]
 UPGRADE = (
     b"GET /ws HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
     b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
