@@ -185,7 +185,7 @@ Agent = Callable[[Run], Awaitable[None]]
 async def test_a_cancellation_hides_no_error_of_an_agent(
     log: Refusing, agent: Agent, ended: str, records: Records
 ) -> None:
-    async with talk(agent, log, run_timeout=0.3 if ended == "timeout" else 60.0) as client:
+    async with talk(agent, log, run_timeout=1.0 if ended == "timeout" else 60.0) as client:
         await client.post()
         started = await client.until("agent_started")
         if ended == "cancelled":
@@ -198,7 +198,7 @@ async def test_a_cancellation_hides_no_error_of_an_agent(
 
 
 async def test_a_cancellation_of_an_agent_that_has_not_failed_is_no_error(log: Refusing, records: Records) -> None:
-    async with talk(handle_on_purpose, log, run_timeout=0.3) as client:
+    async with talk(handle_on_purpose, log, run_timeout=1.0) as client:
         end = await client.run()
     assert (end["outcome"], "error_id" in end) == ("timeout", False)
     assert records.read("ERROR") == []

@@ -85,7 +85,7 @@ Agent = Callable[[Run], Awaitable[None]]
 @pytest.mark.parametrize("ended", ["cancelled", "timeout"])
 @pytest.mark.parametrize("agent", [swallows, raises_something_else, says_more])
 async def test_an_agent_that_does_not_raise_its_cancellation(log: Refusing, agent: Agent, ended: str) -> None:
-    async with talk(agent, log, run_timeout=0.2 if ended == "timeout" else 60.0) as client:
+    async with talk(agent, log, run_timeout=1.0 if ended == "timeout" else 60.0) as client:
         await client.post()
         started = await client.until("agent_started")
         if ended == "cancelled":
@@ -147,7 +147,7 @@ async def test_a_conversation_goes_on_without_a_run_that_does_not_end(
         else:
             await run.say(run.message)
 
-    settings = {"run_timeout": 0.5 if ended == "timeout" else 60.0, "close_timeout": CLOSE_TIMEOUT}
+    settings = {"run_timeout": 5.0 if ended == "timeout" else 60.0, "close_timeout": CLOSE_TIMEOUT}
     async with talk(agent, log, **settings) as client:
         try:
             await client.post("endless")
@@ -184,7 +184,7 @@ async def test_what_an_abandoned_agent_raises_later_is_reported(log: Refusing, r
         await endless.sleep()
         raise LookupError("later")
 
-    async with talk(agent, log, run_timeout=0.2, close_timeout=CLOSE_TIMEOUT) as client:
+    async with talk(agent, log, run_timeout=1.0, close_timeout=CLOSE_TIMEOUT) as client:
         try:
             assert (await client.run())["outcome"] == "timeout"
             records.read("ERROR")
