@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import trio
 
+from fixtures.workers import SHARED
+
 TRICORN = [sys.executable, "-m", "tricorn"]
 SERVE = [*TRICORN, "serve", "--audit", "off", "--auth", "none"]
 PATIENCE = 60  # seconds, for what takes one or two
@@ -24,13 +26,6 @@ async def echo(ws):
         await ws.send(message)
 """
 # What `tricorn serve --workers` needs is a log that says it can be shared.
-SHARED = """
-import sys
-from tricorn.chat.logs.memory import MemoryLog
-from tricorn.service.cli import main
-MemoryLog.shared = True
-sys.exit(main(sys.argv[1:]))
-"""
 WORKERS = [sys.executable, "-c", SHARED, "serve", "--audit", "off", "--auth", "none", "--workers", "2"]
 # Do what systemd does, and become the command: sys.argv[1] has descriptors, which are passed from 3 on.
 SYSTEMD = """

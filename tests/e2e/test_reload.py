@@ -9,8 +9,9 @@ import ssl
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import partial
+from itertools import count
 from pathlib import Path
 from time import time
 from typing import Any
@@ -27,15 +28,10 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from trio_websocket import ConnectionClosed, HandshakeError, WebSocketConnection, wrap_client_stream
 
+from fixtures.workers import SHARED, closed
+
 TRICORN = [sys.executable, "-m", "tricorn"]
 SERVE = [*TRICORN, "serve", "--audit", "off", "--bind", "127.0.0.1:0"]
-SHARED = """
-import sys
-from tricorn.chat.logs.memory import MemoryLog
-from tricorn.service.cli import main
-MemoryLog.shared = True
-sys.exit(main(sys.argv[1:]))
-"""
 WORKERS = [sys.executable, "-c", SHARED, *SERVE[3:], "--workers", "2", "--agent", "mine:agent"]
 PATIENCE = 60  # seconds, for what takes one or two
 PROGRAM = """
@@ -115,14 +111,16 @@ async def websocket(
     headers = [("Authorization", f"Bearer {token}")] if token else []
     protocols = ["tricorn.v1"] if path == "/ws" else []
     async with trio.open_nursery() as nursery:
-        yield await wrap_client_stream(
-            nursery, stream, "127.0.0.1", path, subprotocols=protocols, extra_headers=headers
-        )
-        await trio.aclose_forcefully(stream)
+        try:
+            yield await wrap_client_stream(
+                nursery, stream, "127.0.0.1", path, subprotocols=protocols, extra_headers=headers
+            )
+        finally:
+            await trio.aclose_forcefully(stream)
         nursery.cancel_scope.cancel()
 
 
-posts = iter(range(1000))
+posts = count()  # workers are asked until each of them has answered
 
 
 async def ask(ws: WebSocketConnection) -> int:
@@ -134,14 +132,6 @@ async def ask(ws: WebSocketConnection) -> int:
         if message["type"] == "agent_message":
             said = message["text"]
     return int(said)
-
-
-async def closed(ws: WebSocketConnection) -> int:
-    with suppress(ConnectionClosed):
-        while True:
-            await ws.get_message()
-    assert ws.closed is not None
-    return int(ws.closed.code)
 
 
 def issue(directory: Path) -> ssl.SSLContext:

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,24 +22,12 @@ from typing import Any
 import pytest
 import trio
 from prometheus_client.parser import text_string_to_metric_families
-from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
+from trio_websocket import WebSocketConnection, wrap_client_stream
 
+from fixtures.workers import AGENT, SHARED, ask, closed
 from tricorn.service.workers import Supervisor, reserve
 
 PATIENCE = 60  # seconds, for what takes one or two
-AGENT = """
-import os
-
-async def pid(run):
-    await run.say(str(os.getpid()))
-"""
-SHARED = """
-import sys
-from tricorn.chat.logs.memory import MemoryLog
-from tricorn.service.cli import main
-MemoryLog.shared = True
-sys.exit(main(sys.argv[1:]))
-"""
 SERVE = ("serve", "--audit", "off", "--bind", "127.0.0.1:0", "--agent", "mine:pid")
 SETTINGS = {"TRICORN_METRICS": "127.0.0.1:0"}
 # A signal ends a connection by its timeouts only if nothing else does.
@@ -99,28 +87,6 @@ class Service:
     async def end(self) -> int:
         with trio.fail_after(PATIENCE):
             return await self.process.wait()
-
-
-numbers = iter(range(1000))
-
-
-async def ask(ws: WebSocketConnection) -> int:
-    """The process that answers."""
-    await ws.send_message(json.dumps({"type": "post", "id": f"{next(numbers)}", "conversation": "c", "text": "?"}))
-    said = ""
-    while (message := json.loads(await ws.get_message()))["type"] != "agent_completed":
-        if message["type"] == "agent_message":
-            said = message["text"]
-    return int(said)
-
-
-async def closed(ws: WebSocketConnection) -> int:
-    """The code that a connection is closed with, whatever comes before."""
-    with suppress(ConnectionClosed):
-        while True:
-            await ws.get_message()
-    assert ws.closed is not None
-    return ws.closed.code
 
 
 async def gone(pid: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +9,8 @@ from shutil import copytree
 
 import pytest
 import trio
+
+from fixtures.uncovered import uncovered
 
 FUZZ = Path(__file__).parents[1] / "fuzz"
 
@@ -20,9 +21,8 @@ async def test_nothing_is_found(target: str, runs: int, tmp_path: Path) -> None:
     corpus = copytree(FUZZ / "corpus" / target, tmp_path / "corpus")  # what is found in passing goes there, too
     command = [sys.executable, FUZZ / "fuzz.py", target, f"-runs={runs}", "-seed=1", corpus]
     # It counts branches itself, and is slow where they are counted twice.
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
     finished = await trio.run_process(
-        command, cwd=tmp_path, env=environ, capture_stderr=True, capture_stdout=True, check=False
+        command, cwd=tmp_path, env=uncovered(), capture_stderr=True, capture_stdout=True, check=False
     )
     assert finished.returncode == 0, finished.stderr.decode()[-4000:]
     assert f"Done {runs} runs".encode() in finished.stderr

@@ -458,13 +458,10 @@ class Copy:
 
     def _objects(self, command: list[str], shown: str) -> str | None:
         arguments = command if command[0] == "-c" else ["-m", *command]
-        # Without coverage, which would look for the copy when it is gone.
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
-        environ["PYTHONPATH"] = str(self.package.parent)
         done = subprocess.run(
             [sys.executable, *arguments],
             cwd=REPOSITORY,
-            env=environ,
+            env=os.environ | {"PYTHONPATH": str(self.package.parent)},
             capture_output=True,
             text=True,
             timeout=120,

@@ -21,6 +21,8 @@ import pytest
 from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import ClientConnection, connect
 
+from fixtures.uncovered import uncovered
+
 PATIENCE = 60  # seconds
 
 # What fails: the message of the incident, a name that is not bound when a rarely taken path runs.
@@ -145,7 +147,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     log = tmp_path / "log"
     processes: list[subprocess.Popen[bytes]] = []
     # Not measured: coverage itself ends with imports, which sabotage forbids.
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
+    environ = uncovered()
 
     def start(sabotage: str = "nothing", what: str = "handler", stderr: Any = None, redirect: str = "") -> Server:
         command = ["sh", "-c", f'exec "$@" {redirect}', "sh", sys.executable]

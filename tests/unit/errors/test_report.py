@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import trio
 
+from fixtures.uncovered import uncovered
 from tricorn.errors.report import report, report_error, trace_id
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -791,9 +792,7 @@ except MemoryError as error:
     sys.stdout.write(error_id)
 """
     with log.open("wb") as file:
-        # Coverage needs memory itself.
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
-        process = child(script, stderr=file, stdout=subprocess.PIPE, env=environ)
+        process = child(script, stderr=file, stdout=subprocess.PIPE, env=uncovered())  # coverage needs memory, too
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert re.fullmatch("[0-9a-f]{8}", output.decode())
