@@ -111,8 +111,13 @@ async def test_memory_is_exhausted_and_stays_so(service: Tricorn, log: str, requ
     assert "MemoryError" in {record["message"] for record in instance.records}
 
 
-async def test_connections_keep_coming_with_little_memory_left(service: Tricorn) -> None:
+@pytest.mark.parametrize("log", LOGS)
+async def test_connections_keep_coming_with_little_memory_left(
+    service: Tricorn, log: str, request: pytest.FixtureRequest
+) -> None:
     """They wait until there is room; whoever is there is served."""
+    service.in_files = log == "sqlite"
+    service.kept_in = empty_log(request, log)
     instance = await service.start()
 
     async def come(user: str) -> None:

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 READ_HEAD = READ_DEFLATED  # bytes: behind the head there may be messages already
 HEAD_TOO_LARGE = (HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, HTTPStatus.REQUEST_URI_TOO_LONG)
 ACCEPT_AT_ONCE = 64  # then others get their turn
+LOOK_FOR_MEMORY = 8  # sockets between two looks whether there is memory for more
 PAUSE = 0.1  # seconds without accepting when descriptors or memory ran out
 SPARE = 128  # sockets beyond max_connections: to read heads from, and for pages and health
 SPARE_PAGES = SPARE // 2  # of these for pages, so that whoever holds them keeps no WebSocket out
@@ -70,7 +71,7 @@ async def accept_forever(
         await wait_readable(listener)
         for number in range(ACCEPT_AT_ONCE):
             try:
-                if not number % 8:
+                if not number % LOOK_FOR_MEMORY:
                     require_memory()
                 sock, address = listener.accept()
             except BlockingIOError:

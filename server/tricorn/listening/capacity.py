@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from tricorn.metrics import ServerMetrics
 
-MEMORY = 4 << 20  # bytes
-PIECE = 400  # bytes; CPython takes up to 512 from what it has freed and keeps
+MEMORY = 8 << 20  # bytes
+PIECE = 400  # bytes; CPython takes what is smaller than 512 from the memory that it keeps
 RETRY_AFTER = range(5, 16)  # seconds; any of them, so that clients refused together do not come back together
 
 
@@ -41,12 +41,12 @@ def require_capacity(taken: int, limit: float, setting: str, metrics: ServerMetr
 
 
 def require_memory() -> None:
-    """Raise OSError (ENOMEM) if there is not the memory that the connections which are there may need."""
+    """Raise OSError (ENOMEM) if less memory is left than the open connections may need."""
     try:
         mmap(-1, MEMORY).close()  # costs nothing that is not used
     except OSError:
         try:
-            [bytes(PIECE) for _ in range(MEMORY // PIECE)]  # there may be some that was freed and is kept
+            [bytes(PIECE) for _ in range(MEMORY // PIECE)]  # CPython may have kept some that was freed
         except MemoryError:
             raise OSError(ENOMEM, strerror(ENOMEM)) from None
 
