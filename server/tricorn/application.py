@@ -55,7 +55,7 @@ def asgi_app(
     keepalive, in `ping_interval` and `ping_timeout`. WebSockets over HTTP/2 get 501.
 
     Raises:
-        SettingError: a setting means nothing here: `deflate`, or one of `settings.LISTENER`.
+        SettingError: you changed a setting that has no effect here: `deflate`, or one of `settings.LISTENER`.
     """
     require_defaults(settings, ("deflate", *LISTENER), "plain Hypercorn")
     site = Site(handler, settings, before_upgrade=before_upgrade, subprotocols=subprotocols)

@@ -113,7 +113,7 @@ class Transport(Protocol):
         """Send one frame of a fragmented message, like `send`. `text` is None behind the first (RFC 6455 §5.4)."""
 
     def limit_messages(self, max_bytes: int) -> None:
-        """Refuse messages of the peer that are longer, also one that has begun, with 1009 from now on."""
+        """Refuse longer messages with 1009 from now on, also one that has begun to arrive."""
 
     def broadcast(self, message: Broadcast) -> bool:
         """Send a message without waiting; False, and nothing is sent, if too much waits for the peer already."""

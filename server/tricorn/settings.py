@@ -255,7 +255,7 @@ LISTENER = ("max_head_bytes", "max_handshakes", "peer_connections", "proxy_proto
 
 
 def require_defaults(settings: Settings, names: Sequence[str], host: str) -> None:
-    """Raise `SettingError` if one of these settings, which mean nothing on a host, is not as it is by default."""
+    """Raise `SettingError` if you changed one of these settings, which have no effect on this host."""
     for name in names:
         value = getattr(settings, name)
         if value != type(settings).__dataclass_fields__[name].default:

@@ -55,12 +55,12 @@ def adapt(
     by whatever cancels `serve_websocket`, the connection is closed with 1012, within `settings.close_timeout`.
 
     What happens before the request is there is trio-websocket's: its `connect_timeout` holds, not
-    `settings.handshake_timeout`, which is the hook's. Of what comes after, `max_message_size`, `message_queue_size` and
-    `receive_buffer_size` mean nothing. Nor does `settings.drain_timeout`: the program says when it ends.
+    `settings.handshake_timeout`, which is the hook's. After that, `max_message_size`, `message_queue_size` and
+    `receive_buffer_size` have no effect. Neither has `settings.drain_timeout`: your program decides when it ends.
 
     Raises:
         TypeError: the handler is an `asgi_handler`, or one of them is: nothing here runs an application's lifespan.
-        SettingError: a setting means nothing here, one of `settings.LISTENER`.
+        SettingError: you changed a setting that has no effect here, one of `settings.LISTENER`.
     """
     require_defaults(settings, LISTENER, "trio-websocket")
     site = Site(handler, settings, before_upgrade=before_upgrade, subprotocols=subprotocols)

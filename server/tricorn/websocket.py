@@ -86,10 +86,10 @@ class WebSocket(Generic[State]):
         return self._connection.cause if self._connection.over else None
 
     def limit_messages(self, max_bytes: int) -> None:
-        """Have the client send messages of at most so many bytes from now on; a longer one ends it with 1009.
+        """Limit each message from the client to `max_bytes` from now on. A longer one is refused with 1009.
 
-        A client that you do not know yet needs no more than its first message takes. `Settings.max_message_bytes` is
-        the limit until you call this, and raising it again is for you to do.
+        Call this before you know who the client is, with the size of its first message, and again afterwards. Until
+        you call it, the limit is `Settings.max_message_bytes`.
         """
         self._connection.transport.limit_messages(max_bytes)
 

@@ -72,7 +72,7 @@ class LastResort:
         close(waiting)
 
     def close(self) -> None:
-        """Have nothing more to do with the process's end. The thread ends by itself, at the latest with the process."""
+        """Let the process end by itself. The thread ends too, at the latest with the process."""
         self._is_over = True
         cancel_dump_traceback_later()
         close(self._signals)

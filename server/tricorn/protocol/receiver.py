@@ -128,7 +128,7 @@ class Receiver:
         return messages
 
     def limit_messages(self, max_bytes: int) -> None:
-        """Refuse longer messages from now on, also one whose last frame's header says that it will be one."""
+        """Refuse longer messages from now on, also one that has begun: its frame's header says how long it will be."""
         self._max = max_bytes
         coming = self.left if self._opcode < 8 and not self._inflating else 0
         if self._received + coming > max_bytes and self.closed is None and self.violation is None:
