@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Self
 
 import trio
@@ -179,6 +179,11 @@ class WebSocket(Generic[State]):
         connection = self._connection
         if not connection.put(whole, True):
             await connection.put_in_turn(whole, True)
+
+    def send_texts_nowait(self, payloads: Sequence[bytes]) -> None:
+        """Do what `send_texts` does, without its checkpoint. Raises trio.WouldBlock if it would have to wait."""
+        if not self._connection.put(payloads, True):
+            raise trio.WouldBlock
 
     async def ping(self) -> float:
         """Ping the peer and return the latency: the seconds until its pong (RFC 6455 §5.5.2).

@@ -12,6 +12,7 @@ from trio.lowlevel import checkpoint
 
 from tricorn.chat.conversation.conversation import Conversation
 from tricorn.chat.conversation.log_view import patience
+from tricorn.chat.delivery import Teller
 from tricorn.chat.execution import Runs
 from tricorn.chat.identity import Gate, ThisMachine
 from tricorn.chat.logs.base import Log, Unavailable
@@ -59,6 +60,7 @@ class Chat:
         self._opening = open_nursery()
         self._conversations: dict[str, Conversation] = {}
         self._sessions: set[Session] = set()
+        self._teller = Teller()
         self._tending = CancelScope()
 
     async def __aenter__(self) -> Self:
@@ -77,7 +79,7 @@ class Chat:
 
     async def session(self, ws: WebSocket) -> None:
         """Talk the wire protocol with one client until it is gone. However that ends, its runs go on."""
-        session = Session(ws, self.conversation, self.gate, self.quotas, self.settings, self.metrics)
+        session = Session(ws, self.conversation, self._teller, self.gate, self.quotas, self.settings, self.metrics)
         self._sessions.add(session)
         try:
             await session.arrive()
@@ -102,7 +104,7 @@ class Chat:
             await conversation.ended.wait()
         async with open_nursery() as nursery:
             for session in self._sessions:
-                nursery.start_soon(session.flush)
+                nursery.start_soon(session.delivery.flush)
 
     async def why_not_ready(self) -> str | None:
         """Return why no more clients should be sent here, in words that anybody may read; None if they may come.
@@ -148,6 +150,7 @@ class Chat:
             async with open_nursery() as nursery:
                 nursery.start_soon(self._look_after)
                 nursery.start_soon(self._beat)
+                nursery.start_soon(self._teller.run)
                 nursery.start_soon(self._runs.reaper.run)
 
     async def _beat(self) -> None:
@@ -159,10 +162,10 @@ class Chat:
         while True:
             now = first = current_time()
             for session in self._sessions:
-                if session.spoke_at < now - heartbeat * (1 - EARLY):
+                if session.delivery.spoke_at < now - heartbeat * (1 - EARLY):
                     session.beat()
                 else:
-                    first = min(first, session.spoke_at)
+                    first = min(first, session.delivery.spoke_at)
             await sleep_until(first + heartbeat)
 
     async def _look_after(self) -> None:

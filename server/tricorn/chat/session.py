@@ -1,17 +1,15 @@
-"""The handler: one client on one connection. A reader serves its requests, a writer sends it all there is to send."""
+"""The handler: one client on one connection, and its requests. What it is told is up to its delivery."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from math import inf
 from time import time
 from typing import get_args
 
 from msgspec import DecodeError, Struct, ValidationError
 from msgspec.json import Decoder, Encoder
-from trio import Event, current_time, move_on_after, move_on_at
+from trio import current_time, move_on_at
 from trio.lowlevel import checkpoint
 
 from tricorn.chat.close_codes import (
@@ -22,7 +20,7 @@ from tricorn.chat.close_codes import (
     UNAUTHENTICATED,
 )
 from tricorn.chat.conversation.conversation import Conversation, ConversationClosed, TooManyPosts
-from tricorn.chat.conversation.log_view import LogView
+from tricorn.chat.delivery import PAST_LOST, Delivery, Teller, opened
 from tricorn.chat.identity import Gate, Identity, NotAdmitted, handshake_token
 from tricorn.chat.logs.base import PastLost, Unavailable
 from tricorn.chat.metrics import ChatMetrics
@@ -38,7 +36,6 @@ from tricorn.chat.protocol import (
     Leave,
     Limits,
     Open,
-    Opened,
     Ping,
     Pong,
     Post,
@@ -49,17 +46,13 @@ from tricorn.chat.protocol import (
 from tricorn.chat.quota import Quota, Quotas
 from tricorn.chat.settings import ChatSettings
 from tricorn.errors.report import report_error, trace_id
-from tricorn.protocol.close import SERVICE_RESTART, TOO_FAST
+from tricorn.protocol.close import TOO_FAST
 from tricorn.waiter import Waiter
 from tricorn.websocket import WebSocket
 
 AUTHENTICATE_MAX = 16384  # bytes of a message from a client without a token: as much as a handshake may bring
-EVENTS_PER_TURN = 256  # of the writer: what a replay may take of memory, and how long others wait for it
-BATCH_BYTES = 64 * 1024  # of one message that joins several lines; many clients take no message over 1 MiB
 
 NO_ADDRESS = "unknown"  # of a peer on a Unix socket: no rule takes it for this machine's
-READ_AGAIN = 1.0  # seconds, if the log did not answer
-PAST_LOST = (SERVICE_RESTART, "the log has lost its past")
 EXPIRY_NOTICE = 30.0  # seconds from the notice to the end
 
 
@@ -77,16 +70,6 @@ _decode_envelope = Decoder(_Envelope).decode
 _KNOWN_TYPES = {request.__struct_config__.tag for request in get_args(ClientRequest)}
 
 
-@dataclass(eq=False, slots=True)
-class Cursor:
-    """How far the client has been sent a conversation that it follows: up to and including the event `seq`."""
-
-    conversation: Conversation
-    view: LogView
-    seq: int
-    unreadable: bool = False  # the log did not answer when it was read last
-
-
 class Session:
     """What one client is told: replies through a bounded outbox, events of the conversations it follows by cursors."""
 
@@ -94,12 +77,13 @@ class Session:
         self,
         ws: WebSocket,
         conversation: Callable[[str], Conversation],
+        teller: Teller,
         gate: Gate,
         quotas: Quotas,
         settings: ChatSettings,
         metrics: ChatMetrics,
     ) -> None:
-        self.spoke_at = current_time()  # in Trio's time
+        self.delivery = Delivery(ws, teller, metrics)
         self._ws = ws
         self._conversation = conversation
         self._gate = gate
@@ -111,16 +95,11 @@ class Session:
         self._ends = current_time() + settings.auth_timeout  # when the token must have come, then when it expires
         self._renewed = Waiter()
         self._batch = ws.subprotocol == BATCH_SUBPROTOCOL
-        self._cursors: dict[str, Cursor] = {}
-        self._outbox: deque[bytes] = deque()
-        self._news = Waiter()  # where the writer waits
-        self._flushing = False
-        self._flushed = Event()
 
     async def arrive(self) -> None:
         """Start to write, and find out who this is if the handshake says so."""
         ws, wants_token = self._ws, self._gate.wants_token
-        ws.nursery.start_soon(self._write)
+        ws.nursery.start_soon(self.delivery.write)
         if wants_token:
             ws.nursery.start_soon(self._watch_token)
         try:
@@ -139,7 +118,7 @@ class Session:
             for line in self._lines(message):
                 # No checkpoint since a request was served: what it set off cannot be sent before the reply.
                 await self._answer(decode(line))
-                if len(self._outbox) > self._settings.outbox:
+                if self.delivery.waiting > self._settings.outbox:
                     self._metrics.limit_hits.add("outbox")
                     await self._ws.close(OUTBOX_OVERFLOW, "outbox overflow")
                 await checkpoint()  # many requests in one message: the writer has its turns too
@@ -148,29 +127,17 @@ class Session:
         """Let go of everything. The runs that the client began go on."""
         if self._quota is not None:
             self._quotas.leave(self._quota)
-        for cursor in self._cursors.values():
-            cursor.conversation.detach(self._news)
-        self._flushed.set()
+        self.delivery.end()
 
     def beat(self) -> None:
         """Tell the client that the server is still here, unless there is something else on its way."""
-        self.spoke_at = current_time()
-        if self._news.waiting:
-            self._put(Heartbeat())
+        self.delivery.spoke_at = current_time()
+        if self.delivery.idle:
+            self.delivery.put(Heartbeat())
 
     def closing(self, retry_after: float) -> None:
         """Tell the client that the server is about to close the connection, and in how many seconds to come back."""
-        self._put(Closing(reason="the server is shutting down", retry_after=retry_after))
-
-    async def flush(self) -> None:
-        """Wait until the client was sent all that there is, or is gone. A checkpoint; may be cancelled."""
-        self._flushing = True
-        self._news.wake()
-        await self._flushed.wait()
-
-    def _put(self, reply: Reply) -> None:
-        self._outbox.append(_encode(reply))
-        self._news.wake()
+        self.delivery.put(Closing(reason="the server is shutting down", retry_after=retry_after))
 
     # Who it is
 
@@ -197,11 +164,12 @@ class Session:
         until = identity.believed_until
         self._ends = inf if until is None else current_time() + until - time()
         self._renewed.wake()
-        self._put(self._welcome(identity))
-        for id, cursor in list(self._cursors.items()):
+        self.delivery.put(self._welcome(identity))
+        for id, cursor in list(self.delivery.cursors.items()):
             if cursor.conversation.key != identity.key(id):
-                self._leave(id)
-                self._put(Error(code="not_found", message="the new token does not open this conversation", ref=id))
+                self.delivery.leave(id)
+                message = "the new token does not open this conversation"
+                self.delivery.put(Error(code="not_found", message=message, ref=id))
 
     async def _watch_token(self) -> None:
         """Close the connection if no good token comes in time, or the last one has expired, after a notice of that."""
@@ -214,7 +182,7 @@ class Session:
             with move_on_at(self._ends - EXPIRY_NOTICE):
                 await self._renewed.wait()
                 continue
-            self._put(Closing(reason="the token expires", retry_after=0.0))
+            self.delivery.put(Closing(reason="the token expires", retry_after=0.0))
             with move_on_at(self._ends):
                 await self._renewed.wait()
                 continue
@@ -251,11 +219,11 @@ class Session:
         elif self._identity is None or self._quota is None:
             await self._ws.close(UNAUTHENTICATED, "authenticate first")
         elif isinstance(request, Error):
-            self._put(request)
+            self.delivery.put(request)
         else:
             reply = await self._serve(request, self._identity, self._quota)
             if reply is not None:
-                self._put(reply)
+                self.delivery.put(reply)
 
     async def _serve(self, request: Open | Post | Cancel | Leave | Ping, who: Identity, quota: Quota) -> Reply | None:
         ref = request.id if isinstance(request, Post) else getattr(request, "conversation", None)
@@ -268,7 +236,7 @@ class Session:
                 case Cancel():
                     return await self._cancel(request, who)
                 case Leave():
-                    self._leave(request.conversation)
+                    self.delivery.leave(request.conversation)
                     return None
                 case Ping():
                     return Pong()
@@ -292,7 +260,7 @@ class Session:
     async def _open(self, request: Open, who: Identity) -> Reply:
         id = request.conversation
         limit = self._settings.open_conversations
-        if id not in self._cursors and len(self._cursors) >= limit:
+        if id not in self.delivery.cursors and len(self.delivery.cursors) >= limit:
             self._metrics.limit_hits.add("open_conversations")
             return Error(code="too_many", message=f"{limit} conversations are open; leave one first", ref=id)
         conversation = self._conversation(who.key(id))
@@ -305,10 +273,9 @@ class Session:
             if after > view.head:
                 message = f"there is no event {after}: the last one is {view.head}"
                 return Error(code="not_found", message=message, ref=id)
-            self._leave(id)
-            self._cursors[id] = Cursor(conversation, view, max(after, view.first - 1))
-            conversation.attach(self._news)
-            return _opened(view)
+            self.delivery.leave(id)
+            self.delivery.follow(conversation, max(after, view.first - 1))
+            return opened(view)
 
     async def _post(self, request: Post, who: Identity, quota: Quota) -> Reply:
         id, text = request.id, request.text
@@ -343,70 +310,6 @@ class Session:
         message = f"no run {request.run} is in progress in this conversation"
         return Error(code="not_found", message=message, ref=request.conversation)
 
-    def _leave(self, id: str) -> None:
-        cursor = self._cursors.pop(id, None)
-        if cursor is not None:
-            cursor.conversation.detach(self._news)
-
-    # The writer
-
-    async def _write(self) -> None:
-        """Send all that there is in one go, again and again."""
-        while True:
-            turn = [
-                (cursor, head)
-                for cursor in self._cursors.values()
-                if (cursor.seq < (head := cursor.view.head) or cursor.view.lost) and not cursor.unreadable
-            ]
-            if self._outbox or turn:
-                payloads = await self._take(turn)
-                if payloads:
-                    await self._ws.send_texts(_batches(payloads) if self._batch else payloads)
-                    self.spoke_at = current_time()
-                continue
-            if self._flushing:
-                self._flushed.set()
-            unreadable = [cursor for cursor in self._cursors.values() if cursor.unreadable]
-            if unreadable:
-                with move_on_after(READ_AGAIN):
-                    await self._news.wait()
-                for cursor in unreadable:
-                    cursor.unreadable = False
-            else:
-                await self._news.wait()
-
-    async def _take(self, turn: list[tuple[Cursor, int]]) -> list[bytes]:
-        """Take all replies, and of the events before each cursor, up to the seq given, its share of this turn.
-
-        How far to read is settled before the first checkpoint: nothing overtakes a reply that came before it.
-        """
-        payloads = list(self._outbox)
-        self._outbox.clear()
-        for cursor, head in turn:
-            view = cursor.view
-            if view.lost:
-                await self._ws.close(*PAST_LOST)
-            limit = min(head - cursor.seq, max(1, EVENTS_PER_TURN // len(turn)))
-            try:
-                entries = await view.read(cursor.seq, limit)
-            except Unavailable:  # it is read again when the log may answer again
-                cursor.unreadable = True
-                continue
-            if self._cursors.get(view.id) is not cursor:
-                continue  # the client has left it meanwhile
-            if not entries or entries[0].seq > cursor.seq + 1:  # retention was faster than the client
-                payloads.append(_encode(_opened(view)))
-            cursor.seq = entries[-1].seq if entries else head
-            payloads += [entry.json for entry in entries]
-            self._metrics.delivered.add(amount=len(entries))
-            if cursor.seq >= view.head:
-                view.rest(self._news)
-        return payloads
-
-
-def _opened(view: LogView) -> Opened:
-    return Opened(conversation=view.id, epoch=view.epoch, head=view.head, first=view.first)
-
 
 def decode(message: str | bytes) -> ClientRequest | Error:
     """Decode one object that a client sent, or say what is wrong with it."""
@@ -430,16 +333,3 @@ def _explain(message: str, error: ValidationError) -> Error:
     if isinstance(envelope.type, str) and envelope.type not in _KNOWN_TYPES:
         return Error(code="unknown_type", message=f"no request has the type {envelope.type[:64]!r}", ref=ref)
     return Error(code="malformed", message=str(error), ref=ref)
-
-
-def _batches(lines: list[bytes]) -> Iterator[bytes]:
-    """Join lines into messages of at most BATCH_BYTES, except for a line that is longer by itself."""
-    batch: list[bytes] = []
-    size = 0
-    for line in lines:
-        if batch and size + len(line) > BATCH_BYTES:
-            yield b"\n".join(batch)
-            batch, size = [], 0
-        batch.append(line)
-        size += len(line) + 1
-    yield b"\n".join(batch)

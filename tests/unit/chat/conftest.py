@@ -54,6 +54,14 @@ class Client:
         messages = [payload.decode() for payload in payloads]
         await trio.lowlevel.checkpoint()
         await self.readable.wait()
+        self._hear(messages)
+
+    def send_texts_nowait(self, payloads: Iterable[bytes]) -> None:
+        if not self.readable.is_set():
+            raise trio.WouldBlock
+        self._hear([payload.decode() for payload in payloads])
+
+    def _hear(self, messages: list[str]) -> None:
         self.writes += 1
         self.messages += messages
         self._objects += [json.loads(line) for message in messages for line in message.split("\n")]

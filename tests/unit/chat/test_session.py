@@ -16,7 +16,8 @@ from tricorn.chat import SUBPROTOCOLS, Chat, Run
 from tricorn.chat.logs.base import Append, Entry, LogState
 from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.protocol import AgentThinking, ClientRequest
-from tricorn.chat.session import BATCH_BYTES, EVENTS_PER_TURN, decode
+from tricorn.chat.delivery import BATCH_BYTES, EVENTS_PER_TURN
+from tricorn.chat.session import decode
 from tricorn.chat.settings import ChatSettings
 
 Connect = Callable[..., Awaitable[Any]]

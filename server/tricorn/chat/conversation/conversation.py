@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from trio import CancelScope, Event, current_time, move_on_after, open_nursery, sleep, sleep_until
 
 from tricorn.chat.backoff import Backoff
-from tricorn.chat.conversation.log_view import LogView
+from tricorn.chat.conversation.log_view import LogView, Reader
 from tricorn.chat.conversation.responder import Responder
 from tricorn.chat.execution import LAST_WORDS, Runs
 from tricorn.chat.logs.base import Append, Log, PastLost, Unavailable
@@ -57,7 +57,7 @@ class Conversation:
         self._settings = settings
         self._responder = Responder(self.view, agent, log, settings, metrics, runs)
         self._scope = CancelScope()
-        self._followers: set[Waiter] = set()
+        self._followers: set[Reader] = set()
         self._holds = 0
         self._released = Waiter()  # woken when nobody holds it any more
         self._lingers_until = current_time() + settings.linger
@@ -85,14 +85,14 @@ class Conversation:
         await self.view.catch_up()
         self._responder.update()
 
-    def attach(self, follower: Waiter) -> None:
+    def attach(self, follower: Reader) -> None:
         """Keep the conversation alive, and wake a follower at the next entry, once; `view.rest` has it woken again."""
         self._followers.add(follower)
         self._holds += 1
         self.view.rest(follower)
         self.view.news.wake()
 
-    def detach(self, follower: Waiter) -> None:
+    def detach(self, follower: Reader) -> None:
         """Undo `attach`."""
         self._followers.remove(follower)
         self.view.leave(follower)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from time import perf_counter
-from typing import Concatenate, ParamSpec, TypeVar, cast
+from typing import Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 from trio import Lock, TooSlowError, WouldBlock, fail_after
 from trio.lowlevel import checkpoint_if_cancelled
@@ -20,6 +20,13 @@ CHUNK = 256  # entries that others wrote are read so many at a time
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+class Reader(Protocol):
+    """Somebody who has read everything and waits for more. Hashable."""
+
+    def wake(self) -> None:
+        """There is more, or never will be. Does not block."""
 
 
 @contextmanager
@@ -66,7 +73,7 @@ class LogView:
         self._metrics = metrics
         self._lock = Lock()  # one task at a time adds entries
         self._tail: list[Entry] = []
-        self._resting: set[Waiter] = set()
+        self._resting: set[Reader] = set()
 
     @property
     def head(self) -> int:
@@ -176,14 +183,21 @@ class LogView:
 
     # Reading
 
+    def in_memory(self, after: int) -> list[Entry] | None:
+        """Return the entries that follow seq `after`; None if there are some, or may be, that are not in memory."""
+        tail = self._tail
+        if self.lost or not tail or after + 1 < tail[0].seq:
+            return None
+        return tail[after + 1 - tail[0].seq :]
+
     async def read(self, after: int, limit: int) -> list[Entry]:
         """Return at most `limit` entries that follow seq `after`. No checkpoint if they are still in memory.
 
         The list is empty also if retention has taken them all.
         """
-        if self._tail and after + 1 >= self._tail[0].seq:
-            start = after + 1 - self._tail[0].seq
-            return self._tail[start : start + limit]
+        entries = self.in_memory(after)
+        if entries is not None:
+            return entries[:limit]
         try:
             entries = await self.ask(self._log.read, after, limit)
         except Unavailable:
@@ -196,11 +210,11 @@ class LogView:
             self.doubt()
         return entries
 
-    def rest(self, reader: Waiter) -> None:
+    def rest(self, reader: Reader) -> None:
         """Wake a reader, who has read everything, at the next entry or when the log is lost; once."""
         self._resting.add(reader)
 
-    def leave(self, reader: Waiter) -> None:
+    def leave(self, reader: Reader) -> None:
         """Do not wake a reader."""
         self._resting.discard(reader)
 
