@@ -46,7 +46,9 @@ class Cursor:
 
     def wake(self) -> None:
         """There is something after `seq`, or never will be."""
-        self._delivery.follow_up(self)
+        delivery = self._delivery
+        delivery.behind[self] = None
+        delivery.send_soon()
 
 
 class Teller:
@@ -91,18 +93,19 @@ class Delivery:
         idle: all that there was is sent.
         waiting: replies that are not sent yet.
         cursors: of the conversations that the client follows, by their ids.
+        behind: those of them that there is something for.
     """
 
     def __init__(self, ws: WebSocket, teller: Teller, metrics: ChatMetrics) -> None:
         self.spoke_at = current_time()
         self.idle = True
         self.cursors: dict[str, Cursor] = {}
+        self.behind: dict[Cursor, None] = {}
         self._ws = ws
         self._teller = teller
         self._metrics = metrics
         self._batch = ws.subprotocol == BATCH_SUBPROTOCOL
         self._outbox: list[bytes] = []
-        self._behind: dict[Cursor, None] = {}  # those that there is something for
         self._is_needed = False  # the writer
         self._needed = Waiter()  # where it waits until it is
         self._paused = Waiter()  # where it waits if it can only try again
@@ -118,7 +121,7 @@ class Delivery:
     def put(self, reply: Reply) -> None:
         """Send a reply, before all events that come into a log from now on."""
         self._outbox.append(_encode(reply))
-        self._mark()
+        self.send_soon()
 
     def follow(self, conversation: Conversation, seq: int) -> None:
         """Send every event of the conversation that follows `seq`."""
@@ -131,18 +134,21 @@ class Delivery:
         """Send no more of a conversation, if it is followed."""
         cursor = self.cursors.pop(id, None)
         if cursor is not None:
-            self._behind.pop(cursor, None)
+            self.behind.pop(cursor, None)
             cursor.conversation.detach(cursor)
 
-    def follow_up(self, cursor: Cursor) -> None:
-        """Send what there is for a cursor."""
-        self._behind[cursor] = None
-        self._mark()
+    def send_soon(self) -> None:
+        """Send what there is when the tasks that are ready now have run."""
+        if self.idle:
+            self.idle = False
+            self._teller.mark(self)
+        else:
+            self._paused.wake()
 
     async def flush(self) -> None:
         """Wait until the client was sent all that there is, or is gone. A checkpoint; may be cancelled."""
         self._flushing = True
-        self._mark()
+        self.send_soon()
         await self._flushed.wait()
 
     def end(self) -> None:
@@ -182,13 +188,6 @@ class Delivery:
 
     # Inside
 
-    def _mark(self) -> None:
-        if self.idle:
-            self.idle = False
-            self._teller.mark(self)
-        else:
-            self._paused.wake()
-
     def _send_at_once(self) -> bool:
         """Send all that there is and return True, or send nothing and return False if there is something to wait for.
 
@@ -196,7 +195,7 @@ class Delivery:
         """
         payloads = self._outbox
         behind = []
-        for cursor in self._behind:
+        for cursor in self.behind:
             entries = cursor.view.in_memory(cursor.seq)
             if entries is None:
                 return False
@@ -219,7 +218,7 @@ class Delivery:
 
     async def _send_in_time(self) -> None:
         """Send one turn's worth, as soon as the log and the client's network allow it."""
-        turn = [(cursor, cursor.view.head) for cursor in self._behind if not cursor.unreadable]
+        turn = [(cursor, cursor.view.head) for cursor in self.behind if not cursor.unreadable]
         if self._outbox or turn:
             payloads = await self._take(turn)
             if payloads:
@@ -228,7 +227,7 @@ class Delivery:
             return
         with move_on_after(READ_AGAIN):
             await self._paused.wait()
-        for cursor in self._behind:
+        for cursor in self.behind:
             cursor.unreadable = False
 
     async def _take(self, turn: list[tuple[Cursor, int]]) -> list[bytes]:
@@ -264,7 +263,7 @@ class Delivery:
             cursor.seq = entries[-1].seq
             self._metrics.delivered.add(amount=len(entries))
         if cursor.seq >= cursor.view.head:
-            self._behind.pop(cursor, None)
+            self.behind.pop(cursor, None)
             cursor.view.rest(cursor)
 
 

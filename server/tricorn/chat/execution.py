@@ -25,7 +25,7 @@ from trio import (
 )
 from trio.lowlevel import Task, checkpoint, checkpoint_if_cancelled, current_task
 
-from tricorn.chat.logs.base import Append, Lease
+from tricorn.chat.logs.base import Append, Lease, LeaseLost, PastLost
 from tricorn.chat.metrics import ChatMetrics
 from tricorn.chat.protocol import (
     ENVELOPE,
@@ -53,6 +53,9 @@ LAST_WORDS = 2.0  # seconds for what must not be missing in the log, when nobody
 SAID_AT_ONCE = 64  # events, before other tasks get their turn, if the log does not wait
 ESCAPED = 6  # bytes that one ASCII character has in JSON, at most
 
+# An append that takes waiting, or that ends the run. The second try knows.
+NOT_AT_ONCE = (WouldBlock, LeaseLost, PastLost)
+
 _encode = Encoder().encode
 
 Cause = Literal["cancelled", "interrupted"]
@@ -64,8 +67,9 @@ class Appender(Protocol):
 
     async def append(self, append: Append) -> None: ...
 
-    def append_nowait(self, append: Append) -> None:
-        """Append at once; raises WouldBlock if that is not possible."""
+    @property
+    def append_nowait(self) -> Callable[[Append], object]:
+        """Append at once. Raises WouldBlock, LeaseLost or PastLost if that is not possible: `append` then knows."""
 
 
 class Call(NamedTuple):
@@ -108,6 +112,7 @@ class Execution:
         self.id = token_hex(8)
         self.post = post
         self.over = False
+        self._conversation = post.conversation
         self._lease = lease
         self._log = log
         self._metrics = metrics
@@ -123,6 +128,7 @@ class Execution:
         self._error_id: str | None = None
         self._abandoned = False
         self._room = settings.event_bytes - ENVELOPE
+        self._plain = (self._room - 2) // ESCAPED  # characters of an ASCII text that has room, whatever they are
         self._answer: list[str] = []
         self._answer_characters = 0
         self._said = 0
@@ -177,24 +183,25 @@ class Execution:
 
     # What the agent does
 
-    async def think(self, text: str) -> None:
-        """Append a thought. A checkpoint that always checks for cancellation, and yields now and then."""
-        self._check_text(text, "the text")
-        if text:
-            event = AgentThinking(conversation=self.post.conversation, run=self.id, seq=0, at=0.0, text=text)
-            await self._append(Append(event, None, self._lease))
-        else:
-            await checkpoint()
-
-    async def say(self, text: str) -> None:
-        """Append a piece of the answer. A checkpoint that always checks for cancellation, and yields now and then."""
-        self._check_text(text, "the text")
+    async def speak(self, kind: type[AgentThinking | AgentMessage], text: str) -> None:
+        """Append a thought, or a piece of the answer. A checkpoint that always checks, and yields now and then."""
+        if self.over or not (isinstance(text, str) and text.isascii() and len(text) <= self._plain):
+            self._check_text(text, "the text")
         if not text:
             await checkpoint()
             return
-        event = AgentMessage(conversation=self.post.conversation, run=self.id, seq=0, at=0.0, text=text)
-        await self._append(Append(event, None, self._lease))
-        if self._answer_characters <= self._room:  # the last event cannot repeat any more of it
+        event = kind(conversation=self._conversation, run=self.id, seq=0, at=0.0, text=text)
+        append = Append(event, None, self._lease)
+        await self._checkpoint()
+        self._check_not_over()  # it may have ended meanwhile
+        waits = False
+        try:
+            self._log.append_nowait(append)
+        except NOT_AT_ONCE:
+            waits = True
+        if waits:  # outside the except clause: what this raises is the first error
+            await self._log.append(append)
+        if kind is AgentMessage and self._answer_characters <= self._room:  # else the last event cannot repeat it
             self._answer.append(text)
             self._answer_characters += len(text)
 
@@ -299,8 +306,6 @@ class Execution:
         self._check_not_over()
         if not isinstance(text, str):
             raise TypeError(f"{what} must be a str, not {type(text).__name__}")
-        if text.isascii() and ESCAPED * len(text) + 2 <= self._room:
-            return  # as nearly always: encoding it would find nothing wrong
         self._check_size(_encode(text), what)  # raises UnicodeEncodeError for a lone surrogate, which JSON cannot have
 
     def _check_size(self, json: bytes, what: str) -> None:
@@ -317,28 +322,25 @@ class Execution:
         self._check_size(json, what)
         return Raw(json)
 
-    async def _append(self, append: Append) -> None:
-        """Append an event.
-
-        If that does not wait, other tasks have their turn only now and then: what is said in one go is read in one go.
-        """
+    def _checkpoint(self) -> Awaitable[None]:
+        """Check for cancellation, and yield now and then: what is said in one go is read in one go."""
         self._said += 1
         if self._said % SAID_AT_ONCE:
-            await checkpoint_if_cancelled()
-        else:
-            await checkpoint()
-            self._check_not_over()  # it may have ended meanwhile
-        try:
-            self._log.append_nowait(append)
-            return
-        except WouldBlock:
-            pass
-        await self._log.append(append)
+            return checkpoint_if_cancelled()  # noqa: ASYNC105 (it is awaited: a frame less for every piece of an answer)
+        return checkpoint()  # noqa: ASYNC105
 
     async def _record(self, key: str, event: AnyEvent) -> None:
         """Append what must not be missing. If this is cancelled or raises, the end of the run makes up for it."""
         self._owed[key] = append = Append(event, key, self._lease)
-        await self._append(append)
+        await self._checkpoint()
+        self._check_not_over()
+        waits = False
+        try:
+            self._log.append_nowait(append)
+        except NOT_AT_ONCE:
+            waits = True
+        if waits:  # outside the except clause: what this raises is the first error
+            await self._log.append(append)
         self._owed.pop(key, None)
 
     async def _complete(
@@ -371,7 +373,7 @@ class Execution:
             for owed in self._owing():
                 self._log.append_nowait(owed)
             return
-        except WouldBlock:
+        except NOT_AT_ONCE:
             pass
         with fail_after(LAST_WORDS, shield=True):
             for owed in self._owing():

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from tricorn.chat.execution import Call, Execution
+from tricorn.chat.protocol import AgentMessage, AgentThinking
 
 
 class Run:
@@ -37,11 +38,11 @@ class Run:
 
     def think(self, text: str) -> Coroutine[Any, Any, None]:
         """Say what the agent is doing. An empty text is no event."""
-        return self._execution.think(text)
+        return self._execution.speak(AgentThinking, text)
 
     def say(self, text: str) -> Coroutine[Any, Any, None]:
         """Say a piece of the answer, which is all pieces joined as they are. An empty text is no event."""
-        return self._execution.say(text)
+        return self._execution.speak(AgentMessage, text)
 
     def tool(self, name: str, /, **arguments: Any) -> Tool:
         """Show the use of a tool: `async with run.tool("forecast", city="Oslo") as tool: tool.result = ...`."""

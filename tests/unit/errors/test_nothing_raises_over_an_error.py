@@ -28,7 +28,6 @@ ALLOWED = {
     ("chat/client/terminal.py", "websocket_url"): "SettingError says what is wrong with the text",
     ("chat/conversation/conversation.py", "Conversation.live"): "`_leave` raises nothing and has a deadline",
     ("chat/conversation/log_view.py", "patience"): "the error in flight is the deadline's",
-    ("chat/conversation/responder.py", "Responder.append_nowait"): "`append` then finds the same, and reports it",
     ("chat/execution.py", "Execution._json"): "the value is at fault, and its error is the cause",
     ("chat/execution.py", "Execution.end_call"): "`_complete` makes a note of what the log raises",
     ("chat/execution.py", "Execution.perform"): "the error in flight has been reported, and `_seal` raises nothing",

@@ -83,7 +83,6 @@ class Conversation:
         """
         self.view.doubt()
         await self.view.catch_up()
-        self._responder.update()
 
     def attach(self, follower: Reader) -> None:
         """Keep the conversation alive, and wake a follower at the next entry, once; `view.rest` has it woken again."""
@@ -134,7 +133,6 @@ class Conversation:
             finally:
                 self._posting -= 1
                 by.runs -= 1
-            self._responder.update()
             self._responder.nudge()
             return entry.seq
 
@@ -231,7 +229,6 @@ class Conversation:
         if not self.view.behind and bool(self._followers) == self._attending:
             await self.view.news.wait()
         await self.view.catch_up()
-        self._responder.update()
         attending = bool(self._followers)
         if attending != self._attending:
             await self.view.ask(self._log.attend, attending)

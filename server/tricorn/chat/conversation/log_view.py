@@ -54,6 +54,8 @@ class LogView:
         lost: the log has lost entries, so that no reader can go on.
         behind: there is, or may be, something to catch up with.
         news: woken when `behind` becomes true.
+        on_turn: called after `state.posts`, `run` or `answered` has changed, and before any reader is woken. Must not
+            block.
     """
 
     def __init__(self, key: str, log: Log, seconds: float, metrics: ChatMetrics) -> None:
@@ -66,11 +68,13 @@ class LogView:
         self.lost = False
         self.behind = True
         self.news = Waiter()
+        self.on_turn: Callable[[], None] = lambda: None
         self._doubted = False  # the log may have more, or less, than is known here
         self._log = log
         self._immediate = cast("ImmediateLog", log) if log.immediate else None
         self._seconds = seconds
         self._metrics = metrics
+        self._appended = metrics.appended.values
         self._lock = Lock()  # one task at a time adds entries
         self._tail: list[Entry] = []
         self._resting: set[Reader] = set()
@@ -151,14 +155,14 @@ class LogView:
                 if self._immediate is None:
                     self._metrics.append_seconds.observe(perf_counter() - began)
                 if not repeated:
-                    self._metrics.appended.add(EVENT_TYPES[append.event.__class__])
+                    self._appended[EVENT_TYPES[append.event.__class__]] += 1
                 if entry.seq > self.head + 1:
                     await self._read_to(entry.seq - 1)
             except BaseException:
                 self.doubt()
                 raise
             if entry.seq > self.head:
-                self._add([entry])
+                self._add(entry)
             return entry, repeated
 
     def append_nowait(self, append: Append) -> tuple[Entry, bool]:
@@ -174,9 +178,9 @@ class LogView:
             self.doubt()
             raise
         if not repeated:
-            self._metrics.appended.add(EVENT_TYPES[append.event.__class__])
+            self._appended[EVENT_TYPES[append.event.__class__]] += 1
         if entry.seq == self.state.seq + 1:
-            self._add([entry])
+            self._add(entry)
         elif entry.seq > self.state.seq:
             self.hear(entry.seq)
         return appended
@@ -246,7 +250,8 @@ class LogView:
         while self.head < head:
             entries = await self.ask(self._log.read, self.head, min(CHUNK, head - self.head))
             if entries and entries[0].seq == self.head + 1:
-                self._add(entries)
+                for entry in entries:
+                    self._add(entry)
                 continue
             state = await self._state()
             head = min(head, state.head)
@@ -256,15 +261,17 @@ class LogView:
                 raise PastLost
 
     def _go_on_from(self, state: LogState) -> None:
-        self.state = ConversationState(state, self.state.turns + 1)
+        self.state = ConversationState(state)
         self._tail.clear()
+        self.on_turn()
 
-    def _add(self, entries: list[Entry]) -> None:
-        self._tail += entries
-        if len(self._tail) > 2 * TAIL:
-            del self._tail[:-TAIL]
-        for entry in entries:
-            self.state.fold(entry)
+    def _add(self, entry: Entry) -> None:
+        tail = self._tail
+        tail.append(entry)
+        if len(tail) > 2 * TAIL:
+            del tail[:-TAIL]
+        if self.state.fold(entry):
+            self.on_turn()
         if self._resting:
             self._wake_readers()
 

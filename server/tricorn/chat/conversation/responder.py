@@ -6,7 +6,7 @@ from math import inf
 from time import time
 from typing import Any
 
-from trio import WouldBlock, current_time
+from trio import current_time
 from trio.lowlevel import checkpoint
 
 from tricorn.chat.conversation.log_view import LogView
@@ -54,11 +54,12 @@ class Responder:
         self._done = Waiter()  # woken when `answer` is about to wait
         self._owners: dict[int, Quota] = {}  # of posts that count as runs, by seq
         self._given_up = 0  # posts up to this seq get no answer any more
-        # As of the last `update`.
-        self._turns = 0
+        # As of the last turn.
         self._asked = 0  # the seq of the last post
         self._answered = 0
         self._waiting = 0
+        self.append_nowait = view.append_nowait  # for the run in progress
+        view.on_turn = self._turned
 
     async def answer(self) -> None:
         """Answer until nothing is due, if the lease can be had; then wait until there may be more. To be called again.
@@ -90,20 +91,6 @@ class Responder:
         """See whether there is something to answer, and nobody else who does."""
         self._nudged = True
         self._work.wake()
-
-    def update(self) -> None:
-        """Act on what the log says now. To be called after whatever may have added entries to the view."""
-        state = self._view.state
-        if state.turns == self._turns:  # at most some more of an answer
-            return
-        self._turns = state.turns
-        self._follow()
-        self._count(state.answered)
-        if state.posts and state.posts[-1].seq > self._asked:
-            self._asked = state.posts[-1].seq
-            self.asked_at = current_time()
-        if self._idle and self.may_hold and state.due:
-            self.nudge()
 
     def charge(self, seq: int, owner: Quota) -> None:
         """Have a post count as one of its owner's runs until it is answered, if it is not yet."""
@@ -149,25 +136,8 @@ class Responder:
             await self._view.append(append)
         except (LeaseLost, PastLost) as error:
             self._abandon(error)
-        else:
-            self._appended()
         if self._lost is not None:
             await checkpoint()  # the run is cancelled, but not where the last words are said
-
-    def append_nowait(self, append: Append) -> None:
-        """Do what `append` does. Raises WouldBlock if that would wait, or end the run."""
-        try:
-            self._view.append_nowait(append)
-        except (LeaseLost, PastLost):
-            raise WouldBlock from None
-        if self._view.state.turns != self._turns or not self._begun:  # and not just some more of an answer
-            self._appended()
-
-    def _appended(self) -> None:
-        if not self._begun:
-            self._begun = True
-            self._follow()
-        self.update()
 
     # Inside
 
@@ -175,7 +145,6 @@ class Responder:
         """Catch up, and return whether there is something to answer."""
         if self._view.behind:
             await self._view.catch_up()  # with a new lease: with all that was written under earlier ones
-        self.update()
         return self._view.state.due
 
     async def _claim(self) -> None:
@@ -194,7 +163,6 @@ class Responder:
             await view.append(Append(completed, completed_key(call.id), self._lease))
         end = AgentCompleted(**about, outcome="interrupted", seconds=max(0.0, now - run.at))
         await view.append(Append(end, completed_key(run.id), self._lease, run.post))
-        self.update()
         report("WARNING", "interrupted an orphaned run", conversation=view.key, run=run.id)
 
     async def _perform(self, post: UserMessage) -> None:
@@ -218,15 +186,23 @@ class Responder:
             self._lease = None  # with the next one, the log tells how far this came
             raise Unavailable(f"run {execution.id} has no end in the log yet")
 
-    def _follow(self) -> None:
-        """A run that another instance has ended is over here too."""
-        execution, state = self._execution, self._view.state
-        before, self._answered = self._answered, state.answered
+    def _turned(self) -> None:
+        """Act on what the log says now: a post has come, or a run has begun or ended, here or elsewhere."""
+        state, execution = self._view.state, self._execution
         if execution is None:
-            if self._lease is not None and state.answered != before:  # by whom, if the lease is here?
+            if self._lease is not None and state.answered != self._answered:  # by whom, if the lease is here?
                 self._view.doubt()
-        elif self._begun and not execution.over and (state.run is None or state.run.id != execution.id):
-            self._abandon(LeaseLost())
+        elif state.run is not None and state.run.id == execution.id:
+            self._begun = True
+        elif (self._begun or state.run is not None) and not execution.over:
+            self._abandon(LeaseLost())  # another instance has ended this run, or begun another one
+        self._answered = state.answered
+        self._count(state.answered)
+        if state.posts and state.posts[-1].seq > self._asked:
+            self._asked = state.posts[-1].seq
+            self.asked_at = current_time()
+        if self._idle and self.may_hold and state.due:
+            self.nudge()
 
     def _abandon(self, why: LeaseLost | PastLost) -> None:
         self._lost = self._lost or why

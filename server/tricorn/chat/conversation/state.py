@@ -42,15 +42,13 @@ class ConversationState:
         posts: those that are not answered, in order. The first is that of the run in progress.
         run: the one in progress.
         answered: the seq of the last post that is answered.
-        turns: how often one of these has changed, counted on from the number given.
     """
 
-    def __init__(self, state: LogState, turns: int = 0) -> None:
+    def __init__(self, state: LogState) -> None:
         self.seq = max(state.answered, state.first - 1)  # nothing before that matters
         self.answered = state.answered
         self.posts: deque[UserMessage] = deque()
         self.run: OpenRun | None = None
-        self.turns = turns
 
     @property
     def waiting(self) -> int:
@@ -62,28 +60,30 @@ class ConversationState:
         """Whether a post needs an answer, or a run of an instance that has died needs an end."""
         return bool(self.posts) or self.run is not None
 
-    def fold(self, entry: Entry) -> None:
-        """Take in the next entry."""
+    def fold(self, entry: Entry) -> bool:
+        """Take in the next entry; return whether it changed `posts`, `run` or `answered`."""
         self.seq = entry.seq
         if entry.json.startswith(_SPOKEN):
-            return
+            return False
         event = _decode(entry.json)
         run = self.run if self.run is not None and self.run.id == event.run else None
         if event.type == "user_message":
             self.posts.append(_decode_post(entry.json))
-            self.turns += 1
         elif event.type == "agent_started" and event.post_seq > self.answered:
             self.run = OpenRun(event.run, event.post_seq, event.at)
-            self.turns += 1
         elif event.type == "tool_executing" and run is not None:
             run.calls[event.call] = OpenCall(event.call, event.tool, event.at)
+            return False
         elif event.type == "tool_completed" and run is not None:
             run.calls.pop(event.call, None)
+            return False
         elif event.type == "agent_completed" and run is not None:
             self.run, self.answered = None, run.post
-            self.turns += 1
             while self.posts and self.posts[0].seq <= self.answered:
                 self.posts.popleft()
+        else:
+            return False
+        return True
 
 
 class _Event(Struct):

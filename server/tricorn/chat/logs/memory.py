@@ -86,7 +86,8 @@ class MemoryLog:
         if not repeated:
             if self._forgets:
                 stored.forget(self._retention)
-            self._tell_others(conversation, stored)
+            if len(self.store.watchers) > 1:
+                self._tell_others(conversation, stored)
         return entry, repeated
 
     async def find(self, conversation: str, key: str) -> Entry | None:
