@@ -13,10 +13,10 @@ import trio
 import trio.testing
 
 from tricorn.chat import SUBPROTOCOLS, Chat, Run
+from tricorn.chat.delivery import BATCH_BYTES, EVENTS_PER_TURN
 from tricorn.chat.logs.base import Append, Entry, LogState
 from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.protocol import AgentThinking, ClientRequest
-from tricorn.chat.delivery import BATCH_BYTES, EVENTS_PER_TURN
 from tricorn.chat.session import decode
 from tricorn.chat.settings import ChatSettings
 
