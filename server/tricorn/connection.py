@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from tricorn.metrics import ServerMetrics
-    from tricorn.protocol.deflate import Deflater
+    from tricorn.protocol.prepared import Prepared
     from tricorn.protocol.receiver import Message
     from tricorn.request import Request
     from tricorn.settings import Settings
@@ -77,16 +77,6 @@ class Traffic(NamedTuple):
     close_sent: int | None
 
 
-class Broadcast(Protocol):
-    """A message for many connections."""
-
-    payload: bytes
-    text: bool
-
-    def frame(self, deflater: Deflater | None) -> bytes:
-        """Return the message as one frame, made once for all connections that can share it."""
-
-
 class Transport(Protocol):
     """The carrier of a connection. It calls `deliver`, `end` and `fail` of the connection."""
 
@@ -103,6 +93,8 @@ class Transport(Protocol):
     def send(self, payloads: Sequence[bytes], *, text: bool, more: bool) -> bool:
         """Send messages and return True, or if there is no room send nothing and return False.
 
+        `Prepared` payloads may be sent as they were framed for another connection.
+
         `more`: the connection still has messages to receive, so that more answers are likely to follow at once.
 
         Raises:
@@ -115,7 +107,7 @@ class Transport(Protocol):
     def limit_messages(self, max_bytes: int) -> None:
         """Refuse longer messages with 1009 from now on, also one that has begun to arrive."""
 
-    def broadcast(self, message: Broadcast) -> bool:
+    def broadcast(self, message: Prepared) -> bool:
         """Send a message without waiting; False, and nothing is sent, if too much waits for the peer already."""
 
     async def room(self) -> None:
@@ -448,7 +440,7 @@ class Connection:
             self._end(Close(INTERNAL_ERROR, "a fragmented message was not finished"))
         self.stop()
 
-    def broadcast(self, message: Broadcast) -> bool:
+    def broadcast(self, message: Prepared) -> bool:
         """Send a message unless that needs waiting, and say whether it does not. One that ends gets nothing."""
         if self.over or self.cause is not None:
             return True

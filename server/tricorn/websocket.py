@@ -11,13 +11,12 @@ from trio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from tricorn.connection import Disconnected
 from tricorn.protocol.close import NORMAL, Close, may_be_sent
-from tricorn.protocol.frames import Opcode, frame
+from tricorn.protocol.prepared import Prepared
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
 
     from tricorn.connection import Connection
-    from tricorn.protocol.deflate import Deflater
     from tricorn.protocol.receiver import Message
     from tricorn.request import Accept, Request
 
@@ -181,7 +180,10 @@ class WebSocket(Generic[State]):
             await connection.put_in_turn(whole, True)
 
     def send_texts_nowait(self, payloads: Sequence[bytes]) -> None:
-        """Do what `send_texts` does, without its checkpoint. Raises trio.WouldBlock if it would have to wait."""
+        """Do what `send_texts` does, without its checkpoint. Raises trio.WouldBlock if it would have to wait.
+
+        `Prepared` payloads are framed once for all connections that you send them on.
+        """
         if not self._connection.put(payloads, True):
             raise trio.WouldBlock
 
@@ -273,26 +275,6 @@ def _payload(fragment: object, *, text: bool) -> bytes:
     raise TypeError("the fragments of a message must all be str or all be bytes")
 
 
-class _Broadcast:
-    """A message that is framed once, and compressed once for all connections that keep no state for that."""
-
-    def __init__(self, message: Message) -> None:
-        self.text = isinstance(message, str)
-        self.payload = message.encode() if isinstance(message, str) else bytes(message)
-        self._opcode = int(Opcode.TEXT if self.text else Opcode.BINARY)
-        self._frames: dict[int, bytes] = {}  # by the window of a connection that compresses, 0 for one that does not
-
-    def frame(self, deflater: Deflater | None) -> bytes:
-        if deflater is not None and deflater.shareable is None:
-            return deflater.frame(self._opcode, self.payload)
-        window = 0 if deflater is None else deflater.shareable or 0
-        made = self._frames.get(window)
-        if made is None:
-            make = frame if deflater is None else deflater.frame
-            made = self._frames[window] = make(self._opcode, self.payload)
-        return made
-
-
 Handler = Callable[[WebSocket[Any]], Awaitable[None]]  # called with each connection
 
 
@@ -311,5 +293,6 @@ def broadcast(members: Iterable[WebSocket[Any]], message: Message) -> list[WebSo
     """
     if not isinstance(message, str | bytes | bytearray | memoryview):
         raise TypeError(f"a message is str or bytes, not {type(message).__name__}")
-    prepared = _Broadcast(message)
+    text = isinstance(message, str)
+    prepared = Prepared([message.encode() if isinstance(message, str) else bytes(message)], text=text)
     return [ws for ws in members if not ws._connection.broadcast(prepared)]  # noqa: SLF001 (its own module)

@@ -6,7 +6,7 @@ memory and fits. A client that has to wait, for its network or for the log, has 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from msgspec.json import Encoder
 from trio import Event, WouldBlock, current_time, move_on_after
@@ -19,6 +19,7 @@ from tricorn.chat.metrics import ChatMetrics
 from tricorn.chat.protocol import BATCH_SUBPROTOCOL, Opened, Reply
 from tricorn.connection import Disconnected
 from tricorn.protocol.close import SERVICE_RESTART
+from tricorn.protocol.prepared import Prepared
 from tricorn.waiter import Waiter
 from tricorn.websocket import WebSocket
 
@@ -56,6 +57,7 @@ class Teller:
 
     def __init__(self) -> None:
         self._marked: list[Delivery] = []
+        self._prepared: dict[tuple[object, ...], Prepared] = {}  # of this turn
         self._some = Waiter()
         self._over = False
 
@@ -79,10 +81,21 @@ class Teller:
                 marked, self._marked = self._marked[:TOLD_AT_ONCE], self._marked[TOLD_AT_ONCE:]
                 for delivery in marked:
                     delivery.tell(now)
+                if not self._marked:
+                    self._prepared.clear()
         finally:
             self._over = True
             for delivery in self._marked:
                 delivery.write_soon()
+
+    def prepare(self, view: LogView, entries: list[Entry], batch: bool) -> Prepared:
+        """Return the messages that tell of entries, framed once for all who are told in this turn."""
+        key = view, entries[0].seq, entries[-1].seq, batch
+        prepared = self._prepared.get(key)
+        if prepared is None:
+            payloads = [entry.json for entry in entries]
+            prepared = self._prepared[key] = Prepared(_batches(payloads) if batch else payloads, text=True)
+        return prepared
 
 
 class Delivery:
@@ -193,19 +206,21 @@ class Delivery:
 
         What it sends is within the bounds of one turn.
         """
-        payloads = self._outbox
         behind = []
         for cursor in self.behind:
             entries = cursor.view.in_memory(cursor.seq)
-            if entries is None:
+            if entries is None or len(entries) > EVENTS_PER_TURN:
                 return False
-            payloads = payloads + [entry.json for entry in entries]
             behind.append((cursor, entries))
-        if len(payloads) > EVENTS_PER_TURN or sum(map(len, payloads)) > BYTES_PER_TURN:
+        payloads = self._prepared(behind)
+        if payloads is None:
+            lines = self._outbox + [entry.json for _, entries in behind for entry in entries]
+            payloads = list(_batches(lines)) if self._batch and lines else lines
+        if sum(map(len, payloads)) > BYTES_PER_TURN:
             return False
         if payloads and not self._ended:
             try:
-                self._ws.send_texts_nowait(list(_batches(payloads)) if self._batch else payloads)
+                self._ws.send_texts_nowait(payloads)
             except WouldBlock:
                 return False
         self._outbox = []
@@ -215,6 +230,15 @@ class Delivery:
         if self._flushing:
             self._flushed.set()
         return True
+
+    def _prepared(self, behind: list[tuple[Cursor, list[Entry]]]) -> Sequence[bytes] | None:
+        """Return what others are told as well, if that is all."""
+        if len(behind) != 1 or self._outbox:
+            return None
+        [(cursor, entries)] = behind
+        if not entries or not cursor.conversation.is_shared:
+            return None
+        return self._teller.prepare(cursor.view, entries, self._batch)
 
     async def _send_in_time(self) -> None:
         """Send one turn's worth, as soon as the log and the client's network allow it."""

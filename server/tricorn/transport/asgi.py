@@ -23,8 +23,9 @@ from tricorn.waiter import Waiter
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    from tricorn.connection import Broadcast, Connection, Handed
+    from tricorn.connection import Connection, Handed
     from tricorn.metrics import ServerMetrics
+    from tricorn.protocol.prepared import Prepared
     from tricorn.settings import Settings
 
     ASGIEvent = dict[str, Any]
@@ -196,11 +197,11 @@ class AsgiTransport:
         """Hypercorn keeps what has come of a message up to its own `websocket_max_message_size`."""
         self._max_message_bytes = max_bytes
 
-    def broadcast(self, message: Broadcast) -> bool:
+    def broadcast(self, message: Prepared) -> bool:
         self._require_open()
         if self._unsent_bytes > BROADCAST_MAX:
             return False
-        self._put(message.payload, message.text)
+        self._put(message[0], message.text)
         self._writer.wake()
         return True
 

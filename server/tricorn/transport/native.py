@@ -14,6 +14,7 @@ from tricorn.connection import Traffic
 from tricorn.protocol.close import ABNORMAL, NO_PONG, STALLED, TOO_BIG, Close
 from tricorn.protocol.deflate import Deflater, Inflater
 from tricorn.protocol.frames import Opcode, close_frame, fragment, frame
+from tricorn.protocol.prepared import Prepared
 from tricorn.protocol.receiver import Receiver
 from tricorn.transport.flow_control import BROADCAST_MAX, PUT_OFF, READ_AHEAD, READ_DEFLATED, READ_SIZE
 from tricorn.transport.rate_limit import RateLimit
@@ -22,7 +23,7 @@ from tricorn.transport.sockets import reset_when_closed, unconfirmed
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tricorn.connection import Broadcast, Connection
+    from tricorn.connection import Connection
     from tricorn.metrics import ServerMetrics
     from tricorn.protocol.deflate import Agreement
     from tricorn.settings import Settings
@@ -171,10 +172,14 @@ class NativeTransport:
         if more and not put_off:
             self._poller.flush_soon(self)
         size = 0
-        for payload in payloads:
-            data = self._frame(opcode, payload)
-            put_off.append(data)
-            size += len(data)
+        if payloads.__class__ is Prepared:
+            put_off.append(payloads.frames(self._deflater))
+            size = len(put_off[-1])
+        else:
+            for payload in payloads:
+                data = self._frame(opcode, payload)
+                put_off.append(data)
+                size += len(data)
         self._put_off_bytes += size
         if not more or self._put_off_bytes >= PUT_OFF:
             self.flush()
@@ -197,11 +202,11 @@ class NativeTransport:
             if codec.violation is not None:
                 self.resume()
 
-    def broadcast(self, message: Broadcast) -> bool:
+    def broadcast(self, message: Prepared) -> bool:
         self._require_open()
         if len(self._unsent) + self._put_off_bytes > BROADCAST_MAX:
             return False
-        data = message.frame(self._deflater)  # not before: what a compressor remembers has to be sent
+        data = message.frames(self._deflater)  # not before: what a compressor remembers has to be sent
         self._put_off.append(data)
         self._put_off_bytes += len(data)
         self._poller.flush_soon(self)

@@ -76,6 +76,11 @@ class Conversation:
 
     # Following it
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether several follow it here."""
+        return len(self._followers) > 1
+
     async def look(self) -> None:
         """Learn from the log where it stands now: the news of what others wrote may still be on their way.
 
