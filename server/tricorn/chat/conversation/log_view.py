@@ -11,7 +11,7 @@ from trio import Lock, TooSlowError, WouldBlock, fail_after
 from trio.lowlevel import checkpoint_if_cancelled
 
 from tricorn.chat.conversation.state import ConversationState
-from tricorn.chat.logs.base import Append, Entry, ImmediateLog, Log, LogState, PastLost, Unavailable
+from tricorn.chat.logs.base import Append, Entry, ImmediateLog, Log, LogState, PastLost, Unavailable, too_slow
 from tricorn.chat.metrics import EVENT_TYPES, ChatMetrics
 from tricorn.waiter import Waiter
 
@@ -36,7 +36,7 @@ def patience(seconds: float) -> Iterator[None]:
         with fail_after(seconds):
             yield
     except TooSlowError:
-        raise Unavailable(f"the log did not answer within {seconds:g} s") from None
+        raise too_slow(seconds) from None
 
 
 class LogView:
@@ -72,6 +72,7 @@ class LogView:
         self._doubted = False  # the log may have more, or less, than is known here
         self._log = log
         self._immediate = cast("ImmediateLog", log) if log.immediate else None
+        self._append = log.append if log.punctual else self._append_in_time
         self._seconds = seconds
         self._metrics = metrics
         self._appended = metrics.appended.values
@@ -151,7 +152,7 @@ class LogView:
         async with self._lock:
             try:
                 began = perf_counter()
-                entry, repeated = await self.ask(self._log.append, self.epoch, append)
+                entry, repeated = await self._append(self.key, self.epoch, append)
                 if self._immediate is None:
                     self._metrics.append_seconds.observe(perf_counter() - began)
                 if not repeated:
@@ -223,6 +224,10 @@ class LogView:
         self._resting.discard(reader)
 
     # Inside
+
+    async def _append_in_time(self, key: str, epoch: str, append: Append) -> tuple[Entry, bool]:
+        with patience(self._seconds):
+            return await self._log.append(key, epoch, append)
 
     async def _state(self) -> LogState:
         state = await self.ask(self._log.open)

@@ -32,6 +32,11 @@ class Unavailable(Exception):
     """The log cannot do this now, but may be able to later. The text is one line that tells operators why."""
 
 
+def too_slow(seconds: float) -> Unavailable:
+    """Return what is raised if the log has not answered within so many seconds."""
+    return Unavailable(f"the log did not answer within {seconds:g} s")
+
+
 class LeaseLost(Exception):
     """This instance no longer has the right to answer in this conversation."""
 
@@ -152,7 +157,8 @@ class Log(Protocol):
 
     Every method except `unwatch` is a checkpoint. If it is cancelled, it may have taken effect or not. It raises
     `Unavailable` if the store refuses, or if its driver raises what no driver should; that is reported, and is the
-    cause. If the store does not answer, the engine keeps trying: use a cancel scope to limit that.
+    cause. If the store does not answer, the engine keeps trying: use a cancel scope to limit that. Only `append` may
+    be `punctual`, since a scope for each event would cost more than the rest of it.
 
     Any number of tasks may call methods at a time, but in one conversation only one task at a time may append under the
     lease. What is returned belongs to the caller.
@@ -160,6 +166,7 @@ class Log(Protocol):
 
     shared: bool  # several instances can have the same store at a time
     immediate: bool  # it never waits, and is an `ImmediateLog`
+    punctual: bool  # `append` raises Unavailable by itself if the store does not answer within `log_timeout`
 
     async def __aenter__(self) -> Self: ...
 

@@ -41,6 +41,7 @@ class MemoryLog:
 
     shared = False  # with another process
     immediate = True
+    punctual = False  # it never waits
 
     def __init__(
         self, *, retention: Retention = KEEP_EVERYTHING, lease: float = 15.0, beside: MemoryLog | None = None

@@ -85,14 +85,15 @@ class PostgresLog(Engine):
 
     shared = True
     immediate = False
+    punctual = True
 
     def __init__(self, conninfo: str, where: str, settings: ChatSettings) -> None:
         super().__init__(f"PostgreSQL at {where}", settings)
         self._conninfo = conninfo
         self._ttl = settings.lease * 2 / 3
         self._instance = token_hex(8)
-        self._appends = CallQueue()
-        self._others = CallQueue()
+        self._appends = CallQueue(self._timeout)
+        self._others = CallQueue(self._timeout)
         self._watchers = Watchers()
         self._listening = Event()
         self._heard_all = True
@@ -192,6 +193,8 @@ class PostgresLog(Engine):
         await connection.execute("COMMIT")
 
     def _start(self, nursery: Nursery) -> None:
+        nursery.start_soon(self._appends.watch)
+        nursery.start_soon(self._others.watch)
         nursery.start_soon(self._stay_connected, self._serve_appends)
         for _ in range(OTHERS):
             nursery.start_soon(self._stay_connected, self._serve_others)

@@ -63,6 +63,7 @@ class RedisLog(Engine):
 
     shared = True
     immediate = False
+    punctual = False
 
     def __init__(self, make: Callable[[], BaseConnection], where: str, settings: ChatSettings, channels: str) -> None:
         super().__init__(f"Redis at {where}", settings)

@@ -36,11 +36,12 @@ class SQLiteLog(Engine):
 
     shared = False
     immediate = False
+    punctual = True
 
     def __init__(self, path: str, settings: ChatSettings) -> None:
         super().__init__(f"SQLite file {path}", settings)
         self._path = path
-        self._calls = CallQueue()
+        self._calls = CallQueue(self._timeout)
         self._leases: dict[str, int] = {}
         self._tokens = count(time_ns())  # higher than those of the process before
         self._problem = "another process has it"
@@ -119,6 +120,7 @@ class SQLiteLog(Engine):
 
     def _start(self, nursery: Nursery) -> None:
         nursery.start_soon(self._serve)
+        nursery.start_soon(self._calls.watch)
         if not isinf(self._retention.seconds):
             nursery.start_soon(self._every, SWEEP_PERIOD, self._sweep)
 

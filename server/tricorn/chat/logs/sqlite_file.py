@@ -12,11 +12,12 @@ from sqlite3 import DatabaseError
 from time import time
 from typing import Any, NamedTuple
 
-from tricorn.chat.logs.base import Append, Draft, Entry, LogState, Retention
+from tricorn.chat.logs.base import KEEP_EVERYTHING, Append, Draft, Entry, LogState, Retention
 
 VERSION = 1
 APPLICATION = 0x54524943  # marks a file as Tricorn's
 SWEPT_AT_ONCE = 1000  # conversations
+ROWS = 1000  # conversations whose rows are kept in memory
 
 _SCHEMA = """
 CREATE TABLE store (id TEXT NOT NULL, checked REAL);
@@ -62,6 +63,8 @@ class File:
     """
 
     def __init__(self, path: str) -> None:
+        self._rows: dict[str, tuple[str, _Row]] = {}  # with the epoch: as they are, or will be after `_settle`
+        self._unsettled: dict[str, _Row] = {}  # those that appends of this transaction have changed
         self._path = os.path.abspath(path)
         if os.path.exists(self._path) and not os.access(self._path, os.W_OK, effective_ids=True):
             raise DatabaseError("it cannot be written to")  # SQLite calls that an I/O error
@@ -107,13 +110,18 @@ class File:
         try:
             self._db.execute("BEGIN")
             for step, *arguments in asked:
+                if step is not File.append:
+                    self._settle()
                 answers.append(step(self, *arguments))
+            self._settle()
             if self._db.total_changes != before and _identity(self._path) != self._identity:
                 raise DatabaseError("it has been moved away or replaced")
             self._db.execute("COMMIT")
         except Exception as error:
             with suppress(DatabaseError):  # SQLite may have rolled back already
                 self._db.execute("ROLLBACK")
+            self._rows.clear()
+            self._unsettled.clear()
             if len(asked) == 1 or len(answers) == len(asked):
                 return [error] * len(asked)
         else:
@@ -129,6 +137,7 @@ class File:
         row = self._row(key)
         if row is None:
             return LogState(self._epoch(key), 1, 0, 0)
+        self._rows.pop(key, None)
         first = self._forget(row, retention)
         return LogState(self._epoch(key), first, row.head, row.answered)
 
@@ -136,30 +145,41 @@ class File:
         self, key: str, epoch: str, event: Draft, append: Append, retention: Retention
     ) -> tuple[Entry, bool] | None:
         """Return None if the conversation has another epoch."""
-        if epoch != self._epoch(key):
+        known = self._rows.get(key)
+        if known is None:
+            known = self._epoch(key), self._row(key) or _Row(0, 1, 0, 0, 0)
+        if epoch != known[0]:
             return None
-        row = self._row(key)
-        if row is None:
-            self._db.execute("INSERT INTO conversation (key) VALUES (?)", [key])
-            row = self._row(key)
-            assert row is not None  # noqa: S101
+        id, first, head, asked, answered = known[1]
+        if id == 0:
+            ((id,),) = self._db.execute("INSERT INTO conversation (key) VALUES (?) RETURNING id", (key,)).fetchall()
         elif append.key is not None:
-            found = self._find(row, append.key)
+            found = self._find(known[1], append.key)
             if found is not None:
                 return found, True
-        entry = event.entry(row.head + 1)
-        row = row._replace(
-            head=entry.seq,
-            asked=entry.seq if append.is_post else row.asked,
-            answered=row.answered if append.answered is None else append.answered,
-        )
-        self._db.execute(
-            "INSERT INTO entry VALUES (?, ?, ?, ?, ?)", [row.id, entry.seq, entry.json, append.key, time()]
-        )
-        change = "UPDATE conversation SET head = ?, asked = ?, answered = ? WHERE id = ?"
-        self._db.execute(change, [row.head, row.asked, row.answered, row.id])
-        self._forget(row, retention)
+        entry = event.entry(head + 1)
+        if append.is_post:
+            asked = entry.seq
+        if append.answered is not None:
+            answered = append.answered
+        row = _Row(id, first, entry.seq, asked, answered)
+        self._db.execute("INSERT INTO entry VALUES (?, ?, ?, ?, ?)", (id, entry.seq, entry.json, append.key, time()))
+        self._unsettled[key] = row
+        if retention == KEEP_EVERYTHING:
+            if len(self._rows) >= ROWS:
+                self._rows.clear()
+            self._rows[key] = epoch, row
+        else:
+            self._settle()
+            self._forget(row, retention)
         return entry, False
+
+    def _settle(self) -> None:
+        """Write the rows that appends have changed, each once."""
+        if self._unsettled:
+            rows = [(row.head, row.asked, row.answered, row.id) for row in self._unsettled.values()]
+            self._db.executemany("UPDATE conversation SET head = ?, asked = ?, answered = ? WHERE id = ?", rows)
+            self._unsettled.clear()
 
     def find(self, key: str, event_key: str) -> Entry | None:
         row = self._row(key)
@@ -188,6 +208,7 @@ class File:
             "SELECT id, first, head, asked, answered FROM conversation WHERE id > ? ORDER BY id LIMIT ?",
             [after, SWEPT_AT_ONCE],
         ).fetchall()
+        self._rows.clear()
         for row in rows:
             self._forget(_Row(*row), retention)
         return rows[-1][0] if rows else None
