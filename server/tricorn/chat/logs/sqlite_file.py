@@ -17,6 +17,7 @@ from tricorn.chat.logs.base import KEEP_EVERYTHING, Append, Draft, Entry, LogSta
 VERSION = 1
 APPLICATION = 0x54524943  # marks a file as Tricorn's
 SWEPT_AT_ONCE = 1000  # conversations
+WAL_PAGES = 4000  # of 4 KiB: pages that change often are copied into the file once in so many
 ROWS = 1000  # conversations whose rows are kept in memory
 
 _SCHEMA = """
@@ -73,6 +74,7 @@ class File:
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
+            self._db.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
             self._db.execute("BEGIN IMMEDIATE")
             self._migrate()
             self._db.execute("COMMIT")
