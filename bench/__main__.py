@@ -121,7 +121,7 @@ def parse() -> argparse.Namespace:
         "suites",
         metavar="SUITE",
         nargs="*",
-        help=f"of: {', '.join(SUITES)} (all); before them `quick`, about a minute for all",
+        help=f"of: {', '.join(SUITES)} (all); before them `quick`, three minutes for all",
     )
     parser.add_argument("--servers", metavar="A,B", help=f"of: {', '.join(SERVERS)} (all; of `quick` some)")
     parser.add_argument("--rounds", type=int, help="how often each figure is measured")

@@ -108,12 +108,12 @@ def serving(
 ) -> Iterator[Server]:
     """Run a server until the end of the block, pinned to `cores`. `before` is what its command stands behind.
 
-    Raises NotStarted where it does not come up.
+    Raises NotStarted where it does not come up, FileNotFoundError where a program that it needs is not here.
     """
-    with TemporaryFile() as output:
+    with TemporaryFile() as output, SERVERS[name].log() as log:
         began = monotonic()
         try:
-            process = _start([*before, *SERVERS[name].line(host, mode)], output, cores)
+            process = _start([*before, *SERVERS[name].line(host, mode, log)], output, cores)
         except FileNotFoundError as error:
             raise NotStarted(f"there is no program {error.filename}") from None
         try:

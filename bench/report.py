@@ -16,6 +16,8 @@ from bench.suites import SUITES
 
 OURS = dict.fromkeys(ECHO, "tricorn") | dict.fromkeys(CHATS, "tricorn-serve")  # what each is compared with
 PACKAGES = ("aiohttp", "hypercorn", "picows", "trio", "trio-websocket", "uvicorn", "uvloop", "websockets", "wsproto")
+FLOOR = "c-epoll"  # no rival: it has no handlers
+LEVEL = 0.05  # of a ratio: a smaller difference is none, since medians differ by as much from one run to the next
 BUSY = 90  # per cent, from which on the load may be what was waited for
 # What README shows of each server: suite, case, figure, title.
 ECHO_HEADLINES = (
@@ -30,6 +32,7 @@ CHAT_HEADLINES = (
     ("chat", "100 conversations, tricorn.v1", "µs CPU", "100 conversations"),
     ("chat", "100 conversations, tricorn.v1.batch", "µs CPU", "the same, in batches"),
     ("chat", "tricorn.v1, an agent that waits", "µs CPU", "an agent that waits"),
+    ("chat", "tricorn.v1, an agent that waits for a pulse", "µs CPU", "that waits for a pulse"),
     ("fanout", "1,000 readers", "µs CPU", "1,000 readers of one"),
 )
 BEGIN, END = "<!-- python -m bench --readme -->\n", "<!-- end -->\n"
@@ -80,10 +83,30 @@ class Results:
             f"Medians of {rounds} rounds on {found['machine']['cores']} cores ({found['machine']['architecture']}), "
             f"Python {versions['python']}; [all of it](bench/results/results.md).\n\n"
             f"{self._headlines(ECHO_HEADLINES, ECHO)}\n"
+            f"{self._verdicts('echo', 'pipelined')}"
             "![](bench/results/echo.svg)\n\n"
             "CPU of the server for an event of the chat that is delivered to a client, in µs:\n\n"
-            f"{self._headlines(CHAT_HEADLINES, CHATS)}"
+            f"{self._headlines(CHAT_HEADLINES, CHATS)}\n"
+            f"{self._verdicts('chat', 'fanout')}"
         )
+
+    def verdict(self, name: str) -> str:
+        """Say in one sentence who is ahead in each case of a suite, we or the best of the others, and by how much."""
+        ahead: dict[str, list[str]] = {}
+        for case, servers in self.suites[name]["cases"].items():
+            for ours, rival, ratio in _duels(servers, SUITES[name].shown):
+                if abs(ratio - 1) <= LEVEL:
+                    winner, how = "nobody", f"{rival} takes {ratio:.2f} of {ours}"
+                elif ratio < 1:
+                    winner, how = rival, f"{ratio:.2f} of {ours}"
+                else:
+                    winner, how = ours, f"{rival} takes {ratio:.2f} of it"
+                ahead.setdefault(winner, []).append(f"“{case}” ({how})")
+        sentence = "; ".join(f"{winner} is ahead in {', '.join(cases)}" for winner, cases in ahead.items())
+        return f"{sentence}." if sentence else ""
+
+    def _verdicts(self, *suites: str) -> str:
+        return "".join(f"- {name}: {self.verdict(name)}\n" for name in suites if name in self.suites) + "\n"
 
     def _headlines(self, headlines: Iterable[tuple[str, str, str, str]], servers: Iterable[str]) -> str:
         columns = [
@@ -116,7 +139,7 @@ class Results:
             cells = [cell(found["cases"][case], server, figure) for case, figure in columns]
             if any(cells):
                 yield f"| {server} | {' | '.join(cells)} |"
-        yield ""
+        yield f"\n{self.verdict(name)}\n"
         for server, notes in found["notes"].items():
             for sentence in dict.fromkeys(notes.values()):
                 where = [case for case, said in notes.items() if said == sentence]
@@ -134,6 +157,24 @@ def write_readme(section: str, readme: Path) -> None:
     if not begin or not end:
         raise ValueError(f"{readme} has no place for it: {BEGIN}{END}")
     readme.write_text(f"{before}{BEGIN}{section}{END}{after}")
+
+
+def _duels(servers: dict[str, dict[str, list[float]]], figures: Iterable[str]) -> Iterator[tuple[str, str, float]]:
+    """Yield what of ours was measured, the best of its rivals, and the rival's share of our figure, the first there is.
+
+    Less is better in each. Who has not done all that was asked is no rival.
+    """
+    figure = next((figure for figure in figures if any(figure in found for found in servers.values())), "")
+    medians = {
+        server: median(found[figure])
+        for server, found in servers.items()
+        if figure in found and server in OURS and server != FLOOR and min(found.get("told %", [100])) == 100
+    }
+    for ours in dict.fromkeys(OURS.values()):
+        rivals = [server for server in medians if OURS[server] == ours and not server.startswith("tricorn")]
+        if rivals and medians.get(ours):
+            rival = min(rivals, key=medians.__getitem__)
+            yield ours, rival, medians[rival] / medians[ours]
 
 
 def _waited_for_load(cases: dict[str, dict[str, dict[str, list[float]]]]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from bench.asyncio_version.server import Server
 from tricorn.errors.report import send_records
 from tricorn.listening.binds import parse_bind
 from tricorn.service.settings import ServiceSettings
+from tricorn.service.start_up import settle
 from tricorn.settings import SettingError
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
@@ -50,6 +51,7 @@ def main() -> int:
 async def serve(settings: ServiceSettings) -> None:
     """Serve the chat until a signal ends it."""
     async with make_chat(settings) as chat:
+        settle()  # the garbage collector, as `tricorn serve` does
         await Server(chat).run()
 
 

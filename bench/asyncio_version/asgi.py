@@ -28,7 +28,8 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 class AsgiConnection:
     """A WebSocket that an ASGI server holds."""
 
-    keeps_up = False
+    keeps_up = False  # so that nothing is written to it, only sent
+    deflates = False
 
     def __init__(self, scope: Scope, headers: dict[str, str], subprotocol: str | None, receive: Receive, send: Send):
         self.peer = scope["client"][0]
@@ -51,8 +52,15 @@ class AsgiConnection:
             yield event["bytes"] if text is None else text
         self.gone = Close(event.get("code", 1005), event.get("reason") or "")
 
-    async def send(self, message: bytes, *, text: bool) -> None:
-        await self._send({"type": "websocket.send", "text": message.decode()})
+    def write_frames(self, frames: bytes) -> None:
+        raise NotImplementedError
+
+    def write_texts(self, texts: list[bytes]) -> None:
+        raise NotImplementedError
+
+    async def send_texts(self, texts: list[bytes]) -> None:
+        for text in texts:
+            await self._send({"type": "websocket.send", "text": text.decode()})
 
     async def end(self, close: Close) -> None:
         if self.gone is None:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 
 class Connection(Protocol):
-    """One client's connection. One that `keeps_up` is a `ServerConnection`, fit for `broadcast`."""
+    """One client's connection."""
 
     context: dict[str, object]  # what the chat adds to every record about the connection
     known: dict[str, Any]  # what the server knows of it
@@ -28,8 +28,18 @@ class Connection(Protocol):
     def keeps_up(self) -> bool:
         """Whether it can be written to without waiting."""
 
+    @property
+    def deflates(self) -> bool:
+        """Whether its messages are compressed, so that others' frames are not for it."""
+
     def __aiter__(self) -> AsyncIterator[str | bytes]:
         """Its messages. Ends, or raises ConnectionClosed, when the peer is gone."""
 
-    async def send(self, message: bytes, *, text: bool) -> None:
-        """Send a message and wait for room. Raises ConnectionClosed or OSError when the peer is gone."""
+    def write_frames(self, frames: bytes) -> None:
+        """Write whole frames, if the connection is open. Only for one that keeps up and does not deflate."""
+
+    def write_texts(self, texts: list[bytes]) -> None:
+        """Write messages, all at once, if the connection is open. Only for one that keeps up."""
+
+    async def send_texts(self, texts: list[bytes]) -> None:
+        """Send messages and wait for room. Raises ConnectionClosed or OSError when the peer is gone."""

@@ -7,21 +7,22 @@ from collections import deque
 from collections.abc import Iterator
 from secrets import token_hex
 from time import time
-from typing import Any, Protocol, cast
+from typing import Protocol
 
 from msgspec.json import Encoder
-from websockets.asyncio.server import ServerConnection, broadcast
 
 from bench.asyncio_version.connection import Connection
-from bench.asyncio_version.run import Agent, Asked, Run, perform
+from bench.asyncio_version.run import Agent, Asked, Cause, Run, perform
 from tricorn.chat.conversation.conversation import ConversationClosed, TooManyPosts
 from tricorn.chat.protocol import ConversationEvent, UserMessage
 from tricorn.chat.quota import Quota
 from tricorn.chat.session import BATCH_BYTES, EVENTS_PER_TURN
 from tricorn.chat.settings import ChatSettings
 from tricorn.errors.report import report_error
+from tricorn.protocol.frames import Opcode, frame
 
 _encode = Encoder().encode
+TEXT = int(Opcode.TEXT)
 
 
 class Follower(Protocol):
@@ -35,12 +36,15 @@ class Follower(Protocol):
     ws: Connection
     batch: bool
 
+    def tell(self, texts: list[bytes], frames: bytes) -> None:
+        """Write messages to one who is live: the frames of `texts`, or the texts where the connection compresses."""
+
     def fall_behind(self) -> None:
         """Read from the cursors, as there may be more before them, and send it as fast as the client reads."""
 
 
 class Cursor:
-    """How far a follower has read one conversation. It is live while every event is sent to it as soon as it is told.
+    """How far a follower has read one conversation; while it is live, every event is sent to it as soon as it is told.
 
     Attributes:
         seq: that of the last event that was read, where it is not live.
@@ -50,7 +54,6 @@ class Cursor:
         self.follower = follower
         self.conversation = conversation
         self.seq = seq
-        self.live = False
 
 
 class Conversation:
@@ -76,8 +79,7 @@ class Conversation:
         self._events: list[bytes] = []
         self._telling = False
         self._cursors: set[Cursor] = set()
-        self._one_each: set[ServerConnection] = set()  # live, and take one event a message
-        self._batched: set[ServerConnection] = set()  # live, and take several
+        self._live: set[Cursor] = set()  # some of them
         self._seqs: dict[tuple[str, str], int] = {}  # of posts, by user and id
         self._posts: deque[tuple[Asked, Quota]] = deque()  # not answered; the first one's run may go on
         self._run: tuple[Run, asyncio.Task[None]] | None = None
@@ -90,39 +92,50 @@ class Conversation:
 
     # The log
 
-    def append(self, kind: type[ConversationEvent], **fields: Any) -> int:
-        """Give an event the next seq and the time, encode it, and return its seq. Sent at the end of the loop's turn.
+    def append(self, event: ConversationEvent) -> None:
+        """Encode an event whose seq is the next. It is sent at the end of the loop's turn.
 
         Raises TypeError or ValueError where it is no JSON, or too long.
         """
-        seq = len(self._events) + 1
-        json = _encode(kind(conversation=self.id, seq=seq, at=time(), **fields))
+        json = _encode(event)
         if len(json) > self._settings.event_bytes:
             raise ValueError(f"the event has {len(json)} bytes; it may have {self._settings.event_bytes}")
         self._events.append(json)
         if not self._telling:
             self._telling = True
             self._loop.call_soon(self._tell)
-        return seq
 
     def read(self, after: int) -> list[bytes]:
         """The events behind `after`, as far as they were told, and not too many."""
         return self._events[after : min(self.told, after + EVENTS_PER_TURN)]
 
     def _tell(self) -> None:
-        """Send what is new to all who are live, and have the others come for it."""
+        """Send what is new to all who are live, each in one write, and have the others come for it.
+
+        A frame of a server is the same for everybody, so it is made once.
+        """
         self._telling = False
         self.spoke_at = self._loop.time()
         for events in batches(self._events[self.told :]):
-            if self._one_each:
-                for event in events:
-                    broadcast(self._one_each, event, text=True)
-            if self._batched:
-                broadcast(self._batched, b"\n".join(events), text=True)
             self.told += len(events)
-            for cursor in self._cursors:
-                if not cursor.live or not cursor.follower.ws.keeps_up:
-                    cursor.follower.fall_behind()
+            joined: list[bytes] = []
+            one_each = together = b""
+            slow = self._cursors - self._live if len(self._live) < len(self._cursors) else set()
+            for cursor in self._live:
+                follower = cursor.follower
+                if follower.batch:
+                    if not together:
+                        joined = [b"\n".join(events)]
+                        together = frame(TEXT, joined[0])
+                    follower.tell(joined, together)
+                else:
+                    if not one_each:
+                        one_each = b"".join([frame(TEXT, event) for event in events])
+                    follower.tell(events, one_each)
+                if not follower.ws.keeps_up:
+                    slow.add(cursor)
+            for cursor in slow:
+                cursor.follower.fall_behind()
 
     # Those who follow
 
@@ -139,18 +152,13 @@ class Conversation:
 
     def go_live(self, cursor: Cursor) -> None:
         """Write to the session's connection from now on. It must have read all that was told."""
-        cursor.live = True
-        self._live(cursor).add(cast(ServerConnection, cursor.follower.ws))
+        self._live.add(cursor)
 
     def leave_live(self, cursor: Cursor) -> None:
         """Let the session read from its cursor from now on."""
-        if cursor.live:
-            cursor.live = False
+        if cursor in self._live:
+            self._live.remove(cursor)
             cursor.seq = self.told
-            self._live(cursor).remove(cast(ServerConnection, cursor.follower.ws))
-
-    def _live(self, cursor: Cursor) -> set[ServerConnection]:
-        return self._batched if cursor.follower.batch else self._one_each
 
     # Posts and runs
 
@@ -169,7 +177,8 @@ class Conversation:
         waiting = len(self._posts) - (self._run is not None)
         if waiting >= self._settings.waiting_posts:
             raise TooManyPosts("waiting_posts", f"{waiting} posts wait in this conversation; post again later")
-        seq = self.append(UserMessage, id=id, user=by.user, text=text)
+        seq = self.head + 1
+        self.append(UserMessage(conversation=self.id, seq=seq, at=time(), id=id, user=by.user, text=text))
         self._seqs[by.user, id] = seq
         by.runs += 1
         self._posts.append((Asked(seq, id, by.user, text), by))
@@ -194,23 +203,25 @@ class Conversation:
 
     def _answer(self) -> None:
         if self._run is None and self._posts and not self._closed:
-            run = Run(self.id, self._posts[0][0], self.append)
+            run = Run(self, self._posts[0][0])
             self._run = run, self._tasks.create_task(self._perform(run))
 
     async def _perform(self, run: Run) -> None:
+        timer = self._loop.call_later(self._settings.run_timeout, self._end_run, "timeout")
         try:
             if run.asked.seq <= self._given_up:
                 self._end_run("cancelled")
-            await perform(run, self._agent, self._settings.run_timeout)
+            await perform(run, self._agent)
         except Exception as error:  # a bug of ours: it ends this run and nothing else
             report_error(error, conversation=self.key, run=run.id)
         finally:
+            timer.cancel()
             self._run = None
             _, by = self._posts.popleft()
             by.runs -= 1
             self._answer()
 
-    def _end_run(self, cause: Any) -> None:
+    def _end_run(self, cause: Cause) -> None:
         if self._run is not None:
             run, task = self._run
             if run.cause is None:
@@ -232,6 +243,9 @@ class Conversation:
 
 def batches(lines: list[bytes]) -> Iterator[list[bytes]]:
     """Split lines into what goes into one message, which has at most BATCH_BYTES unless one line is longer."""
+    if sum(map(len, lines)) + len(lines) <= BATCH_BYTES:
+        yield lines  # as nearly always
+        return
     batch: list[bytes] = []
     size = 0
     for line in lines:

@@ -15,6 +15,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
+from websockets.protocol import State
 from websockets.typing import Subprotocol
 
 from bench.asyncio_version.chat import Chat
@@ -45,8 +46,26 @@ class WebSocket(ServerConnection):
         self.keeps_up = True
 
     @property
+    def deflates(self) -> bool:
+        return bool(self.protocol.extensions)
+
+    @property
     def peer(self) -> str:
         return str(self.remote_address[0])
+
+    def write_frames(self, frames: bytes) -> None:
+        if self.protocol.state is State.OPEN and not self.transport.is_closing():
+            self.transport.write(frames)
+
+    def write_texts(self, texts: list[bytes]) -> None:
+        if self.protocol.state is State.OPEN:
+            for text in texts:
+                self.protocol.send_text(text)
+            self.write_frames(b"".join(self.protocol.data_to_send()))
+
+    async def send_texts(self, texts: list[bytes]) -> None:
+        async with self.send_context():  # which waits for room at its end
+            self.write_texts(texts)
 
     async def end(self, close: Close) -> None:
         """Do the closing handshake, and close the socket after `close_timeout` in any case."""

@@ -9,8 +9,12 @@ kernel chooses and says which in the first line with an address. An echo server 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from bench import logs
 
 Mode = Literal["defaults", "bare", "deflate"]
 
@@ -20,7 +24,7 @@ ASGI = "bench.servers.asgi:app"
 
 @dataclass(frozen=True)
 class Program:
-    """A server's command, in which `{host}` and `{mode}` stand for themselves, and what its modes add to it."""
+    """A server's command, in which {host}, {mode} and {log} stand for themselves, and what its modes add to it."""
 
     command: tuple[str, ...]
     options: dict[Mode, tuple[str, ...]] = field(default_factory=dict)
@@ -28,9 +32,10 @@ class Program:
     deflates: bool = True
     crashes: bool = True  # at /crash; one that has no handlers has none that could
     imports: bool = True  # modules, of Python
+    log: Callable[[], AbstractContextManager[str]] = logs.memory  # of the chat
 
-    def line(self, host: str, mode: Mode) -> list[str]:
-        return [part.format(host=host, mode=mode) for part in (*self.command, *self.options.get(mode, ()))]
+    def line(self, host: str, mode: Mode, log: str) -> list[str]:
+        return [part.format(host=host, mode=mode, log=log) for part in (*self.command, *self.options.get(mode, ()))]
 
 
 def own(module: str, *arguments: str, **facts: bool) -> Program:
@@ -50,8 +55,8 @@ def uvicorn(implementation: str) -> Program:
     )
 
 
-# No limit on what one user may do, since no load is a person; and the log in memory, which both versions have.
-CHAT = ("env", "TRICORN_POSTS_PER_MINUTE=1000000", "TRICORN_LOG=memory:", "TRICORN_MAX_CONNECTIONS=100000")
+# No limit on what one user may do, since no load is a person.
+CHAT = ("env", "TRICORN_POSTS_PER_MINUTE=1000000", "TRICORN_LOG={log}", "TRICORN_MAX_CONNECTIONS=100000")
 
 
 def chat(program: Program) -> Program:
@@ -67,8 +72,8 @@ ECHO = {
     "tricorn-hypercorn": hypercorn("trio", "bench.servers.tricorn_asgi:app"),
     "trio-websocket": own("trio_websocket", deflates=False),
     "websockets-trio": own("websockets_trio"),
-    "websockets-asyncio": own("websockets_asyncio", "asyncio"),
-    "websockets-uvloop": own("websockets_asyncio", "uvloop"),
+    "websockets-asyncio": own("websockets_asyncio", "asyncio", "websockets"),
+    "websockets-uvloop": own("websockets_asyncio", "uvloop", "websockets"),
     "hypercorn-trio": hypercorn("trio"),
     "hypercorn-asyncio": hypercorn("asyncio"),
     "hypercorn-uvloop": hypercorn("uvloop"),
@@ -77,13 +82,18 @@ ECHO = {
     "aiohttp": own("aiohttp", "asyncio"),
     "aiohttp-uvloop": own("aiohttp", "uvloop"),
     "picows-uvloop": own("picows", deflates=False),
+    "picows-websockets-uvloop": own("websockets_asyncio", "uvloop", "picows.websockets"),
     "node-ws": Program(
         ("env", "NODE_PATH=/usr/share/nodejs", "node", "bench/servers/node_ws.js", "{host}", "{mode}"), imports=False
     ),
     "c-epoll": own("epoll_echo", deflates=False, crashes=False, imports=False),
 }
-CHATS = {
-    "tricorn-serve": chat(Program((PYTHON, "-m", "tricorn", "serve", "--bind", "{host}:0"))),
+TRICORN_SERVE = chat(Program((PYTHON, "-m", "tricorn", "serve", "--bind", "{host}:0")))
+CHATS = {  # with the log in memory, which both versions have, unless the name says otherwise
+    "tricorn-serve": TRICORN_SERVE,
+    "tricorn-serve-sqlite": replace(TRICORN_SERVE, log=logs.sqlite),
+    "tricorn-serve-redis": replace(TRICORN_SERVE, log=logs.redis),
+    "tricorn-serve-postgres": replace(TRICORN_SERVE, log=logs.postgres),
     "tricorn-serve-hypercorn": chat(hypercorn("trio", "tricorn.asgi:app")),
     "asyncio-version": asyncio_version("asyncio"),
     "asyncio-version-uvloop": asyncio_version("uvloop"),

@@ -1,4 +1,4 @@
-"""websockets on asyncio or uvloop, ended by SIGTERM as its documentation has it."""
+"""websockets, or picows' reimplementation of it, on asyncio or uvloop, ended by SIGTERM as its documentation has it."""
 
 import asyncio
 import signal
@@ -6,7 +6,7 @@ import sys
 from pkgutil import resolve_name
 from typing import Any
 
-from websockets.asyncio.server import ServerConnection, serve
+from websockets.asyncio.server import ServerConnection
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -29,8 +29,8 @@ async def misbehave(ws: ServerConnection) -> None:
     raise RuntimeError("as it was asked to")
 
 
-async def main(host: str, options: dict[str, Any]) -> None:
-    async with serve(handle, host, 0, **options) as server:
+async def main(host: str, options: dict[str, Any], package: str) -> None:
+    async with resolve_name(f"{package}.asyncio.server:serve")(handle, host, 0, **options) as server:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.close)
         print(f"listening on http://{host}:{server.sockets[0].getsockname()[1]}", flush=True)
         await server.wait_closed()
@@ -38,4 +38,4 @@ async def main(host: str, options: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     with asyncio.Runner(loop_factory=resolve_name(f"{sys.argv[3]}:new_event_loop")) as runner:
-        runner.run(main(sys.argv[1], OPTIONS[sys.argv[2]]))
+        runner.run(main(sys.argv[1], OPTIONS[sys.argv[2]], sys.argv[4]))

@@ -28,7 +28,7 @@ EVENTS = [
 ]
 LAST = EVENTS[-1].encode()
 TEXT = 0x81
-WAITING = ("env", "TRICORN_AGENT=bench.agent:waiting")
+AGENTS = {"an agent that waits": "waiting", "an agent that waits for a pulse": "pulse"}
 
 
 class Event(msgspec.Struct):
@@ -120,7 +120,9 @@ def chat(sizes: Sizes) -> Iterator[Case]:
     chats = partial(measure, conversations=sizes.chats, readers=1, posts=sizes.posts)
     for subprotocol in ("tricorn.v1", "tricorn.v1.batch"):
         yield Case(f"{sizes.chats} conversations, {subprotocol}", partial(chats, subprotocol=subprotocol))
-    yield Case("tricorn.v1, an agent that waits", partial(chats, subprotocol="tricorn.v1"), before=WAITING)
+    for name, agent in AGENTS.items():
+        before = "env", f"TRICORN_AGENT=bench.agent:{agent}"
+        yield Case(f"tricorn.v1, {name}", partial(chats, subprotocol="tricorn.v1"), before=before)
 
 
 def fanout(sizes: Sizes) -> Iterator[Case]:

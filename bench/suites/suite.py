@@ -61,7 +61,15 @@ QUICK = Sizes(
     posts=1,
     tail=0.2,
     patience=10.0,
-    servers=("tricorn", "trio-websocket", "websockets-asyncio", "aiohttp-uvloop", "c-epoll", *CHATS),
+    servers=(
+        "tricorn",
+        "trio-websocket",
+        "websockets-asyncio",
+        "aiohttp-uvloop",
+        "picows-websockets-uvloop",
+        "c-epoll",
+        *CHATS,
+    ),
 )
 TINY = Sizes(
     rounds=1,

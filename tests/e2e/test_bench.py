@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import trio
 
-from bench import anatomy
+from bench import anatomy, logs
 from bench.load import Clients, Failed, echoes
 from bench.process import NotStarted, serving
 from bench.servers import SERVERS, Program
 from bench.suites import SUITES
+from bench.suites.chat import measure
 
 ROOT = Path(__file__).parents[2]
 
 
 async def test_every_suite_finds_something_of_every_server(tmp_path: Path) -> None:
-    servers = ["tricorn", "websockets-asyncio", "tricorn-serve"]
+    servers = ["tricorn", "websockets-asyncio", "tricorn-serve", "asyncio-version-uvloop"]
+    if find_spec("picows"):
+        servers.insert(2, "picows-websockets-uvloop")
     command = [sys.executable, "-m", "bench", "tiny", "--servers", ",".join(servers), "--results", str(tmp_path)]
     finished = await trio.run_process(command, cwd=ROOT, capture_stdout=True, capture_stderr=True)
     printed = finished.stdout.decode()
@@ -27,12 +35,33 @@ async def test_every_suite_finds_something_of_every_server(tmp_path: Path) -> No
     assert list(found) == list(SUITES)
     for name, suite in found.items():
         assert f"\n## {name}\n" in f"\n{printed}"
+        assert re.search(r" is ahead in “.+\d of [a-z-]+\)\.\n", printed.partition(f"## {name}\n")[2])
         assert not suite["notes"]
         for case in suite["cases"].values():
             assert list(case) == [server for server in servers if server in SUITES[name].servers]
             for figures in case.values():
                 assert figures
                 assert all(isinstance(value, int | float) for [value] in figures.values())
+
+
+def test_a_log_without_its_server_is_skipped_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(FileNotFoundError, match="skipped: there is no redis-server: apt-get install redis-server"):
+        logs.redis().__enter__()
+
+
+@pytest.mark.parametrize("log", [logs.sqlite, logs.redis, logs.postgres])
+def test_the_chat_is_measured_with_each_log(
+    monkeypatch: pytest.MonkeyPatch, log: Callable[[], AbstractContextManager[str]]
+) -> None:
+    monkeypatch.setitem(SERVERS, "with-a-log", replace(SERVERS["tricorn-serve"], log=log))
+    with ExitStack() as stack:
+        try:
+            server = stack.enter_context(serving("with-a-log"))
+        except FileNotFoundError as missing:
+            pytest.skip(str(missing))
+        figures = measure(server, conversations=2, readers=2, posts=1, subprotocol="tricorn.v1")
+    assert figures["µs CPU"] > 0
 
 
 async def test_log() -> None:

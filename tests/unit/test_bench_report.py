@@ -34,6 +34,44 @@ def test_a_server_that_failed_once_has_a_sentence_and_no_figures(results: Result
     assert "- c-epoll: closes a connection\n" in results.table()
 
 
+def test_a_sentence_says_who_is_ahead_and_by_how_much(tmp_path: Path) -> None:
+    results = Results(tmp_path / "results.json")
+    results.begin("echo")
+    found = {
+        "ahead": {"tricorn": 10, "tricorn-hypercorn": 1, "aiohttp": 25, "node-ws": 15, "c-epoll": 1},
+        "behind": {"tricorn": 10, "aiohttp": 6, "node-ws": 4},
+        "again": {"tricorn": 10, "aiohttp": 5},
+        "level": {"tricorn": 10, "node-ws": 10.4},
+        "alone": {"tricorn": 10},
+    }
+    for case, servers in found.items():
+        for server, value in servers.items():
+            results.add("echo", case, server, {"µs CPU": value})
+    assert results.verdict("echo") == (
+        "tricorn is ahead in “ahead” (node-ws takes 1.50 of it); node-ws is ahead in “behind” (0.40 of tricorn); "
+        "aiohttp is ahead in “again” (0.50 of tricorn); nobody is ahead in “level” (node-ws takes 1.04 of tricorn)."
+    )
+    assert f"\n\n{results.verdict('echo')}\n" in results.table()
+    assert f"- echo: {results.verdict('echo')}\n" in results.readme()
+
+
+def test_the_chat_is_compared_with_the_asyncio_version(tmp_path: Path) -> None:
+    results = Results(tmp_path / "results.json")
+    results.begin("chat")
+    for server, value in {"tricorn-serve": 8, "tricorn-serve-sqlite": 80, "asyncio-version-uvloop": 4}.items():
+        results.add("chat", "burst", server, {"µs CPU": value})
+    assert results.verdict("chat") == "asyncio-version-uvloop is ahead in “burst” (0.50 of tricorn-serve)."
+    assert "| tricorn-serve-sqlite | 80.0 10.00× |" in results.table()
+
+
+def test_who_ends_faster_because_it_tells_nobody_is_not_ahead(tmp_path: Path) -> None:
+    results = Results(tmp_path / "results.json")
+    results.begin("teardown")
+    for server, seconds, told in (("tricorn", 1.0, 100), ("aiohttp", 2.0, 100), ("node-ws", 0.1, 0)):
+        results.add("teardown", "SIGTERM", server, {"s": seconds, "told %": told})
+    assert results.verdict("teardown") == "tricorn is ahead in “SIGTERM” (aiohttp takes 2.00 of it)."
+
+
 def test_a_suite_that_does_not_run_again_stays(results: Results, tmp_path: Path) -> None:
     results.save()
     later = Results(tmp_path / "results.json")
