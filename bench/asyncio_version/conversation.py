@@ -16,7 +16,7 @@ from bench.asyncio_version.run import Agent, Asked, Cause, Run, perform
 from tricorn.chat.conversation.conversation import ConversationClosed, TooManyPosts
 from tricorn.chat.protocol import ConversationEvent, UserMessage
 from tricorn.chat.quota import Quota
-from tricorn.chat.session import BATCH_BYTES, EVENTS_PER_TURN
+from tricorn.chat.delivery import BATCH_BYTES, EVENTS_PER_TURN
 from tricorn.chat.settings import ChatSettings
 from tricorn.errors.report import report_error
 from tricorn.protocol.frames import Opcode, frame
