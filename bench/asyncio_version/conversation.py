@@ -14,9 +14,9 @@ from msgspec.json import Encoder
 from bench.asyncio_version.connection import Connection
 from bench.asyncio_version.run import Agent, Asked, Cause, Run, perform
 from tricorn.chat.conversation.conversation import ConversationClosed, TooManyPosts
+from tricorn.chat.delivery import BATCH_BYTES, EVENTS_PER_TURN
 from tricorn.chat.protocol import ConversationEvent, UserMessage
 from tricorn.chat.quota import Quota
-from tricorn.chat.delivery import BATCH_BYTES, EVENTS_PER_TURN
 from tricorn.chat.settings import ChatSettings
 from tricorn.errors.report import report_error
 from tricorn.protocol.frames import Opcode, frame

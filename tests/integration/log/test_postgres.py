@@ -233,9 +233,9 @@ async def test_a_lock_that_somebody_holds_is_not_waited_for_for_ever(server: Pos
         await log.append("c", epoch, Append(post("1")))
         with psycopg.connect(server.conninfo) as other:
             other.execute("SELECT FROM tricorn.conversation FOR UPDATE")
-            with pytest.raises(Unavailable, match="statement timeout|did not answer within"):
+            with pytest.raises(Unavailable, match=r"statement timeout|did not answer within"):
                 await log.append("c", epoch, Append(post("2")))
-            with pytest.raises(Unavailable, match="statement timeout|did not answer within"):
+            with pytest.raises(Unavailable, match=r"statement timeout|did not answer within"):
                 await log.claim("c")
         assert (await log.append("c", epoch, Append(post("2"))))[0].seq == 2
 
