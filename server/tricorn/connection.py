@@ -351,6 +351,15 @@ class Connection:
         if self.phase is not Phase.ACCEPTED:
             self.nursery.cancel_scope.deadline = self.patience
 
+    async def watch(self, task: Awaitable[object]) -> None:
+        """Await what a task of the nursery does, and report an error that its cancellation hides (E9)."""
+        try:
+            await task
+        except BaseException as error:
+            if all(isinstance(leaf, PASSING) for leaf in leaves(error)):
+                self._failed(error)
+            raise
+
     async def close(self, cause: Close) -> None:
         """Close the connection unless it is ending already, and wait until it is closed."""
         self._metrics.know_code(cause.code)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Generic, Self
+from inspect import iscoroutine
+from typing import TYPE_CHECKING, Any, Generic, Self, cast
 
 import trio
 from trio import current_time
@@ -69,8 +70,12 @@ class WebSocket(Generic[State]):
 
     @property
     def nursery(self) -> trio.Nursery:
-        """The connection's nursery: what you start there ends with the connection."""
-        return self._connection.nursery
+        """The connection's nursery: what you start there ends with the connection.
+
+        It does all that a `trio.Nursery` does. An error that one of its tasks was handling when the end of the
+        connection cancelled it is reported.
+        """
+        return cast("trio.Nursery", TaskNursery(self._connection))
 
     @property
     def context(self) -> dict[Any, object]:
@@ -255,6 +260,39 @@ class WebSocket(Generic[State]):
     def _peer(self) -> str:
         peer = self._connection.request.peer
         return "a Unix socket" if peer is None else f"{peer[0]}:{peer[1]}"
+
+
+class TaskNursery:
+    """A connection's nursery, whose tasks the connection watches. Trio's own would take their cancellations unseen."""
+
+    __slots__ = ("_connection", "_nursery")
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._nursery = connection.nursery
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._nursery, name)
+
+    def start_soon(self, async_fn: Callable[..., Awaitable[object]], *args: object, name: object = None) -> None:
+        """Do what `trio.Nursery.start_soon` does."""
+        self._nursery.start_soon(self._watched(async_fn), *args, name=name or async_fn)
+
+    async def start(self, async_fn: Callable[..., Awaitable[object]], *args: object, name: object = None) -> Any:
+        """Do what `trio.Nursery.start` does."""
+        return await self._nursery.start(self._watched(async_fn), *args, name=name or async_fn)
+
+    def _watched(self, async_fn: Callable[..., Awaitable[object]]) -> Callable[..., Any]:
+        """Return a function whose coroutine is watched. What is none of both stays what it is, for Trio to refuse."""
+        if not callable(async_fn):
+            return async_fn
+        connection = self._connection
+
+        def watched(*args: object, **kwargs: object) -> object:
+            made = async_fn(*args, **kwargs)
+            return connection.watch(made) if iscoroutine(made) else made
+
+        return watched
 
 
 # Messages that are received without a turn for others: at most, while the handler's pace is unknown, and in seconds.

@@ -86,7 +86,8 @@ async def test_it_says_what_it_is(peer: tuple[str, int] | None, shown: str) -> N
     seen: list[str] = []
 
     async def handler(connection: Connection, ws: WebSocket) -> None:
-        assert (ws.id, ws.request, ws.nursery) == (connection.id, connection.request, connection.nursery)
+        assert (ws.id, ws.request) == (connection.id, connection.request)
+        assert ws.nursery.cancel_scope is connection.nursery.cancel_scope
         assert (ws.state, ws.subprotocol) == ([1], "a")
         seen.append(repr(ws))
 

@@ -152,7 +152,7 @@ async def test_it_is_framed_once(served: Served, monkeypatch: pytest.MonkeyPatch
     room = Room()
     async with served(room) as server, AsyncExitStack() as stack:
         clients = [await enter(stack, server, room) for _ in range(3)]
-        monkeypatch.setattr("tricorn.websocket.frame", counted)
+        monkeypatch.setattr("tricorn.protocol.prepared.frame", counted)
         assert tricorn.broadcast(room.members, "hello") == []
         assert [await client.receive() for client in clients] == ["hello"] * 3
     assert made == [b"hello"]

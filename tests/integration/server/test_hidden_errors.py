@@ -84,6 +84,20 @@ async def in_a_nursery(ws: WebSocket, end: Ending) -> None:
         nursery.start_soon(handle_all, ws, end)
 
 
+async def in_the_connections_nursery(ws: WebSocket, end: Ending) -> None:
+    ws.nursery.start_soon(handle_all, ws, end)
+    await trio.sleep_forever()
+
+
+async def started_in_the_connections_nursery(ws: WebSocket, end: Ending) -> None:
+    async def task(task_status: trio.TaskStatus[str]) -> None:
+        task_status.started("begun")
+        await handle_all(ws, end)
+
+    assert await ws.nursery.start(task) == "begun"
+    await trio.sleep_forever()
+
+
 async def under_two_clauses(ws: WebSocket, end: Ending) -> None:
     try:
         fail()
@@ -100,6 +114,8 @@ FAILING = [
     finally_end,
     leave_a_block,
     in_a_nursery,
+    in_the_connections_nursery,
+    started_in_the_connections_nursery,
     under_two_clauses,
 ]
 
@@ -131,7 +147,12 @@ async def nothing(ws: WebSocket, end: Ending) -> None:
     await end(ws)
 
 
-FAULTLESS = [name_it, after_it, end_twice, nothing]
+async def name_it_in_the_connections_nursery(ws: WebSocket, end: Ending) -> None:
+    ws.nursery.start_soon(name_it, ws, end)
+    await trio.sleep_forever()
+
+
+FAULTLESS = [name_it, after_it, end_twice, nothing, name_it_in_the_connections_nursery]
 
 
 async def _leave(served: Served, handle: Any, end: Ending, reset: bool) -> None:
@@ -269,4 +290,26 @@ async def test_disconnects_cost_no_look_at_a_chain(
             async with server.connect(path) as client:
                 await client.close(1001)
         await _all_ended(server)
+    assert records.read("ERROR") == []
+
+
+async def test_the_connections_nursery_is_one_of_trios(served: Served, records: Records) -> None:
+    async def named() -> None:
+        await trio.sleep_forever()
+
+    async def handler(ws: WebSocket) -> None:
+        ws.nursery.start_soon(named)
+        ws.nursery.start_soon(named, name="another name")
+        names = {task.name for task in ws.nursery.child_tasks}
+        assert {name.rpartition(".")[2] for name in names} == {"named", "another name"}
+        assert ws.nursery.parent_task is trio.lowlevel.current_task()
+        for wrong in (named(), print):
+            with pytest.raises(TypeError, match="Trio"):
+                ws.nursery.start_soon(wrong)
+        await ws.send("well")
+        ws.nursery.cancel_scope.cancel()
+
+    async with served(handler) as server, server.connect() as client:
+        assert await client.receive() == "well"
+        assert await client.closed() == (1000, "")
     assert records.read("ERROR") == []
