@@ -21,12 +21,12 @@ from typing import Annotated, Any, Generic, ParamSpec, TypeVar, Union, get_type_
 
 from msgspec import UNSET, DecodeError, Meta, Struct, UnsetType, defstruct
 from msgspec.json import Decoder, decode, schema_components
-from trio import CapacityLimiter, to_thread
-from trio.lowlevel import RunVar
+from trio import to_thread
 
 from tricorn.chat.encoding import encode
 from tricorn.chat.model_tools import CHARACTERS, SECONDS, Tool
 from tricorn.chat.run import Run
+from tricorn.chat.threads import ThreadLimit
 from tricorn.chat.tools import ToolError
 from tricorn.errors.chain import is_any
 from tricorn.errors.failures import PASSING, leaves
@@ -37,7 +37,7 @@ THREADS = 32  # functions at work at a time, also those that are abandoned and h
 _ARGS = re.compile(r"^Args:[ \t]*\n((?:[ \t]+\S.*(?:\n|\Z)|[ \t]*\n)*)", re.MULTILINE)
 _ARGUMENT = re.compile(r"^(\w+)(?: *\([^)]*\))?:[ \t]*(.*(?:\n+[ \t]+.*)*)", re.MULTILINE)
 
-_limiter: RunVar[CapacityLimiter] = RunVar("threads of tools")
+_limit = ThreadLimit("threads of tools", THREADS)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -191,11 +191,6 @@ async def _in_thread(function: Callable[[], object], run: Run, name: str) -> obj
             raise
 
     try:
-        limiter = _limiter.get()
-    except LookupError:
-        limiter = CapacityLimiter(THREADS)
-        _limiter.set(limiter)
-    try:
-        return await to_thread.run_sync(work, abandon_on_cancel=True, limiter=limiter)
+        return await to_thread.run_sync(work, abandon_on_cancel=True, limiter=_limit.limiter())
     finally:
         is_abandoned = True  # or it has ended

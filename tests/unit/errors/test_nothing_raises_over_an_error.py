@@ -24,6 +24,7 @@ ALLOWED = {
     ("asgi.py", "_load"): "SettingError becomes the one line of SystemExit",
     ("chat/agents/arithmetic.py", "evaluate"): "ToolError says what is wrong with the question",
     ("chat/agents/demo.py", "demo"): "the error in flight is ToolError, and this is the answer",
+    ("chat/asyncio_bridge.py", "from_asyncio"): "it waits for the end of what it has cancelled, which may be an error",
     ("chat/chat.py", "Chat.__aexit__"): "the nursery puts the error in flight into its group",
     ("chat/client/terminal.py", "websocket_url"): "SettingError says what is wrong with the text",
     ("chat/conversation/conversation.py", "Conversation.live"): "`_leave` raises nothing and has a deadline",
