@@ -48,6 +48,8 @@ ALLOWED = {
     ("chat/logs/redis.py", "RedisLog._ask"): "Unavailable says what Redis answered",
     ("chat/logs/redis.py", "connect"): "SettingError says what is wrong with the URL",
     ("chat/logs/sqlite.py", "SQLiteLog._open_store"): "Unavailable says why the file cannot be used",
+    ("chat/mcp.py", "McpTool.perform"): "ToolError is what the server says against the call",
+    ("chat/mcp.py", "mcp"): "OSError says why the server cannot be used",
     ("chat/run.py", "ToolCall.__aexit__"): "`end_call` makes a note of what the log raises",
     ("chat/session.py", "Session._authenticate"): "the error in flight is NotAdmitted, and this sends it",
     ("chat/session.py", "Session._serve"): "the error in flight is PastLost, and this sends it",
