@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 from msgspec import DecodeError, Raw
 from msgspec.json import Decoder
@@ -133,12 +133,9 @@ class Tool(ABC):
         return report_error(error, context={"user": run.user}, **about)
 
 
-AnyTool = TypeVar("AnyTool", bound=Tool)
-
-
-def by_name(tools: Iterable[AnyTool]) -> dict[str, AnyTool]:
+def by_name(tools: Iterable[Tool]) -> dict[str, Tool]:
     """Return the tools of an agent by their names. Raises ValueError if two have the same."""
-    found: dict[str, AnyTool] = {}
+    found: dict[str, Tool] = {}
     for each in tools:
         if each.name in found:
             raise ValueError(f"two tools have the name {each.name!r}; give one of them another")
