@@ -7,11 +7,16 @@ import re
 import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 from trio_websocket import CloseReason, ConnectionClosed, ConnectionRejected, WebSocketConnection, wrap_client_stream
+
+from tricorn.chat import Run
+from tricorn.chat.testing import Result, ask
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
@@ -41,6 +46,19 @@ def test_the_readme_shows_the_examples_as_they_are() -> None:
 
 def test_the_readme_shows_no_other_python() -> None:
     assert readme().count("```python") == 3
+
+
+def test_the_page_about_tools_shows_parts_of_the_examples_as_they_are() -> None:
+    page = (ROOT / "docs" / "tools.md").read_text()
+    shown = re.findall(r"\]\((examples/[^)]+)\)[^\n]*\n\n```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert [Path(name).name for name, _ in shown] == [
+        "tools_agent.py",
+        "sync_library.py",
+        "asyncio_library.py",
+        "mcp_agent.py",
+    ]
+    for name, source in shown:
+        assert source in (ROOT / "docs" / name).read_text()
 
 
 def test_the_links_of_the_pages_lead_somewhere() -> None:
@@ -159,6 +177,85 @@ async def test_the_weather_agent(
     assert events["tool_executing"]["arguments"] == {"city": city}
     assert forecast.items() <= events["tool_completed"].items()
     assert outcome.items() <= events["agent_completed"].items()
+
+
+async def answers(example: str, text: str, **options: Any) -> Result:
+    """Ask the agent of an example without a server."""
+    agent = import_module(example.removesuffix(".py")).agent
+    with trio.fail_after(PATIENCE):
+        return await ask(agent, text, **options)
+
+
+@pytest.fixture
+def examples_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+
+@pytest.mark.usefixtures("examples_can_be_imported")
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ('forecast {"place": {"city": "Oslo"}}', '[{"day":"2026-05-01","sky":"rain"}]'),
+        ('forecast {"place": {"city": "Rome"}}', "Error: no weather station in Rome; there is one in Oslo"),
+        ('forecast {"place": "Oslo"}', "Error: wrong arguments: Expected `object`, got `str` - at `$.place`"),
+        ('factorial {"number": 5}', "120"),
+        ("weather", "There is no tool 'weather', but forecast, factorial."),
+    ],
+)
+async def test_the_agent_with_tools(text: str, answer: str) -> None:
+    result = await answers("tools_agent.py", text)
+    assert (result.outcome, result.answer) == ("success", answer)
+
+
+@pytest.mark.usefixtures("examples_can_be_imported")
+async def test_the_agent_with_a_library_of_asyncio() -> None:
+    result = await answers("asyncio_library.py", "why?")
+    assert (result.outcome, result.answer) == ("success", "You asked: why? ")
+
+
+@pytest.mark.usefixtures("examples_can_be_imported")
+async def test_the_agent_with_an_mcp_server() -> None:
+    result = await answers("mcp_agent.py", 'forecast {"city": "Oslo"}')
+    assert (result.outcome, result.answer) == ("success", "Oslo: rain")
+
+
+@pytest.mark.usefixtures("examples_can_be_imported")
+async def test_stop_reaches_a_library_that_is_not_async_where_it_reads(
+    monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery
+) -> None:
+    said, hung_up = trio.Event(), trio.Event()
+
+    async def model(stream: trio.SocketStream) -> None:
+        """Answer with one line, and never end: until the client is gone."""
+        async with stream:
+            await stream.receive_some()
+            await stream.send_all(b"HTTP/1.1 200 OK\r\n\r\none line\n")
+            assert await stream.receive_some() == b""
+            hung_up.set()
+
+    [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    nursery.start_soon(trio.serve_listeners, model, [listener])
+    example = import_module("sync_library")
+    monkeypatch.setattr(example, "PORT", listener.socket.getsockname()[1])
+
+    async def agent(run: Run) -> None:
+        say = run.say
+
+        async def say_and_tell(text: str) -> None:
+            await say(text)
+            said.set()
+
+        monkeypatch.setattr(run, "say", say_and_tell)
+        async with trio.open_nursery() as run_nursery:
+            run_nursery.start_soon(example.agent, run)
+            await said.wait()
+            run_nursery.cancel_scope.cancel()
+
+    with trio.fail_after(20):  # less than the 30 s that the library would wait for
+        result = await ask(agent, "go")
+        await hung_up.wait()
+    assert (result.outcome, result.answer) == ("success", "one line\n")
+    nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize(("example", "count"), [("testing_a_handler.py", 4), ("testing_an_agent.py", 3)])

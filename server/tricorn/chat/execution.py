@@ -25,6 +25,7 @@ from trio import (
 )
 from trio.lowlevel import Task, checkpoint, checkpoint_if_cancelled, current_task
 
+from tricorn.chat.encoding import encode, shortened
 from tricorn.chat.logs.base import Append, Lease, LeaseLost, PastLost
 from tricorn.chat.metrics import ChatMetrics
 from tricorn.chat.protocol import (
@@ -206,11 +207,14 @@ class Execution:
             self._answer_characters += len(text)
 
     async def start_call(self, tool: str, arguments: dict[str, Any]) -> Call:
-        """Append the start of a tool. A checkpoint; if cancelled before anybody sees the tool, it has not started."""
+        """Append the start of a tool. A checkpoint; if cancelled before anybody sees the tool, it has not started.
+
+        If the arguments are too long for an event, people are shown their beginning, as one argument `cut`.
+        """
         self._check_text(tool, "the name of a tool")
         if len(tool) > TOOL_NAME_MAX:
             raise ValueError(f"the name of a tool has {len(tool)} characters; the limit is {TOOL_NAME_MAX}")
-        json: Any = self._json(arguments, f"an argument of the tool {tool!r}")
+        json: Any = self._json(arguments, f"an argument of the tool {tool!r}", b'{"cut":%b}')
         await checkpoint_if_cancelled()
         id = f"{self.id}.{next(self._numbers)}"
         self._calls[id] = call = Call(id, tool, current_time())
@@ -220,6 +224,7 @@ class Execution:
     async def end_call(self, call: Call, result: Any, error: BaseException | None) -> None:
         """Append the end of a tool, with what it found or with what it raised. Cannot be cancelled.
 
+        If the result is too long for an event, people are shown its beginning, and that it is cut.
         If the log refuses and the tool has failed, the refusal becomes a note on what the tool raised.
         """
         if error is not None:
@@ -230,7 +235,7 @@ class Execution:
         if result is not None:
             try:
                 json = self._json(result, f"the result of the tool {call.tool!r}")
-            except (TypeError, ValueError) as refused:
+            except TypeError as refused:
                 await self._complete(call, None, TOOL_FAILED, refused)
                 raise
         await self._complete(call, json, None, None)
@@ -313,13 +318,18 @@ class Execution:
             self._metrics.limit_hits.add("event_bytes")
             raise ValueError(f"{what} has {len(json)} bytes in JSON; an event has room for {self._room}")
 
-    def _json(self, value: object, what: str) -> Raw:
-        """Encode now, so that neither an event nor its place in the log can fail later."""
+    def _json(self, value: object, what: str, if_cut: bytes = b"%b") -> Raw:
+        """Encode now, so that neither an event nor its place in the log can fail later.
+
+        If it is too long for an event, its beginning takes its place, as `if_cut` has it.
+        """
         try:
-            json = _encode(value)
+            json = encode(value)
         except Exception as error:
             raise TypeError(f"{what} has no JSON form: {error}") from error
-        self._check_size(json, what)
+        if len(json) > self._room:
+            self._metrics.limit_hits.add("event_bytes")
+            json = if_cut % shortened(json, self._room - len(if_cut))
         return Raw(json)
 
     def _checkpoint(self) -> Awaitable[None]:

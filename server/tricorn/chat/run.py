@@ -44,13 +44,15 @@ class Run:
         """Say a piece of the answer, which is all pieces joined as they are. An empty text is no event."""
         return self._execution.speak(AgentMessage, text)
 
-    def tool(self, name: str, /, **arguments: Any) -> Tool:
+    def tool(self, name: str, /, **arguments: Any) -> ToolCall:
         """Show the use of a tool: `async with run.tool("forecast", city="Oslo") as tool: tool.result = ...`."""
-        return Tool(self._execution, name, arguments)
+        return ToolCall(self._execution, name, arguments)
 
 
-class Tool:
-    """A tool at work. Set `result` to what it found: anything that has a JSON form.
+class ToolCall:
+    """A tool at work. Set `result` to what it found: anything that has a JSON form (see `tricorn.chat.encoding`).
+
+    If the arguments or the result are longer than `event_bytes` allows, people are shown their beginning.
 
     Exceptions propagate, and if the log then refuses the end of the tool, that is a note on them. People are shown the
     text of a `ToolError`, and of any other only that the tool failed.
@@ -60,7 +62,7 @@ class Tool:
 
     Raises:
         TypeError: an argument or the result has no JSON form.
-        ValueError: the name, the arguments or the result are too long.
+        ValueError: the name is too long.
         RuntimeError: the run is over when the tool is entered.
     """
 
@@ -71,7 +73,7 @@ class Tool:
         self._arguments = arguments
         self._call: Call
 
-    async def __aenter__(self) -> Tool:
+    async def __aenter__(self) -> ToolCall:
         self._call = await self._execution.start_call(self._name, self._arguments)
         return self
 

@@ -18,8 +18,10 @@ class ToolError(Exception):
     """Raise this inside a tool to have its text shown to people as the tool's error."""
 
 
-def shown(error: BaseException, cancelled: type[BaseException], ending: Outcome | None) -> str:
-    """Return what people may see of the exception that ended a tool.
+def shown(
+    error: BaseException, cancelled: type[BaseException], ending: Outcome | None, limit: int = TOOL_ERROR_MAX
+) -> str:
+    """Return what people may see of the exception that ended a tool, in about `limit` characters.
 
     If it is nothing but `cancelled`, they see why the run is ending, if it is.
     """
@@ -29,8 +31,8 @@ def shown(error: BaseException, cancelled: type[BaseException], ending: Outcome 
     if not all(is_any(leaf, (ToolError,)) for leaf in errors):
         return TOOL_FAILED
     text = "; ".join([_text(leaf) for leaf in errors])
-    if len(text) > TOOL_ERROR_MAX:
-        text = text[:TOOL_ERROR_MAX] + "…"
+    if len(text) > limit:
+        text = text[:limit] + "…"
     return text or TOOL_FAILED
 
 

@@ -159,6 +159,9 @@ class LogView:
                     self._appended[EVENT_TYPES[append.event.__class__]] += 1
                 if entry.seq > self.head + 1:
                     await self._read_to(entry.seq - 1)
+            except TooSlowError:  # a driver's own, which says nothing
+                self.doubt()
+                raise too_slow(self._seconds) from None
             except BaseException:
                 self.doubt()
                 raise
