@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from tricorn.chat.execution import Call, Execution
+from tricorn.chat.history import CHARACTERS, TURNS, Turn
 
 
 class Run:
@@ -32,6 +33,32 @@ class Run:
         self.user = execution.post.user
         self.message = execution.post.text
         self._execution = execution
+
+    async def history(self, *, turns: int = TURNS, characters: int = CHARACTERS) -> list[Turn]:
+        """Return what was said in this conversation before this run, in order: the last turns, from the log.
+
+        It is the same at every instance and after a restart. Runs that failed or were ended are turns too, with what
+        they had said until then. Posts that wait for their answer are not.
+
+        A checkpoint; it may be cancelled. Each call reads the log.
+
+        Args:
+            turns: at most so many.
+            characters: of texts, answers, and tools' arguments and results in all, at most. If the last turn alone has
+                more, it comes without its tools, and with the end of its answer. A token has about four characters.
+
+        Raises:
+            Unavailable: the log does not answer.
+            RuntimeError: the run is over.
+        """
+        return await self._execution.history(turns, characters)
+
+    def used(self, *, input: int, output: int, cached: int = 0) -> None:
+        """Count tokens that a model has read and written for this run, `cached` ones of `input` from a cache.
+
+        Several calls add up. The sum is in `agent_completed`. Raises RuntimeError after the end of the run.
+        """
+        self._execution.used(input, output, cached)
 
     # These two are no coroutine functions themselves: it saves a frame for every piece of an answer.
 

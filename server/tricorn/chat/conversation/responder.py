@@ -12,7 +12,7 @@ from trio.lowlevel import checkpoint
 from tricorn.chat.conversation.log_view import LogView
 from tricorn.chat.conversation.state import OpenRun
 from tricorn.chat.execution import Cause, Execution, Runs, completed_key
-from tricorn.chat.logs.base import Append, Lease, LeaseLost, Log, PastLost, Unavailable
+from tricorn.chat.logs.base import Append, Entry, Lease, LeaseLost, Log, PastLost, Unavailable
 from tricorn.chat.metrics import ChatMetrics
 from tricorn.chat.protocol import AgentCompleted, ToolCompleted, UserMessage
 from tricorn.chat.quota import Quota
@@ -162,6 +162,14 @@ class Responder:
             raise WouldBlock from None
         if self._view.state.turns != self._turns or not self._begun:  # and not just some more of an answer
             self._appended()
+
+    async def find(self, key: str) -> Entry | None:
+        """Return the entry that was added with this key."""
+        return await self._view.ask(self._log.find, key)
+
+    async def read(self, after: int, limit: int) -> list[Entry]:
+        """Return entries that follow seq `after`, from the log: memory may have some that retention has taken."""
+        return await self._view.ask(self._log.read, after, limit)
 
     def _appended(self) -> None:
         if not self._begun:
