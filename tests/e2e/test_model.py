@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from pathlib import Path
 
 import pytest
+import trio
 import trustme
 
 from fixtures.fake_model import (
@@ -94,6 +96,17 @@ async def test_the_connection_to_the_model_closes_however_the_run_ends(tmp_path:
             if ending in ("cancel", "timeout"):
                 completed = (await client.until("agent_completed")).last
                 assert completed["outcome"] == {"cancel": "cancelled", "timeout": "timeout"}[ending]
+
+
+async def test_the_terminal_shows_why_the_run_failed(tmp_path: Path) -> None:
+    async with (
+        endpoint(refused(401)) as served,
+        serving(tmp_path, "--model", "m-1", "--base-url", served.url) as instance,
+    ):
+        chat = [sys.executable, "-m", "tricorn", "chat", f"ws://127.0.0.1:{instance.port}/ws", "--message", "hi"]
+        done = await trio.run_process(chat, capture_stdout=True, check=False)
+    assert done.returncode == 1
+    assert "failed: the model's server does not accept the API key (error " in " ".join(done.stdout.decode().split())
 
 
 async def test_after_a_restart_the_model_is_told_what_was_said(tmp_path: Path) -> None:
