@@ -20,6 +20,7 @@ settings.load_profile("tricorn")
 pytest_plugins = [
     "fixtures.against",
     "fixtures.browser",
+    "fixtures.model_server",
     "fixtures.real_services",
     "fixtures.proxies",
     "fixtures.service",
@@ -44,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--all-messages", action="store_true", help="run the conformance suite at full size, for minutes")
     group.addoption("--step", type=int, help="of every checkpoint: try this one only")
     group.addoption("--seed", type=int, default=0, help="of every checkpoint: the order in which tasks are run")
-    group.addoption("--real-llm", action="store_true", help="run the tests that ask a real model, which costs")
+    group.addoption("--real-llm", action="store_true", help="run the tests that ask a real model, in llama.cpp")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -18,10 +18,9 @@ from tricorn.chat import SUBPROTOCOLS, Agent, Chat
 from tricorn.errors.import_guard import import_at_once
 from tricorn.errors.report import report, send_records
 from tricorn.service.hypercorn_config import workers_of
-from tricorn.service.loader import load_agent
 from tricorn.service.pages import pages
 from tricorn.service.settings import ServiceSettings
-from tricorn.service.start_up import check_shared, make_log, read_keys, start_chat
+from tricorn.service.start_up import check_shared, make_agent, make_log, read_keys, start_chat
 from tricorn.settings import SettingError
 
 if TYPE_CHECKING:
@@ -98,7 +97,7 @@ def _load() -> ASGIApp:
         settings = ServiceSettings.from_environ()
         log = make_log(settings)
         _check_workers(log)
-        service = _Service(load_agent(settings.agent), settings, log)
+        service = _Service(make_agent(settings), settings, log)
         handlers = {"/ws": service.session}
         return asgi_app(handlers, settings=settings, subprotocols=SUBPROTOCOLS, app=service.app, drain=service.drain)
     except SettingError as error:

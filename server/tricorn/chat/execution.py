@@ -25,7 +25,9 @@ from trio import (
 )
 from trio.lowlevel import Task, checkpoint, checkpoint_if_cancelled, current_task
 
+from tricorn.chat.agent_error import for_people
 from tricorn.chat.encoding import encode, shortened
+from tricorn.chat.history import Past, Turn, read_history
 from tricorn.chat.logs.base import Append, Lease, LeaseLost, PastLost
 from tricorn.chat.metrics import ChatMetrics
 from tricorn.chat.protocol import (
@@ -38,6 +40,7 @@ from tricorn.chat.protocol import (
     Outcome,
     ToolCompleted,
     ToolExecuting,
+    Usage,
     UserMessage,
 )
 from tricorn.chat.settings import ChatSettings
@@ -63,8 +66,8 @@ Cause = Literal["cancelled", "interrupted"]
 R = TypeVar("R")
 
 
-class Appender(Protocol):
-    """Appends a run's events to the log."""
+class Appender(Past, Protocol):
+    """Appends a run's events to the log, and reads what was before them."""
 
     async def append(self, append: Append) -> None: ...
 
@@ -127,6 +130,8 @@ class Execution:
         self._changed = Waiter()  # where `perform` waits until it has ended, or is to end
         self._outcome: Outcome = "failed"
         self._error_id: str | None = None
+        self._error: str | None = None  # for people
+        self._usage: Usage | None = None
         self._abandoned = False
         self._room = settings.event_bytes - ENVELOPE
         self._plain = (self._room - 2) // ESCAPED  # characters of an ASCII text that has room, whatever they are
@@ -206,6 +211,17 @@ class Execution:
             self._answer.append(text)
             self._answer_characters += len(text)
 
+    async def history(self, turns: int, characters: int) -> list[Turn]:
+        """Return what was said before this run: see `read_history`."""
+        self._check_not_over()
+        return await read_history(self._log, started_key(self.post.seq), turns, characters)
+
+    def used(self, input: int, output: int, cached: int) -> None:
+        """Count tokens."""
+        self._check_not_over()
+        before = self._usage or Usage(0, 0)
+        self._usage = Usage(before.input + input, before.output + output, before.cached + cached)
+
     async def start_call(self, tool: str, arguments: dict[str, Any]) -> Call:
         """Append the start of a tool. A checkpoint; if cancelled before anybody sees the tool, it has not started.
 
@@ -271,6 +287,8 @@ class Execution:
         self._outcome = ending or ("failed" if failed else "interrupted")
         if failed or hides_an_error(error):
             self._error_id = report_error(error, **self._about())
+        if self._outcome == "failed":
+            self._error = for_people(list(leaves(error)))
 
     async def _end(self) -> None:
         """Have the agent's task end; if it does not, report where it is. What it does then is not part of the run."""
@@ -408,7 +426,13 @@ class Execution:
         answer = "".join(self._answer)
         text = answer if answer and len(_encode(answer)) <= self._room else None
         completed = AgentCompleted(
-            **self._stamp(), outcome=outcome, seconds=seconds, text=text, error_id=self._error_id
+            **self._stamp(),
+            outcome=outcome,
+            seconds=seconds,
+            text=text,
+            error=self._error if outcome == "failed" else None,
+            error_id=self._error_id,
+            usage=self._usage,
         )
         key = completed_key(self.id)
         self._owed[key] = Append(completed, key, self._lease, self.post.seq)

@@ -229,8 +229,16 @@ class AgentMessage(RunEvent, tag="agent_message", kw_only=True):
     text: str
 
 
+class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Tokens that a run took: `input` in all, `cached` of them from a cache, and `output`."""
+
+    input: int
+    output: int
+    cached: int = 0
+
+
 class AgentCompleted(RunEvent, tag="agent_completed", kw_only=True):
-    """Last of a run, exactly once. `error_id` names the report of a failure.
+    """Last of a run, exactly once. `error_id` names the report of a failure, and `error` says why, for people.
 
     `text` is the whole answer, left out where that would make the event too long.
     """
@@ -238,7 +246,9 @@ class AgentCompleted(RunEvent, tag="agent_completed", kw_only=True):
     outcome: Outcome
     seconds: float
     text: str | None = None
+    error: str | None = None
     error_id: str | None = None
+    usage: Usage | None = None
 
 
 Reply = Welcome | Opened | Posted | Error | Heartbeat | Pong | Closing

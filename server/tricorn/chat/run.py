@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from tricorn.chat.execution import Call, Execution
+from tricorn.chat.history import CHARACTERS, TURNS, Turn
 from tricorn.chat.protocol import AgentMessage, AgentThinking
 
 
@@ -34,6 +35,32 @@ class Run:
         self.message = execution.post.text
         self._execution = execution
 
+    async def history(self, *, turns: int = TURNS, characters: int = CHARACTERS) -> list[Turn]:
+        """Return what was said in this conversation before this run, in order: the last turns, from the log.
+
+        It is the same at every instance and after a restart. Runs that failed or were ended are turns too, with what
+        they had said until then. Posts that wait for their answer are not.
+
+        A checkpoint; it may be cancelled. Each call reads the log.
+
+        Args:
+            turns: at most so many.
+            characters: of texts, answers, and tools' arguments and results in all, at most. If the last turn alone has
+                more, it comes without its tools, and with the end of its answer. A token has about four characters.
+
+        Raises:
+            Unavailable: the log does not answer.
+            RuntimeError: the run is over.
+        """
+        return await self._execution.history(turns, characters)
+
+    def used(self, *, input: int, output: int, cached: int = 0) -> None:
+        """Count tokens that a model has read and written for this run, `cached` ones of `input` from a cache.
+
+        Several calls add up. The sum is in `agent_completed`. Raises RuntimeError after the end of the run.
+        """
+        self._execution.used(input, output, cached)
+
     # These two are no coroutine functions themselves: it saves a frame for every piece of an answer.
 
     def think(self, text: str) -> Coroutine[Any, Any, None]:
@@ -44,12 +71,12 @@ class Run:
         """Say a piece of the answer, which is all pieces joined as they are. An empty text is no event."""
         return self._execution.speak(AgentMessage, text)
 
-    def tool(self, name: str, /, **arguments: Any) -> ToolCall:
+    def tool(self, name: str, /, **arguments: Any) -> RunningTool:
         """Show the use of a tool: `async with run.tool("forecast", city="Oslo") as tool: tool.result = ...`."""
-        return ToolCall(self._execution, name, arguments)
+        return RunningTool(self._execution, name, arguments)
 
 
-class ToolCall:
+class RunningTool:
     """A tool at work. Set `result` to what it found: anything that has a JSON form (see `tricorn.chat.encoding`).
 
     If the arguments or the result are longer than `event_bytes` allows, people are shown their beginning.
@@ -73,7 +100,7 @@ class ToolCall:
         self._arguments = arguments
         self._call: Call
 
-    async def __aenter__(self) -> ToolCall:
+    async def __aenter__(self) -> RunningTool:
         self._call = await self._execution.start_call(self._name, self._arguments)
         return self
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import Any
 
 import trio
 from msgspec.json import Decoder
 
 from tricorn.chat.execution import Execution, Runs
-from tricorn.chat.logs.base import Append
+from tricorn.chat.history import Turn
+from tricorn.chat.logs.base import Append, Entry
 from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.metrics import ChatMetrics
 from tricorn.chat.protocol import (
@@ -17,6 +20,7 @@ from tricorn.chat.protocol import (
     AgentMessage,
     AgentStarted,
     AgentThinking,
+    AnyEvent,
     Outcome,
     ToolCompleted,
     ToolExecuting,
@@ -38,7 +42,7 @@ class Result:
     events: list[AgentEvent]
     """The events of the run as clients get them, from `AgentStarted` to `AgentCompleted`: see `tricorn.chat.protocol`.
 
-    Their first `seq` is 2: the post has 1.
+    Without a history, their first `seq` is 2: the post has 1.
     """
 
     answer: str
@@ -55,7 +59,13 @@ class Result:
 
 
 async def ask(
-    agent: Agent, text: str, *, user: str = "local", settings: ChatSettings = DEFAULTS, cancel_after: float = inf
+    agent: Agent,
+    text: str,
+    *,
+    user: str = "local",
+    history: Sequence[Turn] = (),
+    settings: ChatSettings = DEFAULTS,
+    cancel_after: float = inf,
 ) -> Result:
     """Run an agent on a text, in a new conversation with a log in memory, and return what it did.
 
@@ -69,6 +79,7 @@ async def ask(
         agent: what you would serve.
         text: what a user posts.
         user: who posts it: `run.user`.
+        history: what was said before: what `run.history()` finds.
         settings: of these `run_timeout` and `event_bytes` concern a run.
         cancel_after: seconds after which the user cancels the run.
 
@@ -78,9 +89,12 @@ async def ask(
     attempt = _Attempt(agent)
     async with MemoryLog(lease=settings.lease) as log:
         epoch = (await log.open(CONVERSATION)).epoch
+        lease = await log.claim(CONVERSATION)
+        for number, turn in enumerate(history):
+            for event in _events(turn, number):
+                log.append_nowait(CONVERSATION, epoch, Append(event))
         post = UserMessage(conversation=CONVERSATION, seq=0, at=0.0, id="post", user=user, text=text)
         await log.append(CONVERSATION, epoch, Append(post))
-        lease = await log.claim(CONVERSATION)
         execution = Execution(post, lease, _Appender(log, epoch), settings, ChatMetrics())
         async with trio.open_nursery() as nursery:
             runs = Runs(nursery)
@@ -94,6 +108,22 @@ async def ask(
     end = events[-1]
     assert isinstance(end, AgentCompleted), "every run has an end"  # noqa: S101
     return Result(events, answer, end.outcome, attempt.raised if end.error_id else None)
+
+
+def _events(turn: Turn, number: int) -> Iterator[AnyEvent]:
+    """Yield the events of a turn, as its run left them in a log. Each must be appended before the next."""
+    about: dict[str, Any] = {"conversation": CONVERSATION, "seq": 0, "at": 0.0}
+    post = UserMessage(**about, id=f"post-{number}", user=turn.user, text=turn.text)
+    yield post
+    about["run"] = f"run-{number}"
+    yield AgentStarted(**about, agent="agent", post=post.id, post_seq=post.seq)
+    for index, tool in enumerate(turn.tools):
+        call = {**about, "call": f"{number}.{index}", "tool": tool.tool}
+        yield ToolExecuting(**call, arguments=tool.arguments)
+        yield ToolCompleted(**call, seconds=0.0, result=tool.result, error=tool.error)
+    if turn.answer:
+        yield AgentMessage(**about, text=turn.answer)
+    yield AgentCompleted(**about, outcome=turn.outcome, seconds=0.0, text=turn.answer or None, error=turn.error)
 
 
 async def _cancel(execution: Execution, seconds: float) -> None:
@@ -129,6 +159,12 @@ class _Appender:
 
     def append_nowait(self, append: Append) -> None:
         self._log.append_nowait(CONVERSATION, self._epoch, append)
+
+    async def find(self, key: str) -> Entry | None:
+        return await self._log.find(CONVERSATION, key)
+
+    async def read(self, after: int, limit: int) -> list[Entry]:
+        return await self._log.read(CONVERSATION, after, limit)
 
 
 _decode = Decoder(AgentEvent).decode

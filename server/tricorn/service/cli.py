@@ -91,6 +91,9 @@ def _parser() -> ArgumentParser:
     serve.set_defaults(command="serve")
     serve.add_argument("--bind", metavar="WHERE", action="append", help=WHERE)
     serve.add_argument("--agent", metavar="MODULE:FUNCTION", help="the agent that answers (the demo agent)")
+    serve.add_argument("--model", metavar="NAME", help="have this language model answer, in place of an agent")
+    serve.add_argument("--base-url", metavar="URL", help="the model's endpoint (OpenAI's; its key is OPENAI_API_KEY)")
+    serve.add_argument("--system-prompt", metavar="FILE", help="a file with the model's system prompt")
     serve.add_argument(
         "--audit",
         choices=["strict", "warn", "off"],

@@ -287,12 +287,13 @@ class Page {
       if (last.className === "answer") last.append(text);
       else item.append(element("p", "answer", text));
     },
-    agent_completed: ({ run, outcome, error_id, seconds }) => {
+    agent_completed: ({ run, outcome, error, error_id, seconds }) => {
       const { item } = this.#run(run);
       item.ariaBusy = "false";
       if (outcome !== "success") {
         const reference = error_id === undefined ? "" : ` · error ${error_id}`;
-        const text = `${OUTCOMES[outcome] ?? outcome} · ${duration(seconds)}${reference}`;
+        const reason = error === undefined ? "" : `: ${error}`;
+        const text = `${OUTCOMES[outcome] ?? outcome}${reason} · ${duration(seconds)}${reference}`;
         item.append(element("p", outcome === "cancelled" ? "outcome" : "outcome bad", text));
       }
       this.#runs.delete(run);

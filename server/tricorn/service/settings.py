@@ -8,6 +8,8 @@ from difflib import get_close_matches
 from os import environ
 from typing import Annotated, Any, Literal, Self
 
+from tricorn.chat.agents.model import HISTORY, OPENAI
+from tricorn.chat.agents.sse import endpoint
 from tricorn.chat.settings import ChatSettings, Linger
 from tricorn.errors.import_guard import Mode
 from tricorn.listening.binds import PORT, check_bind, parse_bind
@@ -67,6 +69,17 @@ Bind = Annotated[
         ),
     ),
 ]
+DEMO = "tricorn.chat.agents.demo:demo"
+MODEL = "tricorn.chat.agents.model:Model"
+
+
+def _is_endpoint(value: object) -> bool:
+    try:
+        return isinstance(value, str) and bool(endpoint(value, ""))
+    except ValueError:
+        return False
+
+
 AgentName = Annotated[str, Rule(description="module:function", test=HOST.test)]
 Auth = Annotated[
     Literal["none"] | None,
@@ -75,6 +88,10 @@ Auth = Annotated[
 ImportGuard = Annotated[
     Mode, Rule(description="off, count, report or deny", test=one_of("off", "count", "report", "deny"))
 ]
+Name = Annotated[
+    str | None, Rule(description="a name that is not empty", test=lambda value: value is None or HOST.test(value))
+]
+BaseURL = Annotated[str, Rule(description="a URL like https://api.example.com/v1", test=_is_endpoint)]
 Text = Annotated[str | None, Rule(description="text or nothing", test=lambda value: isinstance(value, str | None))]
 Hidden = Annotated[
     Secret | None,
@@ -103,8 +120,23 @@ class ServiceSettings(ChatSettings):
     bind: Binds = ()
     """What to listen on in place of `host` and `port`: HOST:PORT, :PORT for every address, unix:PATH, fd:N, fd://."""
 
-    agent: AgentName = "tricorn.chat.agents.demo:demo"
+    agent: AgentName = DEMO
     """The agent that answers, as module:function."""
+
+    model: Name = None
+    """The language model that answers in place of an agent, by its name at `base_url`."""
+
+    base_url: BaseURL = OPENAI
+    """The endpoint of the model: any that speaks OpenAI's chat completions, without `/chat/completions`."""
+
+    api_key: Hidden = None
+    """The key of the endpoint, from `OPENAI_API_KEY`."""
+
+    system_prompt: Name = None
+    """A file with the model's system prompt, in UTF-8. It is read when the server starts."""
+
+    history_characters: Count = HISTORY
+    """Characters of the conversation so far that the model is told. A token has about four."""
 
     workers: Count = 1
     """Processes that serve, all on one port. Several need a log that they can share."""
@@ -155,6 +187,13 @@ class ServiceSettings(ChatSettings):
         super().__post_init__()
         if self.jwt_key is not None and self.auth is not None:
             raise SettingError("auth=none: there is a jwt_key as well; only one of them can be meant")
+        if self.model is not None and self.agent != DEMO:
+            raise SettingError(f"model={self.model}: there is an agent as well; only one of them can answer")
+
+    @property
+    def answering(self) -> str:
+        """What answers, as module:function."""
+        return self.agent if self.model is None else MODEL
 
     @property
     def binds(self) -> tuple[str, ...]:
@@ -164,7 +203,7 @@ class ServiceSettings(ChatSettings):
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = environ) -> Self:
         """Read `TRICORN_BIND` (`bind`, with spaces or commas between), `TRICORN_METRICS` (HOST:PORT), other
-        `TRICORN_<FIELD>`, and what Cloud Run says.
+        `TRICORN_<FIELD>`, `OPENAI_API_KEY` (`api_key`), and what Cloud Run says.
 
         `K_SERVICE`, `K_REVISION` and `K_CONFIGURATION` name the service, and a service listens on every interface
         unless `TRICORN_HOST` says another. `PORT` is its port. `TRICORN_BIND` goes before all of these. Raises
@@ -174,6 +213,8 @@ class ServiceSettings(ChatSettings):
         values: dict[str, Any] = {name: environ.get(f"K_{name.upper()}") for name in _OF_CLOUD_RUN}
         if "K_SERVICE" in environ:
             values["host"] = "0.0.0.0"  # noqa: S104 (a container has its own network)
+        if environ.get(_API_KEY):
+            values["api_key"] = rules(cls)["api_key"].read(f"{_API_KEY}=", environ[_API_KEY])
         if "PORT" in environ:
             values["port"] = PORT.read("PORT=", environ["PORT"])
         settable = {name.upper(): name for name in rules(cls) if name not in _NOT_VARIABLES}
@@ -201,7 +242,8 @@ class ServiceSettings(ChatSettings):
 
 _PREFIX = "TRICORN_"
 _OF_CLOUD_RUN = ("service", "revision", "configuration")
-_NOT_VARIABLES = {"bind", "port", *_OF_CLOUD_RUN}
+_API_KEY = "OPENAI_API_KEY"
+_NOT_VARIABLES = {"api_key", "bind", "port", *_OF_CLOUD_RUN}
 
 
 def _binds(variable: str, text: str) -> tuple[str, ...]:

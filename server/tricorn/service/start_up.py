@@ -10,11 +10,13 @@ import gc
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
 
 from tricorn.chat import SUBPROTOCOLS, Chat, close_codes
+from tricorn.chat.agents.model import OPENAI, Model
 from tricorn.chat.identity import Everybody, ThisMachine
 from tricorn.chat.logs import connect
 from tricorn.chat.metrics import ChatMetrics
@@ -30,6 +32,7 @@ from tricorn.service.auth import Tokens
 from tricorn.service.bind import bind_or_explain, show_address, show_bind, show_urls
 from tricorn.service.chat_drill import drill_chat
 from tricorn.service.jwt_keys import Keys, load
+from tricorn.service.loader import load_agent
 from tricorn.service.metrics_page import metrics_page, no_websocket, of_this_process
 from tricorn.service.pages import pages
 from tricorn.service.systemd import notify
@@ -60,6 +63,33 @@ COLLECT = 10_000, 20, 20
 def make_log(settings: ServiceSettings) -> Log:
     """Make the log that the settings name, without opening it. Raises `SettingError` if there is none of that name."""
     return connect(settings.log.reveal() if settings.log else "memory:", settings)
+
+
+def make_agent(settings: ServiceSettings) -> Agent:
+    """Make the agent that the settings name. Raises `SettingError` if it, its key or its prompt cannot be used."""
+    if settings.model is None:
+        return load_agent(settings.agent)
+    if settings.api_key is None and settings.base_url == OPENAI:
+        raise SettingError(f"OPENAI_API_KEY: must be set, because {OPENAI} asks for a key")
+    system = _read_prompt(settings.system_prompt) if settings.system_prompt else ""
+    try:
+        return Model(
+            settings.model,
+            base_url=settings.base_url,
+            api_key=settings.api_key.reveal() if settings.api_key else "",
+            system=system,
+            history_characters=settings.history_characters,
+        )
+    except ValueError as error:
+        raise SettingError(f"OPENAI_API_KEY: {error}") from None
+
+
+def _read_prompt(file: str) -> str:
+    try:
+        return Path(file).read_text("utf-8").strip()
+    except (OSError, UnicodeError) as error:
+        problem = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+        raise SettingError(f"system_prompt={file}: cannot be read: {problem}") from None
 
 
 def check_shared(log: Log, processes: str) -> None:

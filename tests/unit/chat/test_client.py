@@ -317,6 +317,10 @@ def test_a_run_stands_under_the_message_that_it_answers(page: Page, server: Serv
         ({"outcome": "cancelled", "seconds": 0.25}, "Stopped · 250 ms"),
         ({"outcome": "timeout", "seconds": 300.0}, "The agent ran out of time · 300.0 s"),
         ({"outcome": "failed", "seconds": 1.0, "error_id": "e1"}, "The agent failed · 1.0 s · error e1"),
+        (
+            {"outcome": "failed", "seconds": 1.0, "error": "no model", "error_id": "e1"},
+            "The agent failed: no model · 1.0 s · error e1",
+        ),
         ({"outcome": "interrupted", "seconds": 2.0}, "The server stopped before the agent was done · 2.0 s"),
     ],
 )
@@ -351,7 +355,7 @@ def test_what_anybody_says_is_text(page: Page, server: Server) -> None:
     server.event("tool_completed", call="1", tool=MARKUP, seconds=0.1, result={MARKUP: {MARKUP: MARKUP}})
     server.event("tool_completed", call="2", tool=MARKUP, seconds=0.1, error=MARKUP)
     server.event("agent_message", text=MARKUP)
-    server.event("agent_completed", outcome=MARKUP, seconds=0.1, error_id=MARKUP)
+    server.event("agent_completed", outcome=MARKUP, seconds=0.1, error=MARKUP, error_id=MARKUP)
     server.say("error", code="malformed", message=MARKUP)
     expect(page.locator(".note")).to_have_text(MARKUP)
     expect(page.locator(".answer")).to_have_text(MARKUP)

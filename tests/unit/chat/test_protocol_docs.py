@@ -64,6 +64,7 @@ def test_the_fields_that_several_objects_have_are_described() -> None:
     assert fields(protocol.RunEvent) == fields(protocol.ConversationEvent) | {"run"}
     assert SECTIONS["The events"].fields == fields(protocol.ConversationEvent) | {"run?"}
     assert SECTIONS["limits"].fields == fields(protocol.Limits)
+    assert SECTIONS["usage"].fields == fields(protocol.Usage)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import trio
+from msgspec.structs import replace
 from trio.testing import MockClock
 
-from tricorn.chat import Run, ToolError
+from tricorn.chat import AgentError, Run, ToolCall, ToolError, Turn
 from tricorn.chat.protocol import (
     AgentCompleted,
     AgentMessage,
@@ -15,6 +16,7 @@ from tricorn.chat.protocol import (
     RunEvent,
     ToolCompleted,
     ToolExecuting,
+    Usage,
 )
 from tricorn.chat.settings import ChatSettings
 from tricorn.chat.testing import ask
@@ -149,3 +151,53 @@ async def test_two_asks_share_nothing() -> None:
     one, two = results["one"], results["two"]
     assert [event.seq for event in one] == [event.seq for event in two] == [2, 3, 4, 5]
     assert {event.run for event in one}.isdisjoint({event.run for event in two})
+
+
+async def test_a_history_is_what_the_run_finds() -> None:
+    seen: list[list[Turn]] = []
+
+    async def agent(run: Run) -> None:
+        seen.append(await run.history())
+        await run.say("done")
+
+    history = [
+        Turn("ann", "one", 0.0, "1", "success", (ToolCall("count", {"to": 1}, 1), ToolCall("count", {}, None, "no"))),
+        Turn("bob", "two", 0.0, "", "failed", (), "it failed"),
+    ]
+    result = await ask(agent, "three", history=history)
+    assert [replace(turn, at=0.0) for turn in seen[0]] == history
+    assert (result.outcome, result.answer) == ("success", "done")
+    await ask(agent, "alone")
+    assert seen[1] == []
+
+
+async def test_tokens_add_up() -> None:
+    async def agent(run: Run) -> None:
+        run.used(input=10, output=2, cached=4)
+        run.used(input=1, output=1)
+
+    completed = (await ask(agent, "x")).events[-1]
+    assert isinstance(completed, AgentCompleted)
+    assert completed.usage == Usage(11, 3, 4)
+
+
+async def test_people_are_told_what_an_agent_error_says_and_nothing_of_others() -> None:
+    async def agent(run: Run) -> None:
+        if run.message == "for people":
+            raise ExceptionGroup("", [AgentError("out of coffee"), AgentError("out of tea")])
+        if run.message == "mixed":
+            raise ExceptionGroup("", [AgentError("out of coffee"), ValueError("secret")])
+        if run.message == "without a text":
+            raise AgentError
+        raise ValueError("secret")
+
+    async def end(text: str) -> AgentCompleted:
+        completed = (await ask(agent, text)).events[-1]
+        assert isinstance(completed, AgentCompleted)
+        assert completed.outcome == "failed"
+        assert completed.error_id
+        return completed
+
+    assert (await end("for people")).error == "out of coffee; out of tea"
+    for text in ("mixed", "without a text", "another"):
+        assert (await end(text)).error is None

@@ -161,6 +161,22 @@ def test_no_url(text: str) -> None:
     [
         (["serve", "--bind", "8080"], "--bind 8080: must be HOST:PORT, for example 127.0.0.1:8080"),
         (["serve", "--agent", "no_such:agent"], "--agent no_such:agent: there is no module no_such in this directory"),
+        (
+            ["serve", "--agent", "tricorn.chat.agents.demo:demo", "--model", "m"],
+            "--model m: there is an --agent as well; only one of them can answer",
+        ),
+        (["serve", "--model", "m"], "OPENAI_API_KEY: must be set, because https://api.openai.com/v1 asks for a key"),
+        (["serve", "--model", ""], "model=: must be a name that is not empty"),
+        (["serve", "--base-url", "http://127.0.0.1:1/v1"], "--base-url: needs a --model"),
+        (["serve", "--system-prompt", "prompt.txt"], "--system-prompt: needs a --model"),
+        (
+            ["serve", "--model", "m", "--base-url", "127.0.0.1:1"],
+            "base_url=127.0.0.1:1: must be a URL like https://api.example.com/v1",
+        ),
+        (
+            ["serve", "--model", "m", "--base-url", "http://127.0.0.1:1/v1", "--system-prompt", "/no/such"],
+            "system_prompt=/no/such: cannot be read: No such file or directory",
+        ),
         (["chat", "localhost"], "URL localhost: must be a URL like ws://127.0.0.1:8080/ws"),
         (["chat", "--conversation", "a b"], "--conversation: must be 1 to 128 letters, digits, or any of . _ : ~ -"),
     ],
@@ -169,6 +185,7 @@ def test_what_is_asked_wrongly_is_one_line_and_status_2(
     arguments: list[str], error: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     assert main(arguments) == 2
     output = capsys.readouterr()
     assert output.out == ""

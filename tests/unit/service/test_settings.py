@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import dataclasses
 from math import inf, nan
+from pathlib import Path
 
 import msgspec
 import pytest
 
 from tricorn.service.settings import Secret, ServiceSettings
+from tricorn.service.start_up import make_agent
 from tricorn.settings import SettingError
 
 
@@ -33,6 +35,8 @@ def test_every_field_is_a_variable_or_has_another_way_in(field: dataclasses.Fiel
         "deflate": {"TRICORN_DEFLATE": "takeover"},
         "origins": {"TRICORN_ORIGINS": "https://3.example"},
         "trusted_proxies": {"TRICORN_TRUSTED_PROXIES": "127.0.0.1, 10.0.0.0/8 unix"},
+        "base_url": {"TRICORN_BASE_URL": "http://127.0.0.1:3/v1"},
+        "api_key": {"OPENAI_API_KEY": "3"},
         "proxy_protocol": {"TRICORN_PROXY_PROTOCOL": "true", "TRICORN_TRUSTED_PROXIES": "unix"},
     }
     values = {
@@ -44,6 +48,7 @@ def test_every_field_is_a_variable_or_has_another_way_in(field: dataclasses.Fiel
         "origins": ("https://3.example",),
         "trusted_proxies": ("127.0.0.1", "10.0.0.0/8", "unix"),
         "proxy_protocol": True,
+        "base_url": "http://127.0.0.1:3/v1",
     }
     environ = ways.get(field.name, {f"TRICORN_{field.name.upper()}": "3"})
     value = getattr(ServiceSettings.from_environ(environ), field.name)
@@ -153,7 +158,7 @@ def test_origins_are_a_list() -> None:
 
 
 def test_a_variable_like_no_other_gets_the_list() -> None:
-    names = "TRICORN_AGENT, TRICORN_AUTH, TRICORN_AUTH_TIMEOUT, TRICORN_BIND, "
+    names = "TRICORN_AGENT, TRICORN_AUTH, TRICORN_AUTH_TIMEOUT, TRICORN_BASE_URL, TRICORN_BIND, "
     with pytest.raises(SettingError, match=f"^TRICORN_PORT: no such setting; there are {names}"):
         ServiceSettings.from_environ({"TRICORN_PORT": "1"})
 
@@ -184,3 +189,29 @@ def test_settings_made_in_a_program_are_checked_too(values: dict[str, object], e
     assert str(raised.value) == error
     with pytest.raises(SettingError):
         dataclasses.replace(ServiceSettings(), **values)
+
+
+def test_a_model_and_an_agent_cannot_both_answer() -> None:
+    with pytest.raises(SettingError) as raised:
+        ServiceSettings.from_environ({"TRICORN_MODEL": "m", "TRICORN_AGENT": "my:agent"})
+    assert str(raised.value) == "model=m: there is an agent as well; only one of them can answer"
+
+
+def test_the_key_of_a_model_has_one_way_in_and_is_not_shown() -> None:
+    assert ServiceSettings.from_environ({"OPENAI_API_KEY": ""}).api_key is None
+    assert "sk-x" not in repr(ServiceSettings.from_environ({"OPENAI_API_KEY": "sk-x"}))
+    with pytest.raises(SettingError, match="TRICORN_API_KEY: no such setting"):
+        ServiceSettings.from_environ({"TRICORN_API_KEY": "sk-x"})
+
+
+def test_a_model_that_can_be_used_is_the_agent(tmp_path: Path) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("Be kind.\n")
+    settings = ServiceSettings(model="m-1", api_key=Secret("sk-x"), system_prompt=str(prompt))
+    assert make_agent(settings).__name__ == "m-1"  # type: ignore[attr-defined]
+    assert settings.answering == "tricorn.chat.agents.model:Model"
+    with pytest.raises(SettingError, match="OPENAI_API_KEY: the API key must be printable ASCII"):
+        make_agent(ServiceSettings(model="m-1", api_key=Secret("sk\nx")))
+    prompt.write_bytes(b"\xff")
+    with pytest.raises(SettingError, match="cannot be read: is not UTF-8"):
+        make_agent(settings)

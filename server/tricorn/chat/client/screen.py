@@ -86,7 +86,8 @@ class Screen:
                 self.end_line()
                 if event.outcome != "success":
                     error_id = f" (error {event.error_id})" if event.error_id else ""
-                    self._line(f"{event.outcome}{error_id}", "red")
+                    reason = f": {event.error}" if event.error else ""
+                    self._line(f"{event.outcome}{reason}{error_id}", "red")
         if self._tools and not self._line_is_open and self._console.is_terminal:
             self._spinning.set()
 

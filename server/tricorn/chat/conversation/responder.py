@@ -12,7 +12,7 @@ from trio.lowlevel import checkpoint
 from tricorn.chat.conversation.log_view import LogView
 from tricorn.chat.conversation.state import OpenRun
 from tricorn.chat.execution import Cause, Execution, Runs, completed_key
-from tricorn.chat.logs.base import Append, Lease, LeaseLost, Log, PastLost, Unavailable
+from tricorn.chat.logs.base import Append, Entry, Lease, LeaseLost, Log, PastLost, Unavailable
 from tricorn.chat.metrics import ChatMetrics
 from tricorn.chat.protocol import AgentCompleted, ToolCompleted, UserMessage
 from tricorn.chat.quota import Quota
@@ -138,6 +138,14 @@ class Responder:
             self._abandon(error)
         if self._lost is not None:
             await checkpoint()  # the run is cancelled, but not where the last words are said
+
+    async def find(self, key: str) -> Entry | None:
+        """Return the entry that was added with this key."""
+        return await self._view.ask(self._log.find, key)
+
+    async def read(self, after: int, limit: int) -> list[Entry]:
+        """Return entries that follow seq `after`, from the log: memory may have some that retention has taken."""
+        return await self._view.ask(self._log.read, after, limit)
 
     # Inside
 

@@ -10,5 +10,5 @@ from tricorn.service.settings import ServiceSettings
 
 def command(arguments: Namespace) -> int:
     """Print the findings about the agent that the environment names, or the demo agent."""
-    arguments.targets = [ServiceSettings.from_environ().agent]
+    arguments.targets = [ServiceSettings.from_environ().answering]
     return audit.command(arguments)

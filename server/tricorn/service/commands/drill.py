@@ -6,23 +6,25 @@ import sys
 from argparse import Namespace
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from time import perf_counter, process_time
 
 import trio
 
 from tricorn.service.chat_drill import drill_chat
 from tricorn.service.commands import serve  # noqa: F401 (what serving imports is what is measured)
-from tricorn.service.loader import load_agent
 from tricorn.service.settings import ServiceSettings
+from tricorn.service.start_up import make_agent
 
 
 def command(arguments: Namespace) -> int:
     """Print what each step loads and how long it takes. The agent is looked for in the current directory too."""
     settings = ServiceSettings.from_environ()
-    agent = settings.agent if arguments.agent is None else arguments.agent
+    if arguments.agent is not None:
+        settings = replace(settings, agent=arguments.agent, model=None)
     _print_step("imports", process_time(), sys.modules)  # in CPU time: who began to import had no clock yet
     with _timed_step("agent"):
-        load_agent(agent)
+        make_agent(settings)
     with _timed_step("drill"):
         trio.run(drill_chat)
     return 0

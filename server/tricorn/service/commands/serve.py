@@ -18,9 +18,8 @@ from tricorn.service.auth import check_exposure
 from tricorn.service.bind import show_bind
 from tricorn.service.commands.audit import audit_targets
 from tricorn.service.hypercorn_config import load_config
-from tricorn.service.loader import load_agent
-from tricorn.service.settings import Secret, ServiceSettings
-from tricorn.service.start_up import check_shared, make_log, serve, supervise
+from tricorn.service.settings import DEMO, Secret, ServiceSettings
+from tricorn.service.start_up import check_shared, make_agent, make_log, serve, supervise
 from tricorn.service.systemd import ALL, expand
 from tricorn.service.workers import Worker
 from tricorn.settings import COUNT, SettingError
@@ -43,11 +42,11 @@ def command(arguments: Namespace) -> int:
     say = partial(print, flush=True, file=sys.stdout)  # which serving makes a stream of records
     if arguments.worker is None and settings.workers > 1:
         check_shared(log, f"--workers {settings.workers}")
-        _audit(settings.agent, arguments.audit)
+        _audit(settings.answering, arguments.audit)
         workers = [sys.executable, "-P", "-m", "tricorn", *arguments.argv, "--audit", "off"]
         return trio.run(partial(supervise, workers, settings, config=config, read_config=read_config, say=say))
-    agent = load_agent(settings.agent)
-    _audit(settings.agent, arguments.audit)
+    agent = make_agent(settings)
+    _audit(settings.answering, arguments.audit)
     worker = None if arguments.worker is None else Worker(arguments.worker)
     try:
         trio.run(partial(serve, agent, settings, log, config=config, worker=worker, say=say))
@@ -66,8 +65,19 @@ def _load_config(name: str | None) -> Config | None:
 def _settings(arguments: Namespace) -> ServiceSettings:
     """Return what the environment says, unless an argument says another."""
     settings = ServiceSettings.from_environ()
+    if arguments.agent is not None and arguments.model is not None:
+        raise SettingError(f"--model {arguments.model}: there is an --agent as well; only one of them can answer")
     if arguments.agent is not None:
-        settings = replace(settings, agent=arguments.agent)
+        settings = replace(settings, agent=arguments.agent, model=None)
+    if arguments.model is not None:
+        settings = replace(settings, agent=DEMO, model=arguments.model)
+    for option in ("base_url", "system_prompt"):
+        if getattr(arguments, option) is not None and settings.model is None:
+            raise SettingError(f"--{option.replace('_', '-')}: needs a --model")
+    if arguments.base_url is not None:
+        settings = replace(settings, base_url=arguments.base_url)
+    if arguments.system_prompt is not None:
+        settings = replace(settings, system_prompt=arguments.system_prompt)
     if arguments.bind is not None:
         for each in arguments.bind:
             if each != ALL:
