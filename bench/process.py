@@ -110,10 +110,10 @@ def serving(
 
     Raises NotStarted where it does not come up, FileNotFoundError where a program that it needs is not here.
     """
-    with TemporaryFile() as output, SERVERS[name].log() as log:
+    with TemporaryFile() as output, SERVERS[name].beside() as beside:
         began = monotonic()
         try:
-            process = _start([*before, *SERVERS[name].line(host, mode, log)], output, cores)
+            process = _start([*before, *SERVERS[name].line(host, mode, beside)], output, cores)
         except FileNotFoundError as error:
             raise NotStarted(f"there is no program {error.filename}") from None
         try:

@@ -11,11 +11,23 @@ from platform import machine, python_version, release
 from statistics import median
 from typing import Any
 
-from bench.servers import CHATS, ECHO
+from bench.servers import CHATS, ECHO, MODELS
 from bench.suites import SUITES
 
-OURS = dict.fromkeys(ECHO, "tricorn") | dict.fromkeys(CHATS, "tricorn-serve")  # what each is compared with
-PACKAGES = ("aiohttp", "hypercorn", "picows", "trio", "trio-websocket", "uvicorn", "uvloop", "websockets", "wsproto")
+# What each is compared with.
+OURS = dict.fromkeys(ECHO, "tricorn") | dict.fromkeys(CHATS, "tricorn-serve") | dict.fromkeys(MODELS, "tricorn-model")
+PACKAGES = (
+    "aiohttp",
+    "hypercorn",
+    "openai",
+    "picows",
+    "trio",
+    "trio-websocket",
+    "uvicorn",
+    "uvloop",
+    "websockets",
+    "wsproto",
+)
 FLOOR = "c-epoll"  # no rival: it has no handlers
 LEVEL = 0.05  # of a ratio: a smaller difference is none, since medians differ by as much from one run to the next
 BUSY = 90  # per cent, from which on the load may be what was waited for

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from bench import logs
+from bench import logs, model
 
 Mode = Literal["defaults", "bare", "deflate"]
 
@@ -24,7 +24,10 @@ ASGI = "bench.servers.asgi:app"
 
 @dataclass(frozen=True)
 class Program:
-    """A server's command, in which {host}, {mode} and {log} stand for themselves, and what its modes add to it."""
+    """A server's command, and what its modes add to it.
+
+    In it, {host} and {mode} stand for themselves, and {beside} for the address of what is started beside the server.
+    """
 
     command: tuple[str, ...]
     options: dict[Mode, tuple[str, ...]] = field(default_factory=dict)
@@ -32,10 +35,12 @@ class Program:
     deflates: bool = True
     crashes: bool = True  # at /crash; one that has no handlers has none that could
     imports: bool = True  # modules, of Python
-    log: Callable[[], AbstractContextManager[str]] = logs.memory  # of the chat
+    beside: Callable[[], AbstractContextManager[str]] = logs.memory  # its log, or the model that it asks
 
-    def line(self, host: str, mode: Mode, log: str) -> list[str]:
-        return [part.format(host=host, mode=mode, log=log) for part in (*self.command, *self.options.get(mode, ()))]
+    def line(self, host: str, mode: Mode, beside: str) -> list[str]:
+        return [
+            part.format(host=host, mode=mode, beside=beside) for part in (*self.command, *self.options.get(mode, ()))
+        ]
 
 
 def own(module: str, *arguments: str, **facts: bool) -> Program:
@@ -56,15 +61,24 @@ def uvicorn(implementation: str) -> Program:
 
 
 # No limit on what one user may do, since no load is a person.
-CHAT = ("env", "TRICORN_POSTS_PER_MINUTE=1000000", "TRICORN_LOG={log}", "TRICORN_MAX_CONNECTIONS=100000")
+CHAT = ("env", "TRICORN_POSTS_PER_MINUTE=1000000", "TRICORN_MAX_CONNECTIONS=100000")
 
 
-def chat(program: Program) -> Program:
-    return Program((*CHAT, *program.command), path="/ws")
+def chat(program: Program, log: str = "{beside}") -> Program:
+    return Program((*CHAT, f"TRICORN_LOG={log}", *program.command), path="/ws")
 
 
-def asyncio_version(loop: str) -> Program:
-    return chat(Program((PYTHON, "-m", "bench.asyncio_version", "--bind", "{host}:0", "--loop", loop)))
+TRICORN_SERVE = (PYTHON, "-m", "tricorn", "serve", "--bind", "{host}:0")
+
+
+def asyncio_version(loop: str) -> tuple[str, ...]:
+    return (PYTHON, "-m", "bench.asyncio_version", "--bind", "{host}:0", "--loop", loop)
+
+
+def asking(command: tuple[str, ...], *variables: str) -> Program:
+    """A chat whose agent asks a model, of which it is told by options or by variables."""
+    program = chat(Program(("env", *variables, *command)), log="memory:")
+    return replace(program, beside=model.streaming)
 
 
 ECHO = {
@@ -88,15 +102,21 @@ ECHO = {
     ),
     "c-epoll": own("epoll_echo", deflates=False, crashes=False, imports=False),
 }
-TRICORN_SERVE = chat(Program((PYTHON, "-m", "tricorn", "serve", "--bind", "{host}:0")))
+SERVE = chat(Program(TRICORN_SERVE))
+OPENAI = ("OPENAI_BASE_URL={beside}", "OPENAI_API_KEY=none", "TRICORN_AGENT=bench.openai_agent:answer")
 CHATS = {  # with the log in memory, which both versions have, unless the name says otherwise
-    "tricorn-serve": TRICORN_SERVE,
-    "tricorn-serve-sqlite": replace(TRICORN_SERVE, log=logs.sqlite),
-    "tricorn-serve-redis": replace(TRICORN_SERVE, log=logs.redis),
-    "tricorn-serve-postgres": replace(TRICORN_SERVE, log=logs.postgres),
+    "tricorn-serve": SERVE,
+    "tricorn-serve-sqlite": replace(SERVE, beside=logs.sqlite),
+    "tricorn-serve-redis": replace(SERVE, beside=logs.redis),
+    "tricorn-serve-postgres": replace(SERVE, beside=logs.postgres),
     "tricorn-serve-hypercorn": chat(hypercorn("trio", "tricorn.asgi:app")),
-    "asyncio-version": asyncio_version("asyncio"),
-    "asyncio-version-uvloop": asyncio_version("uvloop"),
+    "asyncio-version": chat(Program(asyncio_version("asyncio"))),
+    "asyncio-version-uvloop": chat(Program(asyncio_version("uvloop"))),
     "asyncio-version-hypercorn": chat(hypercorn("asyncio", "bench.asyncio_version.asgi:app")),
 }
-SERVERS = ECHO | CHATS
+MODELS = {  # with the log in memory; a server beside them streams what a model might say
+    "tricorn-model": asking((*TRICORN_SERVE, "--model", "m", "--base-url", "{beside}")),
+    "asyncio-version-openai": asking(asyncio_version("asyncio"), *OPENAI),
+    "asyncio-version-openai-uvloop": asking(asyncio_version("uvloop"), *OPENAI),
+}
+SERVERS = ECHO | CHATS | MODELS

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bench.load import Meter
 from bench.process import Server
-from bench.servers import CHATS, Mode
+from bench.servers import CHATS, MODELS, Mode
 
 Figures = dict[str, float]  # by name, with the unit in it; the first is the one that counts
 
@@ -69,6 +69,7 @@ QUICK = Sizes(
         "picows-websockets-uvloop",
         "c-epoll",
         *CHATS,
+        *MODELS,
     ),
 )
 TINY = Sizes(

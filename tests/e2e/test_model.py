@@ -121,10 +121,12 @@ async def test_after_a_restart_the_model_is_told_what_was_said(tmp_path: Path) -
         async with serving(tmp_path, *options, **log) as instance:
             events = await instance.ask("Who am I now?")
     assert events[-1]["text"] == "Ann."
-    assert [(each["role"], each["content"]) for each in served.requests[-1]["messages"]] == [
+    told = [(each["role"], each["content"]) for each in served.requests[-1]["messages"]]
+    assert told == [
         ("user", "I am Ann."),
         ("assistant", "Ann, hello."),
         ("user", "Who am I?"),
-        ("assistant", "Hel [interrupted]"),
+        ("assistant", told[3][1]),
         ("user", "Who am I now?"),
     ], json.dumps(served.requests[-1])
+    assert told[3][1] in ("Hel [interrupted]", "Hello [interrupted]")  # as much as the first read brought

@@ -5,12 +5,10 @@ The format is OpenAI's, which many servers speak with slight differences; what i
 
 from __future__ import annotations
 
-from math import inf
 from typing import Any
 
 from msgspec import DecodeError, Struct
 from msgspec.json import Decoder, Encoder
-from trio import current_time
 
 from tricorn.chat import AgentError, Run
 from tricorn.chat.protocol import Usage
@@ -41,25 +39,22 @@ class Call:
 
 
 class Completion:
-    """What the model answers to one request, from the chunks of its stream. Says it in the run, a few pieces at once.
+    """What the model answers to one request, from the chunks of its stream. Says in the run what came together.
 
     Attributes:
         done: the stream is at its end.
-        due: when what waits has to be said, in Trio's time.
+        said: something of the answer has come.
     """
 
-    def __init__(self, run: Run, join: float) -> None:
+    def __init__(self, run: Run) -> None:
         self.done = False
-        self.due = inf
         self.said = False
         self.calls: dict[int, Call] = {}
         self.usage: Usage | None = None
         self.finish = ""
         self._run = run
-        self._join = join
         self._waiting: list[str] = []
         self._thinks = False  # what waits is thought, not said
-        self._last = -inf  # when something was said
         self._text: list[str] = []
         self._size = 0  # of the tool calls
 
@@ -89,15 +84,14 @@ class Completion:
                 self._add_call(piece)
             self.finish = choice.finish_reason or self.finish
 
-    async def flush(self) -> None:
-        """Say what waits. A checkpoint only if something does."""
-        if self._waiting:
-            tell = self._run.think if self._thinks else self._run.say
-            text = "".join(self._waiting)
-            self._waiting.clear()
-            self.due, self._last = inf, current_time()
-            for start in range(0, len(text), PIECE):
-                await tell(text[start : start + PIECE])
+    async def flush(self) -> bool:
+        """Say what waits, and return whether something did. A checkpoint only then."""
+        text = "".join(self._waiting)
+        self._waiting.clear()
+        tell = self._run.think if self._thinks else self._run.say
+        for start in range(0, len(text), PIECE):
+            await tell(text[start : start + PIECE])
+        return bool(text)
 
     def problem(self) -> ModelError | None:
         """Return what is wrong with the answer as a whole."""
@@ -121,11 +115,7 @@ class Completion:
         if thinks is not self._thinks:
             await self.flush()
             self._thinks = thinks
-        if not self._waiting:
-            self.due = self._last + self._join
         self._waiting.append(text)
-        if self.due <= current_time():
-            await self.flush()
 
     def _add_call(self, piece: _CallPiece) -> None:
         call = self.calls.setdefault(piece.index, Call(piece.id or f"call_{piece.index}"))

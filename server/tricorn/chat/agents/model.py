@@ -12,7 +12,7 @@ from ssl import create_default_context
 from typing import Any
 
 from msgspec.json import Encoder
-from trio import current_time, open_nursery, sleep
+from trio import open_nursery, sleep
 
 from tricorn.chat import Run, Tool, Turn
 from tricorn.chat.agents.completion import DETAIL, Call, Completion, ModelError, json, tool_call
@@ -25,7 +25,7 @@ HISTORY = 40_000  # characters of the conversation so far, about 10,000 tokens
 ATTEMPTS = 4
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds between two attempts
 RETRY_AFTER_MAX = 30.0  # seconds that a server may ask us to wait
-JOIN = 0.04  # seconds for which pieces of an answer are joined: each is an event in the log and for every client
+JOIN = 0.04  # seconds for which pieces of an answer are joined: each costs a read, an event in the log, and frames
 ERROR_BODY = 16 * 1024  # bytes that are read of an error
 
 TOO_LONG = ("context_length_exceeded", "exceed_context_size", "maximum context length", "context window")
@@ -58,7 +58,7 @@ class Model:
         max_rounds: how often the model may be asked for one post: once, and once after each round of tools.
         options: more of the request, such as `{"temperature": 0.2}`.
         timeouts: for the endpoint.
-        join: seconds for which pieces of an answer are joined, at most. The first is said at once.
+        join: seconds for which pieces of an answer are joined. The first is said at once; the end comes so much later.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Model:
         backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         attempts = ATTEMPTS
         while True:
-            answer = Completion(run, self._join)
+            answer = Completion(run)
             error = await self._try(client, body, answer)
             if answer.usage is not None:
                 run.used(input=answer.usage.input, output=answer.usage.output, cached=answer.usage.cached)
@@ -140,11 +140,11 @@ class Model:
             if not kind.startswith("text/event-stream"):
                 detail = f"the answer is {kind}: {await client.text(DETAIL)}"
                 return ModelError("the model's server sent something other than a stream", detail)
-            while not answer.done and (events := await client.events(answer.due)) is not None:
+            while not answer.done and (events := await client.events()) is not None:
                 for data in events:
                     await answer.take(data)
-                if not events or answer.due <= current_time():
-                    await answer.flush()
+                if await answer.flush():
+                    await sleep(self._join)  # what comes meanwhile is read, and said, at once
         except Lost as error:
             if not answer.finish:  # else only the count of tokens is missing
                 failure = ModelError(LOST[type(error)], str(error), again=True)

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import h11
 import trio
-from trio import BrokenResourceError, TooSlowError, current_time, fail_after, fail_at, move_on_at
+from trio import BrokenResourceError, TooSlowError, current_time, fail_after, fail_at
 
 EVENT_MAX = 1 << 20  # bytes of an event or a line
 HEAD_MAX = 64 * 1024  # bytes of the head of an answer
@@ -136,11 +136,8 @@ class Client:
             pass
         return Answer(head.status_code, {name.decode(): value.decode("latin-1") for name, value in head.headers})
 
-    async def events(self, until: float = inf) -> list[bytes] | None:
-        """Return the data of the next events, as many as have come, or None at the end of the answer.
-
-        If none has come at `until`, in Trio's time, return an empty list.
-        """
+    async def events(self) -> list[bytes] | None:
+        """Return the data of the next events, as many as have come, or None at the end of the answer."""
         while not self._ended:
             found: list[bytes] = []
             while (event := self._parse()) is not h11.NEED_DATA and not self._ended:
@@ -152,8 +149,8 @@ class Client:
                 if not self._begun:
                     self._begun, self._deadline = True, current_time() + self._timeouts.silence
                 return found
-            if not self._ended and not await self._receive(until):
-                return found
+            if not self._ended:
+                await self._receive()
         return None
 
     async def text(self, limit: int) -> str:
@@ -185,7 +182,7 @@ class Client:
     async def _next(self) -> object:
         """Return the next event of HTTP."""
         while (event := self._parse()) is h11.NEED_DATA:
-            await self._receive(inf)
+            await self._receive()
         return event
 
     def _parse(self) -> object:
@@ -196,20 +193,17 @@ class Client:
         self._ended = self._ended or type(event) is h11.EndOfMessage
         return event
 
-    async def _receive(self, until: float) -> bool:
-        """Receive a piece; False if there is none at `until`."""
+    async def _receive(self) -> None:
         try:
-            with move_on_at(min(until, self._deadline)):
+            with fail_at(self._deadline):
                 data = await self._stream.receive_some(READ_SIZE)
-                self._http.receive_data(bytes(data))
-                if self._begun:
-                    self._deadline = current_time() + self._timeouts.silence
-                return True
+            self._http.receive_data(bytes(data))
         except BROKEN as error:
             raise Lost(f"{self._where.netloc} broke off the answer: {error.__cause__ or error}") from error
-        if current_time() < self._deadline:
-            return False
-        raise Silent(f"{self._where.netloc} has sent nothing for too long")
+        except TooSlowError:
+            raise Silent(f"{self._where.netloc} has sent nothing for too long") from None
+        if self._begun:
+            self._deadline = current_time() + self._timeouts.silence
 
 
 class EventDecoder:
