@@ -81,4 +81,4 @@ class Tool:
         await self._execution.end_call(self._call, self.result, error)
 
 
-Agent = Callable[[Run], Awaitable[None]]
+Agent = Callable[[Run], Awaitable[str | None]]  # a text that it returns is said

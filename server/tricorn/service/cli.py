@@ -90,7 +90,9 @@ def _parser() -> ArgumentParser:
     serve = commands.add_parser("serve", help="serve the chat", description="Serve the chat until SIGTERM or Ctrl-C.")
     serve.set_defaults(command="serve")
     serve.add_argument("--bind", metavar="WHERE", action="append", help=WHERE)
-    serve.add_argument("--agent", metavar="MODULE:FUNCTION", help="the agent that answers (the demo agent)")
+    serve.add_argument(
+        "--agent", metavar="MODULE:NAME", help="the agent that answers, or what makes it (the demo agent)"
+    )
     serve.add_argument(
         "--audit",
         choices=["strict", "warn", "off"],

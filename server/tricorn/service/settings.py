@@ -104,7 +104,7 @@ class ServiceSettings(ChatSettings):
     """What to listen on in place of `host` and `port`: HOST:PORT, :PORT for every address, unix:PATH, fd:N, fd://."""
 
     agent: AgentName = "tricorn.chat.agents.demo:demo"
-    """The agent that answers, as module:function."""
+    """The agent that answers, or what makes it when the server starts, as module:name."""
 
     workers: Count = 1
     """Processes that serve, all on one port. Several need a log that they can share."""

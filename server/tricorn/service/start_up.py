@@ -1,7 +1,7 @@
 """The composition root: what `tricorn serve`, its workers and `tricorn.asgi:app` are made of, and in which order.
 
-The order is: address, keys, gate, log, drill, import guard, chat. Under Hypercorn and in a worker the address is there
-before this begins, so it comes first in the other case too.
+The order is: address, keys, gate, log, drill, the agent's resources, import guard, chat. Under Hypercorn and in a
+worker the address is there before this begins, so it comes first in the other case too.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import gc
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
+from signal import SIGINT, SIGTERM
 from typing import TYPE_CHECKING
 
 import trio
@@ -30,6 +31,7 @@ from tricorn.service.auth import Tokens
 from tricorn.service.bind import bind_or_explain, show_address, show_bind, show_urls
 from tricorn.service.chat_drill import drill_chat
 from tricorn.service.jwt_keys import Keys, load
+from tricorn.service.lifespan import living
 from tricorn.service.metrics_page import metrics_page, no_websocket, of_this_process
 from tricorn.service.pages import pages
 from tricorn.service.systemd import notify
@@ -37,7 +39,7 @@ from tricorn.service.workers import Supervisor, reserve
 from tricorn.settings import SettingError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
     from socket import socket as Socket
 
     from hypercorn.config import Config
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from tricorn.chat.logs.base import Log
     from tricorn.listening.binds import Address
     from tricorn.listening.http import ASGIApp
+    from tricorn.service.loader import AgentFactory
     from tricorn.service.settings import ServiceSettings
     from tricorn.service.workers import Worker
 
@@ -75,26 +78,32 @@ def check_shared(log: Log, processes: str) -> None:
 
 
 @asynccontextmanager
-async def start_chat(agent: Agent, settings: ServiceSettings, log: Log, keys: Keys) -> AsyncGenerator[Chat]:
+async def start_chat(
+    agent: Agent | AgentFactory, settings: ServiceSettings, log: Log, keys: Keys
+) -> AsyncGenerator[Chat]:
     """Start all that a chat needs, in order, and the chat; `async with` ends it in the opposite order.
 
     Raises:
         Unavailable: the log cannot be opened; maybe in an ExceptionGroup.
         ExceptionGroup: the drill failed.
+        AgentFailed: what the agent needs could not be opened.
+        SettingError: what should make an agent does not.
     """
     gate = _make_gate(settings, keys)
     async with log:
         await drill_chat()
-        with guarded(settings.import_guard):
-            async with trio.open_nursery() as support:
-                support.start_soon(keys.stay_fresh)
-                async with Chat(agent, settings=settings, log=log, gate=gate) as chat:
-                    yield chat
-                support.cancel_scope.cancel()
+        async with living(agent, settings.close_timeout) as life:
+            with guarded(settings.import_guard):
+                async with trio.open_nursery() as support:
+                    support.start_soon(keys.stay_fresh)
+                    async with Chat(life.agent, settings=settings, log=log, gate=gate) as chat:
+                        yield chat
+                    support.cancel_scope.cancel()
+            life.leave_by = chat.drain_by
 
 
 async def serve(
-    agent: Agent,
+    agent: Agent | AgentFactory,
     settings: ServiceSettings,
     log: Log,
     *,
@@ -102,17 +111,46 @@ async def serve(
     worker: Worker | None = None,
     say: Say,
 ) -> None:
-    """Serve the chat until SIGTERM or SIGINT, as the only process or as a worker.
+    """Serve the chat until SIGTERM or SIGINT, as the only process or as a worker. Either may come while it starts.
 
     Raises as `start_chat` does, and `SettingError` if an address cannot be listened on.
     """
     listeners = [] if worker is not None else await bind_or_explain(_listen, settings.binds)
     for_metrics = [] if worker is not None else await _listen_for_metrics(settings)
     keys = await read_keys(settings)
-    async with exit_in_time(settings.drain_timeout) as last_resort, start_chat(agent, settings, log, keys) as chat:
+    async with (
+        exit_in_time(settings.drain_timeout) as last_resort,
+        _cancelled_by_signal(last_resort),
+        start_chat(agent, settings, log, keys) as chat,
+    ):
         settle()
         with recorded():
             await _serve_chat(chat, keys, settings, listeners, for_metrics, config, worker, say, last_resort)
+
+
+@asynccontextmanager
+async def _cancelled_by_signal(last_resort: LastResort) -> AsyncGenerator[None]:
+    """Cancel the block at SIGTERM or SIGINT, but for what in it obeys them itself.
+
+    An Exception that the block raises passes as it is, not in a group.
+    """
+    failure: Exception | None = None
+    with trio.open_signal_receiver(SIGTERM, SIGINT) as signals:
+        last_resort.watch_signals()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_cancel_at, signals, nursery.cancel_scope)
+            try:
+                yield
+            except Exception as error:
+                failure = error
+            nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+async def _cancel_at(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+    async for _ in signals:
+        scope.cancel()
 
 
 async def _serve_chat(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from tricorn.chat.logs.base import Unavailable
+from tricorn.errors.failures import leaves
 from tricorn.errors.import_guard import import_at_once
 from tricorn.errors.report import send_records
 from tricorn.listening.binds import check_bind
@@ -18,6 +19,7 @@ from tricorn.service.auth import check_exposure
 from tricorn.service.bind import show_bind
 from tricorn.service.commands.audit import audit_targets
 from tricorn.service.hypercorn_config import load_config
+from tricorn.service.lifespan import AgentFailed
 from tricorn.service.loader import load_agent
 from tricorn.service.settings import Secret, ServiceSettings
 from tricorn.service.start_up import check_shared, make_log, serve, supervise
@@ -51,8 +53,8 @@ def command(arguments: Namespace) -> int:
     worker = None if arguments.worker is None else Worker(arguments.worker)
     try:
         trio.run(partial(serve, agent, settings, log, config=config, worker=worker, say=say))
-    except* Unavailable as errors:
-        problem = errors.exceptions[0]
+    except* (Unavailable, AgentFailed) as errors:
+        problem = next(leaves(errors))
     else:
         return 0
     print(f"tricorn: {problem}", file=sys.stderr)
