@@ -99,6 +99,9 @@ def _parser() -> ArgumentParser:
         default="warn",
         help="what to do if the agent breaks a rule of the error path; strict does not serve it (%(default)s)",
     )
+    serve.add_argument(
+        "--reload", action="store_true", help="restart when a Python file changes here or in the agent's package"
+    )
     serve.add_argument("--workers", metavar="N", help="how many processes serve; several need a shared log (1)")
     serve.add_argument("--worker", metavar="DESCRIPTORS", help=SUPPRESS)  # what a supervisor starts
     serve.add_argument("--log", metavar="URL", help="where conversations are kept (sqlite:///tricorn.db)")

@@ -23,7 +23,7 @@ from tricorn.errors.import_guard import guarded
 from tricorn.errors.last_resort import LastResort, exit_in_time
 from tricorn.errors.report import report
 from tricorn.errors.streams import recorded
-from tricorn.listening.binds import listen_on
+from tricorn.listening.binds import BACKLOG, listen_on
 from tricorn.listening.site import Site
 from tricorn.metrics import Metrics, ProcessMetrics, ServerMetrics, total
 from tricorn.server import Server, serve_until_signal
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from tricorn.listening.http import ASGIApp
     from tricorn.service.loader import AgentFactory
     from tricorn.service.settings import ServiceSettings
+    from tricorn.service.source_watch import SourceWatch
     from tricorn.service.workers import Worker
 
     Say = Callable[[str], None]  # how to tell whoever started it, in a line
@@ -196,11 +197,13 @@ async def supervise(
     *,
     config: Config | None,
     read_config: Callable[[], object],
+    watch: SourceWatch | None = None,
     say: Say,
 ) -> int:
     """Have workers serve, each of them started with `command`, and return the exit status: see `Supervisor.run`.
 
-    At SIGHUP, workers are replaced if `read_config` raises no `SettingError` and the keys can be read.
+    At SIGHUP, and when something changes that `watch` sees, workers are replaced if `read_config` raises no
+    `SettingError` and the keys can be read. With `watch`, clients that come while no worker serves wait for the next.
 
     Raises `SettingError` if an address cannot be listened on, and ExceptionGroup if the drill failed.
     """
@@ -210,6 +213,9 @@ async def supervise(
         await read_keys(settings)
 
     reserved = await bind_or_explain(reserve, settings.binds)
+    if watch is not None:
+        for each in reserved:
+            each.listen(BACKLOG)
     for_metrics = await _listen_for_metrics(settings)
     await drill_chat()
     with guarded(settings.import_guard):
@@ -223,6 +229,7 @@ async def supervise(
                 counted=[process],
                 ending=partial(notify, "STOPPING=1"),
                 check=check,
+                changed=None if watch is None else watch.changed,
             )
             described: list[Metrics] = [ServerMetrics(), ChatMetrics(), process, supervisor.metrics]
             page = metrics_page(described, supervisor.scrape)

@@ -22,6 +22,7 @@ from tricorn.service.hypercorn_config import load_config
 from tricorn.service.lifespan import AgentFailed
 from tricorn.service.loader import load_agent
 from tricorn.service.settings import Secret, ServiceSettings
+from tricorn.service.source_watch import SourceWatch
 from tricorn.service.start_up import check_shared, make_log, serve, supervise
 from tricorn.service.systemd import ALL, expand
 from tricorn.service.workers import Worker
@@ -43,11 +44,20 @@ def command(arguments: Namespace) -> int:
     read_config = partial(_load_config, arguments.config)
     config = read_config()
     say = partial(print, flush=True, file=sys.stdout)  # which serving makes a stream of records
-    if arguments.worker is None and settings.workers > 1:
-        check_shared(log, f"--workers {settings.workers}")
-        _audit(settings.agent, arguments.audit)
-        workers = [sys.executable, "-P", "-m", "tricorn", *arguments.argv, "--audit", "off"]
-        return trio.run(partial(supervise, workers, settings, config=config, read_config=read_config, say=say))
+    if arguments.worker is None and (settings.workers > 1 or arguments.reload):
+        if settings.workers > 1:
+            check_shared(log, f"--workers {settings.workers}")
+        workers = [sys.executable, "-P", "-m", "tricorn", *arguments.argv]
+        watch = None
+        if arguments.reload:  # each worker audits what it has loaded
+            watch = SourceWatch(settings.agent)
+            workers.insert(1, "-B")  # compiled files would hide a change in the same second
+        else:
+            _audit(settings.agent, arguments.audit)
+            workers += ["--audit", "off"]
+        return trio.run(
+            partial(supervise, workers, settings, config=config, read_config=read_config, watch=watch, say=say)
+        )
     agent = load_agent(settings.agent)
     _audit(settings.agent, arguments.audit)
     worker = None if arguments.worker is None else Worker(arguments.worker)
