@@ -3,12 +3,15 @@ import trio
 from tricorn.chat import Run, ToolError
 
 
-async def weather(run: Run) -> None:
+async def weather(run: Run) -> str:
     city = run.message.strip()
     await run.think(f"looking up {city}")
-    async with run.tool("forecast", city=city) as tool:
-        tool.result = await forecast(city)
-    await run.say(f"{city}: {tool.result}.")
+    try:
+        async with run.tool("forecast", city=city) as tool:
+            tool.result = await forecast(city)
+    except ToolError as error:
+        return f"I cannot say: there is {error}."
+    return f"{city}: {tool.result}."
 
 
 async def forecast(city: str) -> str:

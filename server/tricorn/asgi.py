@@ -26,13 +26,14 @@ from tricorn.settings import SettingError
 if TYPE_CHECKING:
     from tricorn.asgi_handler import ASGIApp
     from tricorn.chat.logs.base import Log
+    from tricorn.service.loader import AgentFactory
     from tricorn.websocket import WebSocket
 
 
 class _Service:
     """The chat, from the start of its lifespan to the end."""
 
-    def __init__(self, agent: Agent, settings: ServiceSettings, log: Log) -> None:
+    def __init__(self, agent: Agent | AgentFactory, settings: ServiceSettings, log: Log) -> None:
         self._agent = agent
         self._log = log
         self._chat: Chat

@@ -27,6 +27,51 @@ async def fails(run):
     await run.say("so far so good")
     raise RuntimeError("not for the people")
 """
+FACTORIES = """
+from contextlib import asynccontextmanager
+from pathlib import Path
+import trio
+
+def step(text):
+    with open("steps", "a") as file:
+        file.write(text + "\\n")
+
+@asynccontextmanager
+async def factory():
+    step("opened")
+    async with trio.open_nursery() as nursery:
+        async def agent(run):
+            try:
+                if run.message == "wait":
+                    await run.say("waiting")
+                    await trio.sleep_forever()
+                return run.message
+            finally:
+                step("run over")
+        yield agent
+        nursery.cancel_scope.cancel()
+    step("closed")
+
+@asynccontextmanager
+async def fails_to_close():
+    async with factory() as agent:
+        yield agent
+    raise OSError("already gone")
+
+@asynccontextmanager
+async def fails():
+    await trio.open_unix_socket("no such socket")
+    yield
+
+@asynccontextmanager
+async def never_opens():
+    try:
+        print("opening", flush=True)
+        await trio.sleep_forever()
+        yield
+    finally:
+        step("closed")
+"""
 
 
 @dataclass
@@ -60,6 +105,11 @@ class Cli:
         self.directory = directory
         self.nursery = nursery
         (directory / "agents_of_mine.py").write_text(AGENTS)
+        (directory / "factories.py").write_text(FACTORIES)
+
+    @property
+    def steps(self) -> list[str]:
+        return (self.directory / "steps").read_text().splitlines()
 
     async def run(self, *arguments: str, stdin: bytes = b"", **environ: str) -> Result:
         with trio.fail_after(TIMEOUT):
@@ -276,7 +326,54 @@ async def test_a_bad_setting(cli: Cli) -> None:
 
 async def test_a_bad_agent(cli: Cli) -> None:
     done = await cli.run("serve", "--agent", "agents_of_mine:other")
-    assert done == Result(2, "", "tricorn: --agent agents_of_mine:other: there is no other in agents_of_mine\n")
+    assert done == Result(
+        2, "", "tricorn: --agent agents_of_mine:other: there is no other in agents_of_mine (agents_of_mine.py)\n"
+    )
+
+
+async def test_what_an_agent_needs_is_opened_before_the_first_run_and_closed_after_the_drain(cli: Cli) -> None:
+    server = await cli.serve("--agent", "factories:factory")
+    assert cli.steps == ["opened"]
+    for text in ("one", "two"):
+        assert (await cli.run("chat", server.url, "--message", text)).stdout == f"› {text}\n{text}\n"
+    chat = [*TRICORN, "chat", server.url, "--json", "--message", "wait"]
+    process = await cli.nursery.start(partial(trio.run_process, chat, stdout=subprocess.PIPE, check=False))
+    with trio.fail_after(TIMEOUT):
+        await read_until(process.stdout, b'"waiting"')
+        assert await server.stop() == 0
+        await read_until(process.stdout, b'"outcome":"interrupted"')
+    assert cli.steps == ["opened", "run over", "run over", "run over", "closed"]
+    assert '"ERROR"' not in server.stderr.read_text()
+
+
+async def test_what_fails_to_close_is_a_record(cli: Cli) -> None:
+    server = await cli.serve("--agent", "factories:fails_to_close")
+    assert await server.stop() == 0
+    [record] = map(json.loads, server.stderr.read_text().splitlines())
+    assert (record["severity"], record["message"]) == ("ERROR", "OSError: already gone")
+    assert cli.steps == ["opened", "closed"]
+
+
+async def test_what_fails_to_open_is_one_line_and_exit_status_1(cli: Cli) -> None:
+    done = await cli.run("serve", "--bind", "127.0.0.1:0", "--agent", "factories:fails")
+    line = FACTORIES.splitlines().index('    await trio.open_unix_socket("no such socket")') + 1
+    problem = "FileNotFoundError: [Errno 2] No such file or directory"
+    place = f"(factories.py, line {line})"
+    assert done == Result(1, "", f"tricorn: --agent factories:fails: starting it raised {problem} {place}\n")
+
+
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_while_an_agent_is_opened_ends_the_start(cli: Cli, by: signal.Signals) -> None:
+    serve = [*cli.command, "--bind", "127.0.0.1:0", "--agent", "factories:never_opens"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    start = partial(trio.run_process, serve, **pipes, check=False, cwd=cli.directory)
+    process = await cli.nursery.start(start)
+    with trio.fail_after(TIMEOUT):
+        assert await read_until(process.stdout, b"\n") == b"opening\n"
+        process.send_signal(by)
+        assert await process.wait() == 0
+        assert b"".join([part async for part in process.stderr]) == b""
+    assert cli.steps == ["closed"]
 
 
 async def test_nobody_there(cli: Cli) -> None:

@@ -32,6 +32,26 @@ async def handler(ws):
 tricorn.send_records("stderr", "INFO")
 app = tricorn.asgi_app(handler)
 """
+FACTORY = """
+from contextlib import asynccontextmanager
+import trio
+
+def step(text):
+    with open("steps", "a") as file:
+        file.write(text + "\\n")
+
+@asynccontextmanager
+async def factory():
+    step("opened")
+    async def agent(run):
+        await run.say("waiting")
+        try:
+            await trio.sleep_forever()
+        finally:
+            step("interrupted")
+    yield agent
+    step("closed")
+"""
 # With a log that says it can be shared, which is enough: each client talks to one worker.
 SHARED = """
 from tricorn.chat.logs.memory import MemoryLog
@@ -155,6 +175,32 @@ async def test_the_chat_and_its_end(tmp_path: Path) -> None:
         assert await server.ended() == 0
         assert "imported after start-up" not in server.log
         assert "Traceback" not in server.log
+
+
+async def test_what_an_agent_needs_is_closed_after_the_drain(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(FACTORY)
+    async with hypercorn(tmp_path, "-k", "trio", TRICORN_AGENT="mine:factory") as server:
+        async with server.connect() as client:
+            await client.send_message('{"type":"open","conversation":"c"}')
+            await client.send_message('{"type":"post","conversation":"c","id":"1","text":"wait"}')
+            while (await receive(client))["type"] != "agent_message":
+                pass
+            server.process.terminate()
+            types = await closed(client)
+            assert types[0] == "closing"
+            assert types[-1] == "agent_completed"
+        assert await server.ended() == 0
+        assert "Traceback" not in server.log
+    assert (tmp_path / "steps").read_text().split() == ["opened", "interrupted", "closed"]
+
+
+async def test_what_an_agent_fails_to_open_is_told_first(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(FACTORY.replace('step("opened")', "1 / 0"))
+    async with hypercorn(tmp_path, "-k", "trio", serves=False, TRICORN_AGENT="mine:factory") as server:
+        await server.ended()
+        record = msgspec.json.decode(server.log.splitlines()[0])
+    problem = "--agent mine:factory: starting it raised ZeroDivisionError: division by zero (mine.py, line 11)"
+    assert (record["severity"], record["message"]) == ("CRITICAL", f"did not start up: {problem}")
 
 
 async def test_the_asyncio_version_of_the_chat(tmp_path: Path) -> None:

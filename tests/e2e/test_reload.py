@@ -1,4 +1,4 @@
-"""SIGHUP: certificates and keys are read again, and nobody is disconnected but by workers that are replaced."""
+"""What has the server read things again: SIGHUP, which disconnects nobody but from workers, and `--reload`."""
 
 from __future__ import annotations
 
@@ -66,14 +66,18 @@ class Service:
 
     async def until_said(self, text: bytes) -> dict[str, Any]:
         """The first record with a text in it."""
+        record: dict[str, Any] = json.loads(await self.line(text))
+        return record
+
+    async def line(self, text: bytes) -> bytes:
+        """The first line with a text in it."""
         assert self.process.stderr is not None
         while True:
             *lines, self._said = self._said.split(b"\n")
             for index, line in enumerate(lines):
                 if text in line:
                     self._said = b"\n".join([*lines[index + 1 :], self._said])
-                    record: dict[str, Any] = json.loads(line)
-                    return record
+                    return line
             self._said += await self.process.stderr.receive_some() or pytest.fail("it has ended")
 
     async def records(self) -> list[dict[str, Any]]:
@@ -334,3 +338,112 @@ async def test_the_end_while_workers_are_replaced() -> None:
     async with running(WORKERS) as service, websocket(service) as ws:
         await ask(ws)
         service.reload()
+
+
+# --reload
+
+RELOAD = [*SERVE, "--log", "sqlite:///chat.db", "--agent", "mine:agent", "--reload"]
+SAYS = """
+async def agent(run):
+    return "{}"
+"""
+
+
+async def answer(ws: WebSocketConnection, post: str) -> str:
+    """What is said to a post."""
+    await ws.send_message(json.dumps({"type": "open", "conversation": "c"}))
+    await ws.send_message(json.dumps({"type": "post", "id": post, "conversation": "c", "text": "?"}))
+    said: dict[str, str] = {}  # by the post that it answers
+    answered: dict[str, str] = {}
+    while post not in answered:
+        message = json.loads(await ws.get_message())
+        if message["type"] == "agent_started":
+            said[message["run"]] = message["post"]
+        if message["type"] == "agent_completed":
+            answered[said[message["run"]]] = message["text"]
+    return answered[post]
+
+
+async def told_to_come_back(ws: WebSocketConnection) -> None:
+    """Wait until a client hears `closing` and is closed with 1012."""
+    while json.loads(await ws.get_message())["type"] != "closing":
+        pass
+    assert await closed(ws) == 1012
+
+
+async def test_a_change_restarts_and_clients_come_back_to_what_was_said(directory: Path) -> None:
+    (directory / "mine.py").write_text(SAYS.format(1))
+    async with running(RELOAD) as service:
+        for change in (2, 3):
+            async with websocket(service) as ws:
+                assert await answer(ws, f"post-{change}") == f"{change - 1}"
+                (directory / "mine.py").write_text(SAYS.format(change))
+                await told_to_come_back(ws)
+        async with websocket(service) as ws:
+            assert await answer(ws, "post-3") == "2"  # as it was answered before
+            assert await answer(ws, "post-4") == "3"
+        assert (await service.until_said(b"restarting"))["files"] == [str(directory / "mine.py")]
+
+
+async def test_a_change_of_what_the_agent_imports_restarts(directory: Path) -> None:
+    package = directory / "package"
+    package.mkdir()
+    (package / "words.py").write_text("WORD = '1'")
+    (directory / "mine.py").write_text("from package.words import WORD\n\nasync def agent(run):\n    return WORD\n")
+    async with running(RELOAD) as service, websocket(service) as ws:
+        assert await answer(ws, "one") == "1"
+        (package / "words.py").write_text("WORD = '2'")
+        await told_to_come_back(ws)
+        async with websocket(service) as another:
+            assert await answer(another, "two") == "2"
+
+
+async def test_an_error_of_the_source_is_one_line_and_the_next_change_mends_it(directory: Path) -> None:
+    async with running(RELOAD) as service:
+        for broken, problem in (
+            ("async def agent(run:", b"raised SyntaxError: '(' was never closed (mine.py, line 1)"),
+            ("\n1 / 0", b"raised ZeroDivisionError: division by zero (mine.py, line 2)"),
+        ):
+            (directory / "mine.py").write_text(broken)
+            assert await service.line(b"tricorn: ") == b"tricorn: --agent mine:agent: importing mine " + problem
+        waiting = await trio.open_tcp_stream("127.0.0.1", service.port)  # nobody serves, and the port is kept
+        async with waiting:
+            await waiting.send_all(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            (directory / "mine.py").write_text(SAYS.format("mended"))
+            assert (await waiting.receive_some()).startswith(b"HTTP/1.1 200 ")
+        async with websocket(service) as ws:
+            assert await answer(ws, "post") == "mended"
+
+
+async def test_it_may_begin_with_an_error(directory: Path) -> None:
+    (directory / "mine.py").write_text("async def agent(run:")
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery:
+            process = await nursery.start(partial(trio.run_process, RELOAD, **pipes))
+            said = Service(process, 0)
+            assert b"SyntaxError" in await said.line(b"tricorn: ")
+            (directory / "mine.py").write_text(SAYS.format("mended"))
+            address = b""
+            while not address.endswith(b"\n"):
+                address += await process.stdout.receive_some() or pytest.fail("it has ended")
+            async with websocket(Service(process, int(address.rpartition(b":")[2]))) as ws:
+                assert await answer(ws, "post") == "mended"
+            process.terminate()
+
+
+async def test_it_ends_at_a_signal_while_it_waits_for_a_change(directory: Path) -> None:
+    async with running(RELOAD) as service:
+        (directory / "mine.py").write_text("1 / 0")
+        await service.line(b"tricorn: ")
+
+
+async def test_a_worker_that_dies_starts_again_after_a_change(directory: Path) -> None:
+    async with running(RELOAD) as service:
+        async with websocket(service) as ws:
+            os.kill(int(await answer(ws, "pid")), signal.SIGKILL)
+        record = await service.until_said(b"waiting for a change")
+        assert record["message"] == "worker 1 ended: signal 9 (Killed); waiting for a change"
+        (directory / "mine.py").write_text(SAYS.format("again"))
+        async with websocket(service) as ws:
+            assert await answer(ws, "post") == "again"

@@ -34,6 +34,23 @@ SETTINGS = {"TRICORN_METRICS": "127.0.0.1:0"}
 PATIENT = {**SETTINGS, "TRICORN_DRAIN_TIMEOUT": "50", "TRICORN_CLOSE_TIMEOUT": "40"}
 SHORT = {**SETTINGS, "TRICORN_DRAIN_TIMEOUT": "1", "TRICORN_CLOSE_TIMEOUT": "0.5"}
 
+FACTORY = """
+import os
+from contextlib import asynccontextmanager
+
+def step(text):
+    with open("steps", "a") as file:
+        file.write(f"{text} {os.getpid()}\\n")
+
+@asynccontextmanager
+async def pid():
+    step("opened")
+    async def agent(run):
+        return str(os.getpid())
+    yield agent
+    step("closed")
+"""
+
 Start = Callable[..., Awaitable["Service"]]
 
 
@@ -208,6 +225,25 @@ async def test_one_that_cannot_start_again_is_tried_again(start: Start, tmp_path
             pass
     service.process.terminate()
     assert await service.end() == 0
+
+
+async def test_each_opens_what_its_agent_needs(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(FACTORY)
+    service = await start()
+    async with service.client() as (_, first), service.client_of(lambda pid: pid != first) as (_, second):
+        pass
+    service.process.terminate()
+    assert await service.end() == 0
+    steps = (tmp_path / "steps").read_text().splitlines()
+    assert sorted(steps) == sorted(f"{step} {pid}" for step in ("opened", "closed") for pid in (first, second))
+
+
+async def test_what_one_fails_to_open_is_said_once_and_ends_it(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(FACTORY.replace('step("opened")', "1 / 0"))
+    status, said = await refused(*SERVE, "--workers", "3", cwd=tmp_path)
+    assert status == 1
+    problem = "starting it raised ZeroDivisionError: division by zero (mine.py, line 11)"
+    assert said == f"tricorn: --agent mine:pid: {problem}\n"
 
 
 async def refused(*arguments: str, cwd: Path, program: str = SHARED, **environ: str) -> tuple[int, str]:

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -159,24 +160,54 @@ async def test_each_path_has_its_handler_and_others_get_404(serving: Serving) ->
 
 
 @pytest.mark.parametrize(
-    ("city", "status", "outcome", "forecast"),
+    ("city", "answer", "forecast"),
     [
-        ("Oslo", 0, {"outcome": "success", "text": "Oslo: rain."}, {"result": "rain"}),
-        ("Atlantis", 1, {"outcome": "failed"}, {"error": "no weather station in Atlantis"}),
+        ("Oslo", "Oslo: rain.", {"result": "rain"}),
+        (
+            "Atlantis",
+            "I cannot say: there is no weather station in Atlantis.",
+            {"error": "no weather station in Atlantis"},
+        ),
     ],
 )
-async def test_the_weather_agent(
-    serving: Serving, city: str, status: int, outcome: dict[str, str], forecast: dict[str, str]
-) -> None:
+async def test_the_weather_agent(serving: Serving, city: str, answer: str, forecast: dict[str, str]) -> None:
     agent = ("--agent", "weather_agent:weather")
     async with serving(TRICORN, "serve", "--bind", "127.0.0.1:0", *agent, cwd=EXAMPLES) as port:
         ask = (TRICORN, "chat", f"ws://127.0.0.1:{port}/ws", "--json", "--message", city)
-        chat = await trio.run_process(ask, capture_stdout=True, check=False)
-    assert chat.returncode == status
+        chat = await trio.run_process(ask, capture_stdout=True)
     events = {event["type"]: event for event in map(json.loads, chat.stdout.splitlines())}
     assert events["tool_executing"]["arguments"] == {"city": city}
     assert forecast.items() <= events["tool_completed"].items()
-    assert outcome.items() <= events["agent_completed"].items()
+    assert {"outcome": "success", "text": answer}.items() <= events["agent_completed"].items()
+
+
+async def test_runs_share_a_client_that_lives_as_long_as_the_server(
+    serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery
+) -> None:
+    connections = 0
+
+    async def service(stream: trio.SocketStream) -> None:
+        nonlocal connections
+        connections += 1
+        async for data in stream:
+            target = data.split()[1]
+            status, body = (b"404 Not Found", b"") if b"Atlantis" in target else (b"200 OK", b"rain")
+            await stream.send_all(b"HTTP/1.1 %b\r\nContent-Length: %d\r\n\r\n%b" % (status, len(body), body))
+
+    [listener] = await nursery.start(partial(trio.serve_tcp, service, 0, host="127.0.0.1"))
+    its_port = str(listener.socket.getsockname()[1])
+    source, count = re.subn(r"\b8000\b", its_port, (EXAMPLES / "shared_client.py").read_text())
+    assert count == 1
+    (tmp_path / "shared_client.py").write_text(source)
+    monkeypatch.setenv("TRICORN_IMPORT_GUARD", "deny")
+    agent = ("--agent", "shared_client:weather_service")
+    async with serving(TRICORN, "serve", "--bind", "127.0.0.1:0", *agent, cwd=tmp_path) as port:
+        for city, answer in (("Oslo", "Oslo: rain."), ("Atlantis", "I cannot say: there is no weather station in")):
+            ask = (TRICORN, "chat", f"ws://127.0.0.1:{port}/ws", "--message", city)
+            chat = await trio.run_process(ask, capture_stdout=True)
+            assert answer in chat.stdout.decode()
+    assert connections == 1
+    nursery.cancel_scope.cancel()
 
 
 async def answers(example: str, text: str, **options: Any) -> Result:

@@ -123,11 +123,11 @@ async def test_a_port_in_use_is_one_line() -> None:
     ("name", "problem"),
     [
         ("mine", "must be module:function, for example my_server:handler"),
-        ("mine:other", "there is no other in mine"),
+        ("mine:other", "there is no other in mine (mine.py)"),
         (
             "mine:plain",
             "is not async; must be an ASGI application, or an async function of one parameter, "
-            "like: async def plain(ws)",
+            "like: async def plain(ws) (mine.py, line 6)",
         ),
     ],
 )

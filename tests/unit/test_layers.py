@@ -105,4 +105,5 @@ def test_run_works_without_the_chat_and_refuses_what_is_no_handler(tmp_path: Pat
     (tmp_path / "mine.py").write_text("def handler(ws): ...")
     done = run(tmp_path, "run", "mine:handler")
     takes = "must be an ASGI application, or an async function of one parameter, like: async def handler(ws)"
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"tricorn: run mine:handler: is not async; {takes}\n")
+    problem = f"is not async; {takes} (mine.py, line 1)"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"tricorn: run mine:handler: {problem}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextvars import copy_context
+from math import inf
 from random import random
 from types import TracebackType
 from typing import Self
@@ -45,6 +46,7 @@ class Chat:
     Attributes:
         metrics: what this chat has counted.
         closing: it takes no more posts.
+        drain_by: when that must be over, in Trio's time; inf until it begins.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Chat:
         self.quotas = Quotas(self.settings, per_user=self.gate.wants_token)
         self.metrics = ChatMetrics()
         self.closing = False
+        self.drain_by = inf
         self._agent = agent
         self._log = log or MemoryLog()
         self._opening = open_nursery()
@@ -142,6 +145,7 @@ class Chat:
 
     def _end_conversations(self) -> None:
         self.closing = True
+        self.drain_by = min(self.drain_by, current_time() + self.settings.drain_timeout)
         for conversation in self._conversations.values():
             conversation.end()
 

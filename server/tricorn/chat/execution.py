@@ -142,7 +142,7 @@ class Execution:
         self._calls: dict[str, Call] = {}  # tools in progress
         self._owed: dict[str, Append] = {}  # by key: what must be in the log before the end, and may not be there yet
 
-    async def perform(self, agent: Callable[[R], Awaitable[None]], run: R, runs: Runs) -> None:
+    async def perform(self, agent: Callable[[R], Awaitable[str | None]], run: R, runs: Runs) -> None:
         """Let an agent work on its run, from `agent_started` to `agent_completed`, whatever it does.
 
         The agent has a task of its own, and so a context of its own. What it raises is reported and ends there, but for
@@ -258,14 +258,15 @@ class Execution:
 
     # Inside
 
-    async def _work(self, agent: Callable[[R], Awaitable[None]], run: R, started: AgentStarted) -> None:
+    async def _work(self, agent: Callable[[R], Awaitable[str | None]], run: R, started: AgentStarted) -> None:
         """Do the agent's part, in its own task. The scope sees no exception of the agent: it would split a group."""
         self._task = current_task()
         try:
             with self._scope:
                 try:
                     await self._record(started_key(self.post.seq), started)
-                    await agent(run)
+                    if text := await agent(run):
+                        await self.speak(AgentMessage, text)
                     self._outcome = self._ending() or "success"
                 except BaseException as error:  # noqa: ASYNC103 - the task ends here, and its cancellation with it
                     self._fail(error)

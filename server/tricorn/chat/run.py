@@ -110,4 +110,4 @@ class RunningTool:
         await self._execution.end_call(self._call, self.result, error)
 
 
-Agent = Callable[[Run], Awaitable[None]]
+Agent = Callable[[Run], Awaitable[str | None]]  # a text that it returns is said

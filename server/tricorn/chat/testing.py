@@ -139,9 +139,9 @@ class _Attempt:
         self.raised: BaseException | None = None
         self._agent = agent
 
-    async def __call__(self, run: Run) -> None:
+    async def __call__(self, run: Run) -> str | None:
         try:
-            await self._agent(run)
+            return await self._agent(run)
         except BaseException as error:
             self.raised = error
             raise

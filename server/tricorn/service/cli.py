@@ -90,7 +90,9 @@ def _parser() -> ArgumentParser:
     serve = commands.add_parser("serve", help="serve the chat", description="Serve the chat until SIGTERM or Ctrl-C.")
     serve.set_defaults(command="serve")
     serve.add_argument("--bind", metavar="WHERE", action="append", help=WHERE)
-    serve.add_argument("--agent", metavar="MODULE:FUNCTION", help="the agent that answers (the demo agent)")
+    serve.add_argument(
+        "--agent", metavar="MODULE:NAME", help="the agent that answers, or what makes it (the demo agent)"
+    )
     serve.add_argument("--model", metavar="NAME", help="have this language model answer, in place of an agent")
     serve.add_argument("--base-url", metavar="URL", help="the model's endpoint (OpenAI's; its key is OPENAI_API_KEY)")
     serve.add_argument("--system-prompt", metavar="FILE", help="a file with the model's system prompt")
@@ -99,6 +101,9 @@ def _parser() -> ArgumentParser:
         choices=["strict", "warn", "off"],
         default="warn",
         help="what to do if the agent breaks a rule of the error path; strict does not serve it (%(default)s)",
+    )
+    serve.add_argument(
+        "--reload", action="store_true", help="restart when a Python file changes here or in the agent's package"
     )
     serve.add_argument("--workers", metavar="N", help="how many processes serve; several need a shared log (1)")
     serve.add_argument("--worker", metavar="DESCRIPTORS", help=SUPPRESS)  # what a supervisor starts

@@ -121,7 +121,7 @@ class ServiceSettings(ChatSettings):
     """What to listen on in place of `host` and `port`: HOST:PORT, :PORT for every address, unix:PATH, fd:N, fd://."""
 
     agent: AgentName = DEMO
-    """The agent that answers, as module:function."""
+    """The agent that answers, or what makes it when the server starts, as module:name."""
 
     model: Name = None
     """The language model that answers in place of an agent, by its name at `base_url`."""

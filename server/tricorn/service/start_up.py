@@ -1,7 +1,7 @@
 """The composition root: what `tricorn serve`, its workers and `tricorn.asgi:app` are made of, and in which order.
 
-The order is: address, keys, gate, log, drill, import guard, chat. Under Hypercorn and in a worker the address is there
-before this begins, so it comes first in the other case too.
+The order is: address, keys, gate, log, drill, the agent's resources, import guard, chat. Under Hypercorn and in a
+worker the address is there before this begins, so it comes first in the other case too.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from signal import SIGINT, SIGTERM
 from typing import TYPE_CHECKING
 
 import trio
@@ -24,7 +25,7 @@ from tricorn.errors.import_guard import guarded
 from tricorn.errors.last_resort import LastResort, exit_in_time
 from tricorn.errors.report import report
 from tricorn.errors.streams import recorded
-from tricorn.listening.binds import listen_on
+from tricorn.listening.binds import BACKLOG, listen_on
 from tricorn.listening.site import Site
 from tricorn.metrics import Metrics, ProcessMetrics, ServerMetrics, total
 from tricorn.server import Server, serve_until_signal
@@ -32,6 +33,7 @@ from tricorn.service.auth import Tokens
 from tricorn.service.bind import bind_or_explain, show_address, show_bind, show_urls
 from tricorn.service.chat_drill import drill_chat
 from tricorn.service.jwt_keys import Keys, load
+from tricorn.service.lifespan import living
 from tricorn.service.loader import load_agent
 from tricorn.service.metrics_page import metrics_page, no_websocket, of_this_process
 from tricorn.service.pages import pages
@@ -40,7 +42,7 @@ from tricorn.service.workers import Supervisor, reserve
 from tricorn.settings import SettingError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
     from socket import socket as Socket
 
     from hypercorn.config import Config
@@ -50,7 +52,9 @@ if TYPE_CHECKING:
     from tricorn.chat.logs.base import Log
     from tricorn.listening.binds import Address
     from tricorn.listening.http import ASGIApp
+    from tricorn.service.loader import AgentFactory
     from tricorn.service.settings import ServiceSettings
+    from tricorn.service.source_watch import SourceWatch
     from tricorn.service.workers import Worker
 
     Say = Callable[[str], None]  # how to tell whoever started it, in a line
@@ -65,7 +69,7 @@ def make_log(settings: ServiceSettings) -> Log:
     return connect(settings.log.reveal() if settings.log else "memory:", settings)
 
 
-def make_agent(settings: ServiceSettings) -> Agent:
+def make_agent(settings: ServiceSettings) -> Agent | AgentFactory:
     """Make the agent that the settings name. Raises `SettingError` if it, its key or its prompt cannot be used."""
     if settings.model is None:
         return load_agent(settings.agent)
@@ -105,26 +109,32 @@ def check_shared(log: Log, processes: str) -> None:
 
 
 @asynccontextmanager
-async def start_chat(agent: Agent, settings: ServiceSettings, log: Log, keys: Keys) -> AsyncGenerator[Chat]:
+async def start_chat(
+    agent: Agent | AgentFactory, settings: ServiceSettings, log: Log, keys: Keys
+) -> AsyncGenerator[Chat]:
     """Start all that a chat needs, in order, and the chat; `async with` ends it in the opposite order.
 
     Raises:
         Unavailable: the log cannot be opened; maybe in an ExceptionGroup.
         ExceptionGroup: the drill failed.
+        AgentFailed: what the agent needs could not be opened.
+        SettingError: what should make an agent does not.
     """
     gate = _make_gate(settings, keys)
     async with log:
         await drill_chat()
-        with guarded(settings.import_guard):
-            async with trio.open_nursery() as support:
-                support.start_soon(keys.stay_fresh)
-                async with Chat(agent, settings=settings, log=log, gate=gate) as chat:
-                    yield chat
-                support.cancel_scope.cancel()
+        async with living(agent, settings.close_timeout) as life:
+            with guarded(settings.import_guard):
+                async with trio.open_nursery() as support:
+                    support.start_soon(keys.stay_fresh)
+                    async with Chat(life.agent, settings=settings, log=log, gate=gate) as chat:
+                        yield chat
+                    support.cancel_scope.cancel()
+            life.leave_by = chat.drain_by
 
 
 async def serve(
-    agent: Agent,
+    agent: Agent | AgentFactory,
     settings: ServiceSettings,
     log: Log,
     *,
@@ -132,17 +142,46 @@ async def serve(
     worker: Worker | None = None,
     say: Say,
 ) -> None:
-    """Serve the chat until SIGTERM or SIGINT, as the only process or as a worker.
+    """Serve the chat until SIGTERM or SIGINT, as the only process or as a worker. Either may come while it starts.
 
     Raises as `start_chat` does, and `SettingError` if an address cannot be listened on.
     """
     listeners = [] if worker is not None else await bind_or_explain(_listen, settings.binds)
     for_metrics = [] if worker is not None else await _listen_for_metrics(settings)
     keys = await read_keys(settings)
-    async with exit_in_time(settings.drain_timeout) as last_resort, start_chat(agent, settings, log, keys) as chat:
+    async with (
+        exit_in_time(settings.drain_timeout) as last_resort,
+        _cancelled_by_signal(last_resort),
+        start_chat(agent, settings, log, keys) as chat,
+    ):
         settle()
         with recorded():
             await _serve_chat(chat, keys, settings, listeners, for_metrics, config, worker, say, last_resort)
+
+
+@asynccontextmanager
+async def _cancelled_by_signal(last_resort: LastResort) -> AsyncGenerator[None]:
+    """Cancel the block at SIGTERM or SIGINT, but for what in it obeys them itself.
+
+    An Exception that the block raises passes as it is, not in a group.
+    """
+    failure: Exception | None = None
+    with trio.open_signal_receiver(SIGTERM, SIGINT) as signals:
+        last_resort.watch_signals()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_cancel_at, signals, nursery.cancel_scope)
+            try:
+                yield
+            except Exception as error:
+                failure = error
+            nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+async def _cancel_at(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+    async for _ in signals:
+        scope.cancel()
 
 
 async def _serve_chat(
@@ -188,11 +227,13 @@ async def supervise(
     *,
     config: Config | None,
     read_config: Callable[[], object],
+    watch: SourceWatch | None = None,
     say: Say,
 ) -> int:
     """Have workers serve, each of them started with `command`, and return the exit status: see `Supervisor.run`.
 
-    At SIGHUP, workers are replaced if `read_config` raises no `SettingError` and the keys can be read.
+    At SIGHUP, and when something changes that `watch` sees, workers are replaced if `read_config` raises no
+    `SettingError` and the keys can be read. With `watch`, clients that come while no worker serves wait for the next.
 
     Raises `SettingError` if an address cannot be listened on, and ExceptionGroup if the drill failed.
     """
@@ -202,6 +243,9 @@ async def supervise(
         await read_keys(settings)
 
     reserved = await bind_or_explain(reserve, settings.binds)
+    if watch is not None:
+        for each in reserved:
+            each.listen(BACKLOG)
     for_metrics = await _listen_for_metrics(settings)
     await drill_chat()
     with guarded(settings.import_guard):
@@ -215,6 +259,7 @@ async def supervise(
                 counted=[process],
                 ending=partial(notify, "STOPPING=1"),
                 check=check,
+                changed=None if watch is None else watch.changed,
             )
             described: list[Metrics] = [ServerMetrics(), ChatMetrics(), process, supervisor.metrics]
             page = metrics_page(described, supervisor.scrape)

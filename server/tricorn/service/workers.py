@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import socket
 import subprocess
+from math import inf
 from os import dup, getpid
 from signal import SIGHUP, SIGINT, SIGTERM, raise_signal, strsignal
 from typing import TYPE_CHECKING
@@ -95,6 +96,9 @@ class Supervisor:
 
     `counted` is what else this process counts; a scrape adds it to what the workers have counted. `ending` is called
     when the end begins, and `check` before workers are replaced: if it raises, they are not.
+
+    `changed` returns when files have changed that workers are made of; then they are replaced. A worker that ends by
+    itself, even before it serves, is then started again only after a change.
     """
 
     def __init__(
@@ -107,6 +111,7 @@ class Supervisor:
         counted: Sequence[Metrics] = (),
         ending: Callable[[], None] = lambda: None,
         check: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint,
+        changed: Callable[[], Awaitable[Sequence[str]]] | None = None,
     ) -> None:
         self.metrics = WorkerMetrics()
         self._counted = counted
@@ -117,7 +122,9 @@ class Supervisor:
         self._running: dict[int, _Running] = {}  # by the worker's number
         self._when_ending = ending
         self._check = check
-        self._told = trio.Event()  # to replace the workers
+        self._changed = changed
+        self._told = trio.Event()  # to replace the workers, or to end; another one takes its place each time
+        self._told_at = -inf  # in Trio's time
         self._replaced: set[int] = set()  # workers that are told to end, for others to take their place
         self._up: dict[int, trio.Event] = {}  # set when the worker of that number serves, or none is going to
         self._patience = trio.CancelScope()  # what still runs when it is over is killed
@@ -133,7 +140,7 @@ class Supervisor:
         Either signal is passed on to all workers; a second one too, and then they abort. A worker that ends before all
         have been serving, without having served, ends all of it, and the exit status is its own.
 
-        At SIGHUP workers are replaced, one after the other, so that everything is read again.
+        At SIGHUP and after a change, workers are replaced one after the other, so that everything is read again.
 
         If cancelled, the workers are killed.
         """
@@ -156,6 +163,9 @@ class Supervisor:
         with trio.open_signal_receiver(SIGTERM, SIGINT, SIGHUP) as signals:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._obey, signals)
+                if self._changed is not None:
+                    nursery.start_soon(self._watch, self._changed)
+                    nursery.start_soon(self._replace_when_told)
                 with self._patience:
                     async with trio.open_nursery() as workers:
                         # One first: what is wrong with all of them is then said once.
@@ -163,7 +173,8 @@ class Supervisor:
                         await self._start(workers, range(2, self._count + 1))
                         if not self._ending.is_set():
                             self._complete = True
-                            nursery.start_soon(self._replace_when_told)
+                            if self._changed is None:
+                                nursery.start_soon(self._replace_when_told)
                             announce(addresses(self._reserved))
                 nursery.cancel_scope.cancel()
         return self._status
@@ -171,27 +182,44 @@ class Supervisor:
     async def _obey(self, signals: AsyncIterator[int]) -> None:
         async for number in signals:
             if number == SIGHUP:
-                self._told.set()
+                self._tell()
             else:
                 self._end()
 
-    async def _replace_when_told(self) -> None:
+    async def _watch(self, changed: Callable[[], Awaitable[Sequence[str]]]) -> None:
         while True:
+            files = await changed()
+            report("INFO", "files have changed; restarting", files=tuple(files))
+            self._tell()
+
+    def _tell(self) -> None:
+        self._told_at = current_time()
+        told, self._told = self._told, trio.Event()
+        told.set()
+
+    async def _told_after(self, time: float) -> bool:
+        """Wait until the workers are told after some time to be replaced. Return False if all of it is to end."""
+        while self._told_at <= time and not self._ending.is_set():
             await self._told.wait()
-            self._told = trio.Event()
+        return not self._ending.is_set()
+
+    async def _replace_when_told(self) -> None:
+        seen = -inf
+        while await self._told_after(seen):
+            seen = self._told_at
             try:
                 await self._check()
             except Exception as error:
                 report_error(error, action="replacing the workers; they stay")
             else:
                 for number in range(1, self._count + 1):
-                    await self._replace(number)
+                    await self._replace(number, seen)
 
-    async def _replace(self, number: int) -> None:
+    async def _replace(self, number: int, told_at: float) -> None:
         """Have a worker end, and wait until there is another that serves. One that does not end in time is killed."""
         running = self._running.get(number)
-        if running is None or self._ending.is_set():
-            return  # the next one is about to start, or none is
+        if running is None or running.began >= told_at or self._ending.is_set():
+            return  # the next one is about to start, or has started, or none is going to
         self._replaced.add(number)
         self._up[number] = up = trio.Event()
         running.process.terminate()
@@ -206,6 +234,7 @@ class Supervisor:
         if not self._ending.is_set():
             told_already = self._replaced
             self._ending.set()
+            self._tell()
             self._when_ending()
             close_all(self._reserved)  # so that nobody waits in the queue of a socket that the workers have left
             self._patience.deadline = current_time() + self._drain_timeout + GRACE
@@ -225,11 +254,16 @@ class Supervisor:
         backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         while not self._ending.is_set():
             began = current_time()
-            status = await self._run_one(number)
+            status, served = await self._run_one(number)
             if self._ending.is_set():
                 break
             if number in self._replaced:
                 self._replaced.remove(number)
+                continue
+            if self._changed is not None:
+                if served or status < 0:  # else it has said why
+                    report("ERROR", f"worker {number} ended: {_how(status)}; waiting for a change", worker=number)
+                await self._told_after(began)
                 continue
             if not self._up[number].is_set() and not self._complete:
                 if status < 0:  # else it has said why
@@ -253,13 +287,16 @@ class Supervisor:
                 await self._ending.wait()
         self._up[number].set()
 
-    async def _run_one(self, number: int) -> int:
-        """Run a worker until it ends, and return its exit status, negative for a signal. If cancelled, kill it."""
+    async def _run_one(self, number: int) -> tuple[int, bool]:
+        """Run a worker until it ends. If cancelled, kill it.
+
+        Return its exit status, negative for a signal, and whether it has served.
+        """
         try:
             process, control = await self._open()
         except OSError as error:  # no processes, memory or descriptors left
             report_error(error, worker=number)
-            return 1
+            return 1, False
         self._running[number] = running = _Running(process, control)
         try:
             if self._ending.is_set():
@@ -268,7 +305,7 @@ class Supervisor:
                 nursery.start_soon(running.hear, self._up[number])
                 status = await process.wait()
                 nursery.cancel_scope.cancel()
-            return status
+            return status, running.numbers is not NOTHING
         finally:
             del self._running[number]
             self._gone = total([self._gone, Numbers(running.numbers.grown, {})])
@@ -303,6 +340,7 @@ class _Running:
 
     def __init__(self, process: trio.Process, control: trio.SocketStream) -> None:
         self.process = process
+        self.began = current_time()
         self.numbers = NOTHING  # what it had counted when it last said so
         self._control = control
         self._heard = trio.Event()

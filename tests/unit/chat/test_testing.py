@@ -47,6 +47,34 @@ async def test_a_success_has_the_events_in_order_and_the_whole_answer() -> None:
     assert len({(event.conversation, event.run) for event in result.events}) == 1
 
 
+async def test_text_that_an_agent_returns_is_said_after_the_rest() -> None:
+    async def agent(run: Run) -> str:
+        await run.say("one, ")
+        return "two"
+
+    result = await ask(agent, "count")
+    assert (result.answer, result.outcome) == ("one, two", "success")
+    end = result.events[-1]
+    assert isinstance(end, AgentCompleted)
+    assert end.text == "one, two"
+
+
+@pytest.mark.parametrize("nothing", [None, ""])
+async def test_nothing_that_an_agent_returns_is_no_event(nothing: str | None) -> None:
+    async def agent(run: Run) -> str | None:
+        return nothing
+
+    assert [type(event) for event in (await ask(agent, "x")).events] == [AgentStarted, AgentCompleted]
+
+
+async def test_an_agent_that_returns_something_else_has_failed() -> None:
+    async def agent(run: Run) -> int:
+        return 5
+
+    result = await ask(agent, "x")  # type: ignore[arg-type]
+    assert (result.outcome, result.answer) == ("failed", "")
+
+
 async def test_a_tool_shows_arguments_result_and_time(autojump_clock: MockClock) -> None:
     async def weather(run: Run) -> None:
         await run.think("looking it up")

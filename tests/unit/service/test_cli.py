@@ -15,10 +15,11 @@ from tricorn.chat.agents.demo import demo
 from tricorn.chat.client.screen import one_line
 from tricorn.chat.client.terminal import chat, websocket_url
 from tricorn.service.cli import main
-from tricorn.service.loader import load_agent
+from tricorn.service.loader import AgentFactory, load_agent
 from tricorn.settings import SettingError
 
 AGENTS = """
+from contextlib import asynccontextmanager
 from functools import partial
 
 async def agent(run): ...
@@ -38,6 +39,24 @@ class Agent:
     async def method(self, run): ...
 
 instance = Agent()
+
+@asynccontextmanager
+async def factory(): yield agent
+
+@asynccontextmanager
+async def with_default(url="sqlite:"): yield agent
+
+@asynccontextmanager
+async def factory_of_url(url): yield agent
+
+class Factory:
+    async def __aenter__(self): return agent
+    async def __aexit__(self, *_): ...
+
+class FactoryOfURL(Factory):
+    def __init__(self, url): ...
+
+def makes_one(): return factory()
 """
 
 
@@ -61,19 +80,29 @@ async def test_whatever_is_async_and_takes_the_run_is_an_agent(module: str, path
     assert await agent(None) is None
 
 
+@pytest.mark.parametrize("path", ["factory", "with_default", "Factory", "makes_one"])
+async def test_what_is_not_async_and_takes_nothing_makes_the_agent(module: str, path: str) -> None:
+    found: Any = load_agent(f"{module}:{path}")
+    assert isinstance(found, AgentFactory)
+    async with found.open() as agent:
+        assert await agent(None) is None
+
+
 @pytest.mark.parametrize(
     ("path", "error"),
     [
-        ("agnet", "there is no agnet in agents_of_mine"),
-        ("instance.mehtod", "there is no instance.mehtod in agents_of_mine"),
-        ("nothing", "there is no nothing in agents_of_mine"),
+        ("agnet", "there is no agnet in agents_of_mine (agents_of_mine.py)"),
+        ("instance.mehtod", "there is no instance.mehtod in agents_of_mine (agents_of_mine.py)"),
+        ("nothing", "there is no nothing in agents_of_mine (agents_of_mine.py)"),
         ("number", "is of type int; TAKES"),
-        ("plain", "is not async; TAKES"),
-        ("generator", "is not async; TAKES"),
-        ("Agent", "is not async; TAKES"),
-        ("of_two", "takes (run, city); TAKES"),
-        ("of_none", "takes (); TAKES"),
-        ("keyword", "takes (*, run); TAKES"),
+        ("plain", "is not async; TAKES (agents_of_mine.py, line 12)"),
+        ("generator", "is an async generator; put @asynccontextmanager above it (agents_of_mine.py, line 11)"),
+        ("Agent", "is not async; TAKES (agents_of_mine.py, line 17)"),
+        ("of_two", "takes (run, city); TAKES (agents_of_mine.py, line 8)"),
+        ("of_none", "takes (); TAKES (agents_of_mine.py, line 9)"),
+        ("keyword", "takes (*, run); TAKES (agents_of_mine.py, line 10)"),
+        ("factory_of_url", "takes (url); what makes an agent must take nothing (agents_of_mine.py, line 29)"),
+        ("FactoryOfURL", "takes (url); what makes an agent must take nothing (agents_of_mine.py, line 36)"),
     ],
 )
 def test_what_is_not_an_agent(module: str, path: str, error: str) -> None:
@@ -111,6 +140,7 @@ def test_a_module_that_is_not_there(name: str, missing: str) -> None:
         ("raise SystemExit(3)", "SystemExit: 3 (broken.py, line 1)"),
         ("import tricorn\ntricorn.x", "AttributeError: module 'tricorn' has no attribute 'x' (broken.py, line 2)"),
         ("def", "SyntaxError: invalid syntax (broken.py, line 1)"),
+        ("import trio\n\ntrio.run(None)", "TypeError: 'NoneType' object is not callable (broken.py, line 3)"),
     ],
 )
 def test_a_module_that_fails(module: str, tmp_path: Path, source: str, error: str) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from tricorn.chat.logs.base import Unavailable
+from tricorn.errors.failures import leaves
 from tricorn.errors.import_guard import import_at_once
 from tricorn.errors.report import send_records
 from tricorn.listening.binds import check_bind
@@ -18,7 +19,9 @@ from tricorn.service.auth import check_exposure
 from tricorn.service.bind import show_bind
 from tricorn.service.commands.audit import audit_targets
 from tricorn.service.hypercorn_config import load_config
+from tricorn.service.lifespan import AgentFailed
 from tricorn.service.settings import DEMO, Secret, ServiceSettings
+from tricorn.service.source_watch import SourceWatch
 from tricorn.service.start_up import check_shared, make_agent, make_log, serve, supervise
 from tricorn.service.systemd import ALL, expand
 from tricorn.service.workers import Worker
@@ -40,18 +43,27 @@ def command(arguments: Namespace) -> int:
     read_config = partial(_load_config, arguments.config)
     config = read_config()
     say = partial(print, flush=True, file=sys.stdout)  # which serving makes a stream of records
-    if arguments.worker is None and settings.workers > 1:
-        check_shared(log, f"--workers {settings.workers}")
-        _audit(settings.answering, arguments.audit)
-        workers = [sys.executable, "-P", "-m", "tricorn", *arguments.argv, "--audit", "off"]
-        return trio.run(partial(supervise, workers, settings, config=config, read_config=read_config, say=say))
+    if arguments.worker is None and (settings.workers > 1 or arguments.reload):
+        if settings.workers > 1:
+            check_shared(log, f"--workers {settings.workers}")
+        workers = [sys.executable, "-P", "-m", "tricorn", *arguments.argv]
+        watch = None
+        if arguments.reload:  # each worker audits what it has loaded
+            watch = SourceWatch(settings.answering)
+            workers.insert(1, "-B")  # compiled files would hide a change in the same second
+        else:
+            _audit(settings.answering, arguments.audit)
+            workers += ["--audit", "off"]
+        return trio.run(
+            partial(supervise, workers, settings, config=config, read_config=read_config, watch=watch, say=say)
+        )
     agent = make_agent(settings)
     _audit(settings.answering, arguments.audit)
     worker = None if arguments.worker is None else Worker(arguments.worker)
     try:
         trio.run(partial(serve, agent, settings, log, config=config, worker=worker, say=say))
-    except* Unavailable as errors:
-        problem = errors.exceptions[0]
+    except* (Unavailable, AgentFailed) as errors:
+        problem = next(leaves(errors))
     else:
         return 0
     print(f"tricorn: {problem}", file=sys.stderr)
