@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
-OF_NO_IMAGE = {"test", "bench"}
+OF_NO_IMAGE = {"mcp", "test", "bench"}
 
 
 def pins(name: str) -> Iterator[tuple[Requirement, list[str]]]:
