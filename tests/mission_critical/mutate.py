@@ -188,7 +188,13 @@ FAULTS = [
             first_in("NativeTransport.abort", "time.time()"),
             TIME,
         ),
-        ("time.time() where a tool is left", "chat/run.py", "E2", first_in("Tool.__aexit__", "time.time()"), TIME),
+        (
+            "time.time() where a tool is left",
+            "chat/run.py",
+            "E2",
+            first_in("RunningTool.__aexit__", "time.time()"),
+            TIME,
+        ),
         ("time.time() in the reporter", "errors/report.py", "E2", reporter("return real(error, at=time.time())"), TIME),
         ("a name that nobody imported", "listening/accept.py", "E2", handling_in("Acceptor.serve", "print(time())")),
         ("a name that was unbound again", "connection.py", "E2", at_end("del report_error")),
@@ -344,8 +350,8 @@ FAULTS = [
             "chat/execution.py",
             f"{FIRST_OF_A_RUN}::test_a_log_that_refuses_a_word_is_the_first_error[memory]",
             instead(
-                "        except WouldBlock:\n            pass\n        await",
-                "        except WouldBlock:\n            await",
+                "        except NOT_AT_ONCE:\n            waits = True\n",
+                "        except NOT_AT_ONCE:\n            await self._log.append(append)\n",
             ),
         ),
         (
@@ -358,7 +364,7 @@ FAULTS = [
             "a failed agent that stays in memory",
             "chat/execution.py",
             f"{FIRST_OF_A_RUN}::test_nothing_of_a_failed_agent_is_alive_when_the_end_of_its_run_is_written[memory]",
-            first_in("Execution._fail", "self._error = error"),
+            first_in("Execution._fail", "self.kept = error"),
         ),
         (
             "an agent's group that is asked for its members",

@@ -56,6 +56,9 @@ class Agent:
                 for index in range(int(number)):
                     await run.think("hm")
                     await run.say(f"{index % 10}")
+            case ["wide"]:
+                for _ in range(10):
+                    await run.say("0123456789" * 30)
             case _:
                 await run.say(f"{run.message}?")
 
@@ -130,7 +133,7 @@ async def test_a_last_turn_that_is_too_long_comes_without_its_tools(log: Refusin
 async def test_an_answer_too_long_for_the_last_event_is_joined_from_its_pieces(log: Refusing) -> None:
     agent = Agent()
     async with talk(agent, log, event_bytes=4096) as client:
-        end = await client.run("long 3000")
+        end = await client.run("wide")
         assert "text" not in end
         await client.run("last")
     assert agent.seen[-1][0].answer == "0123456789" * 300
