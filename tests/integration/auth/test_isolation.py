@@ -35,6 +35,11 @@ operations = st.one_of(
 )
 
 
+def shared(user: str) -> list[str]:
+    """What the token of a user says that they share with others."""
+    return ["team-*"] if user in MEMBERS else []
+
+
 @dataclass
 class Model:
     """What was said where, by the key that only this model knows of: who may read a conversation, and its name."""
@@ -71,8 +76,7 @@ class Person:
 
     async def connected(self) -> Any:
         if self.client is None:
-            share = ["team-*"] if self.name in MEMBERS else []
-            self.client = await self.stack.enter_async_context(self.server.user(self.name, share))
+            self.client = await self.stack.enter_async_context(self.server.user(self.name, shared(self.name)))
         return self.client
 
     async def settle(self) -> None:
@@ -130,7 +134,7 @@ async def play(guarded: Guarded, script: list[tuple[Any, ...]]) -> None:
                     await person.lose()
                     await person.connected()
                 case "steal", other:
-                    await client.say("authenticate", token=server.token(other))
+                    await client.say("authenticate", token=server.token(other, share=shared(other)))
                     if other != name:
                         assert (await client.end())[0] == 4501
                         person.leave()
