@@ -81,8 +81,7 @@ class Teller:
                 marked, self._marked = self._marked[:TOLD_AT_ONCE], self._marked[TOLD_AT_ONCE:]
                 for delivery in marked:
                     delivery.tell(now)
-                if not self._marked:
-                    self._prepared.clear()
+                self._prepared.clear()
         finally:
             self._over = True
             for delivery in self._marked:

@@ -27,6 +27,7 @@ class Client:
         self.ended = trio.Event()
         self.messages: list[str] = []  # as they were sent
         self.writes = 0
+        self.sizes: list[int] = []  # of the writes, in bytes
         self.readable = trio.Event()
         self.readable.set()
         self._heard = 0
@@ -63,6 +64,7 @@ class Client:
 
     def _hear(self, messages: list[str]) -> None:
         self.writes += 1
+        self.sizes.append(sum(map(len, messages)))
         self.messages += messages
         self._objects += [json.loads(line) for message in messages for line in message.split("\n")]
         self._arrived.unpark_all()

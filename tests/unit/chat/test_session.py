@@ -13,7 +13,7 @@ import trio
 import trio.testing
 
 from tricorn.chat import SUBPROTOCOLS, Chat, Run
-from tricorn.chat.delivery import BATCH_BYTES, EVENTS_PER_TURN
+from tricorn.chat.delivery import BATCH_BYTES, BYTES_PER_TURN, EVENTS_PER_TURN
 from tricorn.chat.logs.base import Append, Entry, LogState
 from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.protocol import AgentThinking, ClientRequest
@@ -267,6 +267,48 @@ async def test_several_connections_on_one_conversation(connect: Connect) -> None
     assert all(seqs(each) == [1, 2, 3, 4] for each in heard)
     assert "posted" in types(heard[0])
     assert "posted" not in types(heard[1])
+
+
+async def test_what_was_framed_for_a_room_is_not_kept(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also not while there are always more clients to tell."""
+    monkeypatch.setattr("tricorn.chat.delivery.TOLD_AT_ONCE", 1)
+    kept: list[int] = []
+
+    async def agent(run: Run) -> None:
+        for _ in range(20):
+            await run.say("x")
+            await trio.lowlevel.checkpoint()
+            kept.append(len(chat._teller._prepared))
+
+    async with Chat(agent) as chat:
+        clients = [await connect(chat) for _ in range(3)]
+        for client in clients:
+            client.say("open", conversation="c")
+        await trio.testing.wait_all_tasks_blocked()
+        clients[0].say("post", id="p", conversation="c", text="hello")
+        heard = [await client.hear_until("agent_completed") for client in clients]
+    assert all(seqs(each) == list(range(1, 24)) for each in heard)
+    assert set(kept) == {0}
+
+
+@pytest.mark.parametrize("reads", [True, False], ids=["reads", "does not read"])
+async def test_a_turn_of_a_client_is_bounded_in_bytes(connect: Connect, reads: bool) -> None:
+    async def agent(run: Run) -> None:
+        for _ in range(20):
+            await run.say("x" * 200_000)
+
+    async with Chat(agent) as chat:
+        client = await connect(chat)
+        client.say("open", conversation="c")
+        assert types(await client.hear_all()) == ["opened"]
+        if not reads:
+            client.stop_reading()
+        client.say("post", id="p", conversation="c", text="hello")
+        await trio.testing.wait_all_tasks_blocked()
+        client.readable.set()
+        heard = await client.hear_until("agent_completed")
+    assert seqs(heard) == list(range(1, 24))
+    assert 200_000 < max(client.sizes) <= BYTES_PER_TURN
 
 
 async def test_too_many_conversations(connect: Connect) -> None:
