@@ -48,9 +48,7 @@ def measure(server: Server, *, conversations: int, readers: int, posts: int, sub
     with Clients(server) as clients:
         clients.connect(conversations * readers, headers=f"Sec-WebSocket-Protocol: {subprotocol}\r\n")
         groups = {client: names[index // readers] for index, client in enumerate(clients)}
-        for client, name in groups.items():
-            client.sock.sendall(text(encode({"type": "open", "conversation": name})))
-        wait_for_opened(clients)
+        open_all(clients, groups)
         post(clients, groups, 0)  # warm
         with Meter(server) as meter:
             for turn in range(1, posts + 1):
@@ -58,7 +56,10 @@ def measure(server: Server, *, conversations: int, readers: int, posts: int, sub
     return per_message(meter, len(EVENTS) * len(groups) * posts)
 
 
-def wait_for_opened(clients: Clients) -> None:
+def open_all(clients: Clients, names: dict[Client, str]) -> None:
+    """Have each client follow its conversation."""
+    for client, name in names.items():
+        client.sock.sendall(text(encode({"type": "open", "conversation": name})))
     waiting = set(clients)
     while waiting:
         for client, data in said(clients):

@@ -6,16 +6,12 @@ from collections.abc import Iterator
 from functools import partial
 from secrets import token_hex
 
-import msgspec
-
 from bench.load import Clients, Failed, Meter, frames, text
 from bench.model import ANSWER, PAUSE, TOKENS
 from bench.process import Server
 from bench.servers import MODELS
-from bench.suites.chat import decode, is_complete, said, wait_for_opened
+from bench.suites.chat import decode, encode, is_complete, open_all, said
 from bench.suites.suite import Case, Figures, Sizes, Suite, per_message
-
-encode = msgspec.json.encode
 
 
 def measure(server: Server, *, conversations: int) -> Figures:
@@ -23,9 +19,7 @@ def measure(server: Server, *, conversations: int) -> Figures:
     with Clients(server) as clients:
         clients.connect(conversations, headers="Sec-WebSocket-Protocol: tricorn.v1\r\n")
         names = {client: token_hex(8) for client in clients}
-        for client, name in names.items():
-            client.sock.sendall(text(encode({"type": "open", "conversation": name})))
-        wait_for_opened(clients)
+        open_all(clients, names)
         with Meter(server) as meter:
             for client, name in names.items():
                 client.sock.sendall(text(encode({"type": "post", "id": "p", "conversation": name, "text": "tell me"})))

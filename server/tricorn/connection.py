@@ -254,8 +254,7 @@ class Connection:
                     try:
                         await handler(websocket)
                     except BaseException as error:  # noqa: ASYNC103 - the nursery's scope takes cancellations
-                        if all(isinstance(leaf, PASSING) for leaf in leaves(error)):
-                            failure = self._failed(error)  # with them what is below
+                        failure = self._hidden(error)
                         raise
                     if self.cause is None:
                         self._end(Close(NORMAL))
@@ -356,8 +355,7 @@ class Connection:
         try:
             await task
         except BaseException as error:
-            if all(isinstance(leaf, PASSING) for leaf in leaves(error)):
-                self._failed(error)
+            self._hidden(error)
             raise
 
     async def close(self, cause: Close) -> None:
@@ -500,6 +498,10 @@ class Connection:
         if new and self._end(self._report(error)):
             self._flushes = True
         return error
+
+    def _hidden(self, error: BaseException) -> BaseException | None:
+        """Report the error below what only ends a task, for Trio's nursery takes both (E9). Return what is reported."""
+        return self._failed(error) if all(isinstance(leaf, PASSING) for leaf in leaves(error)) else None
 
     def _report(self, error: BaseException) -> Close:
         code = None if self.cause is None else self.cause.code

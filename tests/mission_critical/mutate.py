@@ -350,7 +350,8 @@ FAULTS = [
             "chat/execution.py",
             f"{FIRST_OF_A_RUN}::test_a_log_that_refuses_a_word_is_the_first_error[memory]",
             instead(
-                "        except NOT_AT_ONCE:\n            waits = True\n",
+                "        if not self._append_at_once(append):\n            await self._log.append(append)\n",
+                "        try:\n            self._log.append_nowait(append)\n"
                 "        except NOT_AT_ONCE:\n            await self._log.append(append)\n",
             ),
         ),

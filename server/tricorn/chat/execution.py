@@ -116,7 +116,6 @@ class Execution:
         self.id = token_hex(8)
         self.post = post
         self.over = False
-        self._conversation = post.conversation
         self._lease = lease
         self._log = log
         self._metrics = metrics
@@ -196,16 +195,11 @@ class Execution:
         if not text:
             await checkpoint()
             return
-        event = kind(conversation=self._conversation, run=self.id, seq=0, at=0.0, text=text)
+        event = kind(conversation=self.post.conversation, run=self.id, seq=0, at=0.0, text=text)
         append = Append(event, None, self._lease)
         await self._checkpoint()
         self._check_not_over()  # it may have ended meanwhile
-        waits = False
-        try:
-            self._log.append_nowait(append)
-        except NOT_AT_ONCE:
-            waits = True
-        if waits:  # outside the except clause: what this raises is the first error
+        if not self._append_at_once(append):
             await self._log.append(append)
         if kind is AgentMessage and self._answer_characters <= self._room:  # else the last event cannot repeat it
             self._answer.append(text)
@@ -358,17 +352,23 @@ class Execution:
             return checkpoint_if_cancelled()  # noqa: ASYNC105 (it is awaited: a frame less for every piece of an answer)
         return checkpoint()  # noqa: ASYNC105
 
+    def _append_at_once(self, append: Append) -> bool:
+        """Append if nothing has to be waited for, and return whether that is done. If not, call the log's `append`.
+
+        That call must be outside of any `except` clause, or what it raises would not be the first error.
+        """
+        try:
+            self._log.append_nowait(append)
+        except NOT_AT_ONCE:
+            return False
+        return True
+
     async def _record(self, key: str, event: AnyEvent) -> None:
         """Append what must not be missing. If this is cancelled or raises, the end of the run makes up for it."""
         self._owed[key] = append = Append(event, key, self._lease)
         await self._checkpoint()
         self._check_not_over()
-        waits = False
-        try:
-            self._log.append_nowait(append)
-        except NOT_AT_ONCE:
-            waits = True
-        if waits:  # outside the except clause: what this raises is the first error
+        if not self._append_at_once(append):
             await self._log.append(append)
         self._owed.pop(key, None)
 
@@ -398,12 +398,8 @@ class Execution:
 
         Cannot be cancelled, and is a checkpoint only if it waits.
         """
-        try:
-            for owed in self._owing():
-                self._log.append_nowait(owed)
+        if all(map(self._append_at_once, self._owing())):
             return
-        except NOT_AT_ONCE:
-            pass
         with fail_after(LAST_WORDS, shield=True):
             for owed in self._owing():
                 await self._log.append(owed)

@@ -11,7 +11,7 @@ import pytest
 import trio
 
 import tricorn.testing
-from fixtures.chats import Refusing, log, talk, until
+from fixtures.chats import Refusing, errors, log, talk
 from fixtures.records import Records
 from tricorn.chat import Chat, Run
 from tricorn.chat.identity import Identity
@@ -45,8 +45,7 @@ async def test_an_agent_that_fails_in_a_tool_while_the_log_refuses(
         log.refused = {"tool_completed"}
         await client.post()
         await client.until("tool_executing")
-        found: list[dict[str, Any]] = []
-        await until(lambda: found.extend(records.read("ERROR")) or found)
+        found = await errors(records)
         log.refused = set()
         end = await client.until("agent_completed")
     assert found[0]["message"] == "LookupError: the first error"
@@ -63,8 +62,7 @@ async def test_a_result_without_json_while_the_log_refuses(log: Refusing, record
         log.refused = {"tool_completed"}
         await client.post()
         await client.until("tool_executing")
-        found: list[dict[str, Any]] = []
-        await until(lambda: found.extend(records.read("ERROR")) or found)
+        found = await errors(records)
         log.refused = set()
         await client.until("agent_completed")
     assert "has no JSON form" in found[0]["stack_trace"]
@@ -97,7 +95,7 @@ async def test_an_error_of_the_log_without_a_text_is_named(log: Refusing, type: 
         await client.post()
         found: list[dict[str, Any]] = []
         if type != "tool_completed":  # that is tried again at the end of the run
-            await until(lambda: found.extend(records.read("ERROR")) or found)
+            found = await errors(records)
         log.refused = set()
         await client.until("agent_completed")
     for record in found:

@@ -145,6 +145,18 @@ async def test_what_waits_is_said_in_time_if_nothing_more_comes() -> None:
     assert (result.outcome, result.answer) == ("cancelled", "one two ")
 
 
+async def test_the_first_piece_is_said_at_once() -> None:
+    async with endpoint([HEAD + chunked(delta(content="one ")), STALL]) as served:
+        result = await answer(served, join=PATIENCE, cancel_after=2.0)
+    assert (result.outcome, result.answer) == ("cancelled", "one ")
+
+
+async def test_the_end_of_an_answer_is_not_waited_for() -> None:
+    async with endpoint([HEAD + chunked(delta(content="one "), delta("stop"), DONE) + END]) as served:
+        result = await answer(served, join=2 * PATIENCE)
+    assert (result.outcome, result.answer) == ("success", "one ")
+
+
 async def test_a_very_long_piece_is_several_events() -> None:
     async with endpoint(said("x" * 300_000)) as served:
         result = await answer(served)

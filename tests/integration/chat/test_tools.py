@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import trio
 
-from fixtures.chats import Refusing, log, talk, until
+from fixtures.chats import Refusing, errors, log, talk
 from fixtures.records import Records
 from tricorn.chat import Run, ToolError, tool
 from tricorn.chat.logs.base import Unavailable
@@ -127,8 +127,7 @@ async def test_a_log_that_refuses_the_start_of_a_tool_fails_the_run(log: Refusin
     async with talk(agent, log) as client:
         log.refused = {"tool_executing"}
         await client.post(f'forecast {{"city":"{city}"}}')
-        found: list[dict[str, Any]] = []
-        await until(lambda: found.extend(records.read("ERROR")) or found)
+        found = await errors(records)
         log.refused = set()
         end = await client.until("agent_completed")
     assert found[0]["message"] == "Unavailable: full"

@@ -225,6 +225,28 @@ async def test_on_every_way_in_with_one_record_and_its_id(hosted: Served, capfd:
     assert end["notes"] == f"1011 {error['error_id']}"
 
 
+async def test_in_a_task_of_the_connection_on_every_way_in(hosted: Served, capfd: pytest.CaptureFixture[str]) -> None:
+    begun = trio.Event()
+
+    async def task() -> None:
+        try:
+            fail()
+        except Exception:
+            begun.set()
+            await trio.sleep_forever()
+
+    async def handler(ws: WebSocket) -> None:
+        ws.nursery.start_soon(task)
+        await begun.wait()
+        await ws.close(4321, "sorry")  # which cancels the task
+
+    async with hosted(handler) as server, server.connect() as client:
+        assert await client.closed() == (4321, "sorry")
+    error, end = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    assert (error["severity"], error["message"]) == ("ERROR", "LookupError: the first error")
+    assert (end["message"], end["error_id"]) == ("connection closed", error["error_id"])
+
+
 async def test_a_hook_that_is_cut_off_while_it_cleans_up(
     served: Served, records: Records, autojump_clock: MockClock
 ) -> None:

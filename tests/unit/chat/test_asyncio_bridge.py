@@ -13,7 +13,7 @@ import sniffio
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from fixtures.chats import until
+from fixtures.chats import errors, until
 from fixtures.records import Records
 from tricorn.chat import Run
 from tricorn.chat.asyncio_bridge import CLEAN_UP, LOOPS, from_asyncio, to_asyncio
@@ -371,8 +371,7 @@ async def test_a_task_that_does_not_end_is_abandoned_with_a_report(way: str, rec
     await trio.to_thread.run_sync(waiter.ended.wait)
     assert waiter.happened == ["cancelled"]
     if way == "block":
-        found: list[dict[str, Any]] = []
-        await until(lambda: found.extend(records.read("ERROR")) or found)
+        found = await errors(records)
         assert [each["message"] for each in found] == ["LookupError: too late"]
 
 

@@ -17,7 +17,7 @@ import trio
 from msgspec import Meta
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from fixtures.chats import until
+from fixtures.chats import errors, until
 from fixtures.records import Records
 from tricorn.chat import FunctionTool, Run, Tool, ToolError, tool
 from tricorn.chat.function_tools import THREADS
@@ -550,6 +550,14 @@ async def test_a_function_that_is_not_async_runs_in_a_thread_with_the_context_of
     assert (texts, result.answer) == (['[false,"set"]'], "from a thread")
 
 
+async def cancel(a_tool: FunctionTool[..., Any], started: threading.Event, run: Run) -> None:
+    """Call a tool, and cancel it as soon as its function has started."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(a_tool.call, run, "{}")
+        await trio.to_thread.run_sync(started.wait)
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_thread_is_abandoned_when_the_run_ends_and_what_it_raises_then_is_reported(records: Records) -> None:
     started, go_on, ended = threading.Event(), threading.Event(), threading.Event()
 
@@ -562,19 +570,12 @@ async def test_a_thread_is_abandoned_when_the_run_ends_and_what_it_raises_then_i
         finally:
             ended.set()
 
-    async def agent(run: Run) -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(block.call, run, "{}")
-            await trio.to_thread.run_sync(started.wait)
-            nursery.cancel_scope.cancel()
-
-    result = await ask(agent, "go")
+    result = await ask(partial(cancel, block, started), "go")
     assert (result.outcome, seen(result)[1].error) == ("success", "cancelled")
     assert not ended.is_set()
     go_on.set()
     await trio.to_thread.run_sync(ended.wait)
-    found: list[dict[str, Any]] = []
-    await until(lambda: found.extend(records.read("ERROR")) or found)
+    found = await errors(records)
     assert [(each["message"], each["tool"]) for each in found] == [("LookupError: too late", "block")]
 
 
@@ -590,13 +591,7 @@ async def test_a_thread_that_checks_ends_when_the_run_ends_without_a_report(reco
         finally:
             ended.set()
 
-    async def agent(run: Run) -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(patient.call, run, "{}")
-            await trio.to_thread.run_sync(started.wait)
-            nursery.cancel_scope.cancel()
-
-    await ask(agent, "go")
+    await ask(partial(cancel, patient, started), "go")
     await trio.to_thread.run_sync(ended.wait)
     assert records.read("ERROR") == []
 

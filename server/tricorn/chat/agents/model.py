@@ -19,6 +19,7 @@ from tricorn.chat.agents.completion import DETAIL, Call, Completion, ModelError,
 from tricorn.chat.agents.sse import TIMEOUTS, Client, Lost, Silent, Timeouts, Unreachable, endpoint
 from tricorn.chat.backoff import Backoff
 from tricorn.chat.model_tools import by_name
+from tricorn.chat.tools import TOOL_ENDED
 
 OPENAI = "https://api.openai.com/v1"
 HISTORY = 40_000  # characters of the conversation so far, about 10,000 tokens
@@ -40,7 +41,6 @@ LOST = {
     Silent: "the model has stopped answering",
     Unreachable: "the model cannot be reached",
 }
-ENDED = {"failed": "failed", "cancelled": "cancelled", "timeout": "timed out", "interrupted": "interrupted"}
 
 _encode = Encoder().encode
 
@@ -58,7 +58,7 @@ class Model:
         max_rounds: how often the model may be asked for one post: once, and once after each round of tools.
         options: more of the request, such as `{"temperature": 0.2}`.
         timeouts: for the endpoint.
-        join: seconds for which pieces of an answer are joined. The first is said at once; the end comes so much later.
+        join: seconds for which pieces of an answer are joined. The first is said at once.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Model:
             while not answer.done and (events := await client.events()) is not None:
                 for data in events:
                     await answer.take(data)
-                if await answer.flush():
+                if await answer.flush() and not answer.done:
                     await sleep(self._join)  # what comes meanwhile is read, and said, at once
         except Lost as error:
             if not answer.finish:  # else only the count of tokens is missing
@@ -208,5 +208,7 @@ def _remember(turn: Turn, number: int, *, with_tools: bool) -> list[dict[str, An
             text = use.result if isinstance(use.result, str) else json(use.result)
             text = text if use.error is None else f"Error: {use.error}"
             messages.append({"role": "tool", "tool_call_id": id, "content": text})
-    answer = turn.answer if turn.outcome == "success" else f"{turn.answer} [{ENDED[turn.outcome]}]".strip()
+    answer = turn.answer
+    if turn.outcome != "success":
+        answer = f"{answer} [{TOOL_ENDED.get(turn.outcome, turn.outcome)}]".strip()
     return [*messages, {"role": "assistant", "content": answer}]
