@@ -415,14 +415,22 @@ async def test_an_error_of_the_source_is_one_line_and_the_next_change_mends_it(d
             assert await answer(ws, "post") == "mended"
 
 
-async def test_it_may_begin_with_an_error(directory: Path) -> None:
-    (directory / "mine.py").write_text("async def agent(run:")
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("async def agent(run:", b"SyntaxError"),
+        ("import signal, sys\nprint('waits', file=sys.stderr, flush=True)\nsignal.pause()", b"waits"),
+    ],
+    ids=["an error", "one that takes long"],
+)
+async def test_the_first_change_may_come_before_it_serves(directory: Path, source: str, says: bytes) -> None:
+    (directory / "mine.py").write_text(source)
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
             process = await nursery.start(partial(trio.run_process, RELOAD, **pipes))
             said = Service(process, 0)
-            assert b"SyntaxError" in await said.line(b"tricorn: ")
+            assert says in await said.line(says)
             (directory / "mine.py").write_text(SAYS.format("mended"))
             address = b""
             while not address.endswith(b"\n"):

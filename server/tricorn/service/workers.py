@@ -221,13 +221,15 @@ class Supervisor:
         if running is None or running.began >= told_at or self._ending.is_set():
             return  # the next one is about to start, or has started, or none is going to
         self._replaced.add(number)
-        self._up[number] = up = trio.Event()
+        before, up = self._up[number], trio.Event()
+        self._up[number] = up
         running.process.terminate()
         with move_on_after(self._drain_timeout + GRACE) as scope:
             await running.process.wait()
         if scope.cancelled_caught:
             running.process.kill()
         await up.wait()
+        before.set()  # if that worker never served, the start of all of it waits here
 
     def _end(self) -> None:
         told_already: set[int] = set()
