@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
+
+from trio import CancelScope, current_time
 
 from tricorn.chat.execution import Call, Execution
 from tricorn.chat.history import CHARACTERS, TURNS, Turn
 from tricorn.chat.protocol import AgentMessage, AgentThinking
+
+ASK_SECONDS = 600.0  # that people have to answer, if the agent does not say another time
 
 
 class Run:
@@ -53,6 +58,30 @@ class Run:
             RuntimeError: the run is over.
         """
         return await self._execution.history(turns, characters)
+
+    async def ask(self, question: str, /, *, choices: Sequence[str] = (), seconds: float = ASK_SECONDS) -> str:
+        """Ask people, and return their answer: `await run.ask("Send it?", choices=["yes", "no"])`.
+
+        Anybody who may follow the conversation can answer, at any instance; the first answer counts. Question and
+        answer are in the log. The deadlines of the run and of its tools stand still until then.
+
+        If cancelled, the question ends. If nobody follows the conversation for `linger` seconds, the run is cancelled.
+
+        Args:
+            question: what people are asked.
+            choices: the answers that are taken, exactly; if there are none, any text is.
+            seconds: that people have to answer.
+
+        Raises:
+            NotAnswered: nobody answered in time. It is an AgentError: if the agent lets it pass, people are told.
+            TypeError, ValueError: the question is not one, or too long.
+            RuntimeError: the run is over.
+        """
+        return await self._execution.ask(question, choices, seconds)
+
+    def move_on_after(self, seconds: float) -> AbstractContextManager[CancelScope]:
+        """Do as `trio.move_on_after`, but do not count the time in which the run waits for an answer of people."""
+        return self._execution.time.limit(CancelScope(deadline=current_time() + seconds))
 
     def used(self, *, input: int, output: int, cached: int = 0) -> None:
         """Count tokens that a model has read and written for this run, `cached` ones of `input` from a cache.

@@ -14,6 +14,8 @@ from rich.segment import ControlType
 from rich.text import Text
 
 from tricorn.chat.protocol import (
+    AgentAsked,
+    AgentAsking,
     AgentCompleted,
     AgentMessage,
     AgentThinking,
@@ -24,6 +26,8 @@ from tricorn.chat.protocol import (
 )
 
 _encode = msgspec.json.Encoder().encode
+
+UNANSWERED = {"timeout": "no answer in time", "cancelled": "no longer asked", "interrupted": "no longer asked"}
 
 
 class Screen:
@@ -78,6 +82,11 @@ class Screen:
                     self._line(f"  {event.tool} → {result} ({event.seconds:.1f} s)", "cyan")
                 else:
                     self._line(f"  {event.tool}: {event.error}", "red")
+            case AgentAsking():
+                choices = f" ({' / '.join(event.choices)})" if event.choices else ""
+                self._line(f"? {event.text}{choices}", "bold yellow")
+            case AgentAsked():
+                self._line(f"  {event.answer or UNANSWERED.get(event.outcome, event.outcome)}", "yellow")
             case AgentMessage():
                 self._console.print(Text(_clean(event.text)), end="")
                 self._line_is_open = not event.text.endswith("\n")

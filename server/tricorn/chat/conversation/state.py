@@ -14,7 +14,7 @@ from msgspec import Struct
 from msgspec.json import Decoder
 
 from tricorn.chat.logs.base import Entry, LogState
-from tricorn.chat.protocol import UserMessage
+from tricorn.chat.protocol import AgentAsked, AgentAsking, UserMessage
 
 
 class OpenCall(NamedTuple):
@@ -25,14 +25,37 @@ class OpenCall(NamedTuple):
     at: float
 
 
+class OpenAsk(NamedTuple):
+    """A question that waits for its answer: one of `choices`, or any text if there are none."""
+
+    run: str
+    id: str
+    choices: tuple[str, ...]
+
+
+class Asked(NamedTuple):
+    """A question that is over, and the answer, if there was one."""
+
+    id: str
+    answer: str | None
+
+
 @dataclass
 class OpenRun:
-    """A run that has no end yet, since `at` in seconds since the Unix epoch. It answers the post with seq `post`."""
+    """A run that has no end yet, since `at` in seconds since the Unix epoch. It answers the post with seq `post`.
+
+    Attributes:
+        calls: tools at work, by id.
+        asks: questions that wait, by id.
+        asked: the question that was the last to end.
+    """
 
     id: str
     post: int
     at: float
     calls: dict[str, OpenCall] = field(default_factory=dict)
+    asks: dict[str, OpenAsk] = field(default_factory=dict)
+    asked: Asked | None = None
 
 
 class ConversationState:
@@ -61,7 +84,7 @@ class ConversationState:
         return bool(self.posts) or self.run is not None
 
     def fold(self, entry: Entry) -> bool:
-        """Take in the next entry; return whether it changed `posts`, `run` or `answered`."""
+        """Take in the next entry; return whether it changed `posts`, `run`, its `asked`, or `answered`."""
         self.seq = entry.seq
         if entry.json.startswith(_SPOKEN):
             return False
@@ -77,6 +100,12 @@ class ConversationState:
         elif event.type == "tool_completed" and run is not None:
             run.calls.pop(event.call, None)
             return False
+        elif event.type == "agent_asking" and run is not None:
+            run.asks[event.ask] = OpenAsk(run.id, event.ask, tuple(_decode_asking(entry.json).choices or ()))
+            return False
+        elif event.type == "agent_asked" and run is not None:
+            run.asks.pop(event.ask, None)
+            run.asked = Asked(event.ask, _decode_asked(entry.json).answer)
         elif event.type == "agent_completed" and run is not None:
             self.run, self.answered = None, run.post
             while self.posts and self.posts[0].seq <= self.answered:
@@ -95,8 +124,11 @@ class _Event(Struct):
     post_seq: int = 0
     call: str = ""
     tool: str = ""
+    ask: str = ""
 
 
 _decode = Decoder(_Event).decode
 _decode_post = Decoder(UserMessage).decode
+_decode_asking = Decoder(AgentAsking).decode
+_decode_asked = Decoder(AgentAsked).decode
 _SPOKEN = (b'{"type":"agent_message"', b'{"type":"agent_thinking"')  # most events, and they change nothing here
