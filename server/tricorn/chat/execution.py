@@ -105,10 +105,11 @@ def completed_key(id: str) -> str:
 
 
 class Ask:
-    """A question that waits: it is over with an answer, or without."""
+    """A question of a run that waits: it is over with an answer, or without."""
 
-    def __init__(self, id: str) -> None:
+    def __init__(self, id: str, run: Execution) -> None:
         self.id = id
+        self.run = run
         self.answer: str | None = None
         self.is_over = False
         self.changed = Waiter()
@@ -125,27 +126,49 @@ class Runs:
 class Execution:
     """Performs an agent on a post, for at most `run_timeout` seconds, under a lease. The agent holds a `Run` of it.
 
+    One with a parent is a child: a part of what the parent's agent does, shown as that of another agent. It is not
+    performed: `start_child` and `end_child` of the parent are its beginning and its end.
+
     Attributes:
+        message: what is asked: the text of the post, or the task of a child.
+        agent: the name of a child's agent.
         patience: when it must have ended, in Trio's time; the time in which it waits for a person does not count.
         time: in which it works.
         over: it takes no more events from the agent, although its last ones may still be on their way.
     """
 
     def __init__(
-        self, post: UserMessage, lease: Lease | None, log: Appender, settings: ChatSettings, metrics: ChatMetrics
+        self,
+        post: UserMessage,
+        lease: Lease | None,
+        log: Appender,
+        settings: ChatSettings,
+        metrics: ChatMetrics,
+        *,
+        parent: Execution | None = None,
+        agent: str = "",
+        message: str | None = None,
     ) -> None:
         self.id = token_hex(8)
         self.post = post
+        self.message = post.text if message is None else message
+        self.agent = agent
         self.over = False
+        self._parent = parent
+        self._root: Execution = self if parent is None else parent._root  # noqa: SLF001
+        self._settings = settings
         self._conversation = post.conversation
         self._lease = lease
         self._log = log
         self._metrics = metrics
         self._began = current_time()
         self._close_timeout = settings.close_timeout
-        self.time = WorkingTime()
-        self._scope = CancelScope(deadline=self._began + settings.run_timeout)
-        self.time.watch(self._scope)
+        self._scope = CancelScope(deadline=self._began + settings.run_timeout)  # a child has none of its own
+        if parent is None:
+            self.time = WorkingTime()
+            self.time.watch(self._scope)
+        else:
+            self.time = parent.time
         self._reaper: Reaper  # as soon as it performs
         self._has_asked = False
         self._cause: Cause | None = None
@@ -164,8 +187,11 @@ class Execution:
         self._said = 0
         self._numbers = count(1)
         self._calls: dict[str, Call] = {}  # tools in progress
-        self._asks: dict[str, Ask] = {}  # questions that wait
+        self._children: dict[str, Execution] = {}
+        self._asks: dict[str, Ask] = {}  # questions that wait, also of children
         self._owed: dict[str, Append] = {}  # by key: what must be in the log before the end, and may not be there yet
+        if parent is not None:
+            self._asks, self._owed = parent._asks, parent._owed  # noqa: SLF001
 
     async def perform(self, agent: Callable[[R], Awaitable[None]], run: R, runs: Runs) -> None:
         """Let an agent work on its run, from `agent_started` to `agent_completed`, whatever it does.
@@ -265,7 +291,7 @@ class Execution:
         await checkpoint_if_cancelled()
         id = f"{self.id}.{next(self._numbers)}"
         asking = AgentAsking(**self._stamp(), ask=id, text=text, until=time() + seconds, choices=list(choices) or None)
-        ask = self._asks[id] = Ask(id)
+        ask = self._asks[id] = Ask(id, self)
         try:
             with self._waiting_for_people():
                 await self._record(f"{id}:asking", asking)
@@ -289,6 +315,50 @@ class Execution:
         if ask is not None:
             ask.answer, ask.is_over = answer, True
             ask.changed.wake()
+
+    async def start_child(self, agent: str, task: str) -> Execution:
+        """Append the start of a child. A checkpoint; if cancelled before anybody sees it, it has not started."""
+        self._check_text(agent, "the name of an agent")
+        if not 0 < len(agent) <= TOOL_NAME_MAX:
+            raise ValueError(f"the name of an agent has {len(agent)} characters; it must have 1 to {TOOL_NAME_MAX}")
+        if not isinstance(task, str):
+            raise TypeError(f"a task must be a str, not {type(task).__name__}")
+        await checkpoint_if_cancelled()
+        child = Execution(
+            self.post,
+            self._lease,
+            self._log,
+            self._settings,
+            self._metrics,
+            parent=self,
+            agent=agent,
+            message=task,
+        )
+        self._children[child.id] = child
+        started = AgentStarted(**child._stamp(), agent=agent, post="", post_seq=0, parent=self.id)
+        await self._record(f"{child.id}:started", started)
+        return child
+
+    async def end_child(self, child: Execution, error: BaseException | None) -> None:
+        """Append the end of a child, and of all that is open in it. Cannot be cancelled.
+
+        What its block raised makes it fail, unless that is only a cancellation.
+        """
+        if child.over:  # the end of the run has spoken for it
+            return
+        outcome: Outcome = "success"
+        if error is not None:
+            _free_memory(error)
+            failed = not all(is_any(leaf, (Cancelled,)) for leaf in leaves(error))
+            outcome = self._ending() or ("failed" if failed else "cancelled")
+        child.close(outcome, for_people(list(leaves(error))) if error is not None and outcome == "failed" else None)
+        del self._children[child.id]
+        await self._settle_in_time(f"the agent {child.agent!r}", error)
+
+    @property
+    def text(self) -> str:
+        """What was said until now."""
+        return "".join(self._answer)
 
     async def start_call(self, tool: str, arguments: dict[str, Any]) -> Call:
         """Append the start of a tool. A checkpoint; if cancelled before anybody sees the tool, it has not started.
@@ -383,6 +453,8 @@ class Execution:
 
     def _ending(self) -> Outcome | None:
         """Why the run is being ended, if it knows: of the scopes around it, it does not."""
+        if self._parent is not None:
+            return self._root._ending()  # noqa: SLF001
         return self._cause or ("timeout" if self._scope.cancel_called else None)
 
     def _stamp(self) -> dict[str, Any]:
@@ -392,14 +464,16 @@ class Execution:
     @contextmanager
     def _waiting_for_people(self) -> Iterator[None]:
         """Have the time stand still for the length of a block."""
-        self._reaper.forget(self)  # all in its line have the same time: from now on, `perform` looks after it
-        self._has_asked = True
-        self._changed.wake()
+        root = self._root
+        # All in the reaper's line have the same time, so from now on `perform` looks after it.
+        root._reaper.forget(root)  # noqa: SLF001
+        root._has_asked = True  # noqa: SLF001
+        root._changed.wake()  # noqa: SLF001
         try:
             with self.time.standing_still():
                 yield
         finally:
-            self._changed.wake()
+            root._changed.wake()  # noqa: SLF001
 
     def _check_question(self, text: str, choices: Sequence[str], seconds: float) -> None:
         self._check_text(text, "a question")
@@ -516,39 +590,43 @@ class Execution:
     def _owing(self) -> Iterator[Append]:
         """Yield all that is owed; each stops being owed when the next is asked for."""
         for key, owed in list(self._owed.items()):
-            if not self._abandoned:
+            if not self._root._abandoned:  # noqa: SLF001
                 yield owed
                 self._owed.pop(key, None)
 
     async def _seal(self, seconds: float) -> None:
         """Append all that is owed, and the last event."""
         outcome = self._outcome
-        self.over = True
         self._metrics.run_seconds.observe(seconds, outcome)
-        if self._abandoned:
-            return
+        self.close(outcome, self._error, self._error_id)
+        try:
+            await self._settle()
+        except Exception as error:  # what is missing keeps what would follow it from the log
+            note(error, "The end of the run is not in the log.")
+            report_error(error, conversation=self.post.conversation, run=self.id)
+
+    def close(self, outcome: Outcome, error: str | None, error_id: str | None = None) -> None:
+        """Take no more events, and owe the end of all that is open, the innermost first, and the last event."""
+        self.over = True
+        for child in reversed(self._children.values()):
+            child.close("cancelled" if outcome in ("success", "failed") else outcome, None)
         for call in list(self._calls.values()):
             self._owe_end(call, None, TOOL_ENDED.get(outcome, TOOL_LEFT_OPEN))
-        for ask in list(self._asks.values()):
+        for ask in [each for each in self._asks.values() if each.run is self]:
             self._owe_asked(ask, ASK_ENDED.get(outcome, "cancelled"))
         answer = "".join(self._answer)
         text = answer if answer and len(_encode(answer)) <= self._room else None
         completed = AgentCompleted(
             **self._stamp(),
             outcome=outcome,
-            seconds=seconds,
+            seconds=current_time() - self._began,
             text=text,
-            error=self._error if outcome == "failed" else None,
-            error_id=self._error_id,
+            error=error if outcome == "failed" else None,
+            error_id=error_id,
             usage=self._usage,
         )
         key = completed_key(self.id)
-        self._owed[key] = Append(completed, key, self._lease, self.post.seq)
-        try:
-            await self._settle()
-        except Exception as error:  # what is missing keeps what would follow it from the log
-            note(error, "The end of the run is not in the log.")
-            report_error(error, conversation=self.post.conversation, run=self.id)
+        self._owed[key] = Append(completed, key, self._lease, self.post.seq if self._parent is None else None)
 
 
 def _free_memory(error: BaseException) -> None:

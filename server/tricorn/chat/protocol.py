@@ -204,11 +204,16 @@ class UserMessage(ConversationEvent, tag="user_message", kw_only=True):
 
 
 class AgentStarted(RunEvent, tag="agent_started", kw_only=True):
-    """First of a run; `post` is the id of the post that it answers, `post_seq` its place in the log."""
+    """First of a run; `post` is the id of the post that it answers, `post_seq` its place in the log.
+
+    A run that another one has begun has its `parent`, and answers no post: `post` is empty and `post_seq` is 0, so that
+    who does not know of parents does not take it for the answer.
+    """
 
     agent: str
     post: str
     post_seq: int
+    parent: str | None = None
 
 
 class AgentThinking(RunEvent, tag="agent_thinking", kw_only=True):
@@ -271,7 +276,9 @@ class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class AgentCompleted(RunEvent, tag="agent_completed", kw_only=True):
-    """Last of a run, exactly once. `error_id` names the report of a failure, and `error` says why, for people.
+    """Last of a run, exactly once, and after those of its children.
+
+    `error_id` names the report of a failure, and `error` says why, for people.
 
     `text` is the whole answer, left out where that would make the event too long.
     """

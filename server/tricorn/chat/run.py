@@ -30,14 +30,14 @@ class Run:
         id: of the run.
         conversation: its id.
         user: who asks.
-        message: what is asked.
+        message: what is asked: the post, or the task of a child.
     """
 
     def __init__(self, execution: Execution) -> None:
         self.id = execution.id
         self.conversation = execution.post.conversation
         self.user = execution.post.user
-        self.message = execution.post.text
+        self.message = execution.message
         self._execution = execution
 
     async def history(self, *, turns: int = TURNS, characters: int = CHARACTERS) -> list[Turn]:
@@ -104,6 +104,19 @@ class Run:
         """Show the use of a tool: `async with run.tool("forecast", city="Oslo") as tool: tool.result = ...`."""
         return RunningTool(self._execution, name, arguments)
 
+    def agent(self, name: str, task: str, /) -> RunningAgent:
+        """Show a part of the work as that of another agent: `async with run.agent("researcher", task) as child: ...`.
+
+        In the block, `child` is a run below this one, with an id of its own, whose `message` is the task. Give it to
+        any agent: `await researcher(child)`. What it says is no part of this run's answer: it is `child.text`.
+        """
+        return RunningAgent(self._execution, name, task)
+
+    @property
+    def text(self) -> str:
+        """What the run has said until now: the answer, once it is over. At most about `event_bytes` characters."""
+        return self._execution.text
+
 
 class RunningTool:
     """A tool at work. Set `result` to what it found: anything that has a JSON form (see `tricorn.chat.encoding`).
@@ -137,6 +150,37 @@ class RunningTool:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self._execution.end_call(self._call, self.result, error)
+
+
+class RunningAgent:
+    """A run below another one, for the length of a block: it starts and ends with that, and ends before its parent.
+
+    At the end of the block all that is open in the child ends, and its `agent_completed` is in the log. If the block
+    raises, the child has failed; people see the text of an `AgentError`. The exception propagates, and if the log then
+    refuses the end of the child, that is a note on it. If it was cancelled, so is the child.
+
+    Entering is a checkpoint. Leaving cannot be cancelled: it waits at most `LAST_WORDS` seconds for the log, and not at
+    all if the run is being ended.
+
+    Raises:
+        TypeError, ValueError: the name or the task is none.
+        RuntimeError: the run is over when the block is entered.
+    """
+
+    def __init__(self, execution: Execution, name: str, task: str) -> None:
+        self._execution = execution
+        self._name = name
+        self._task = task
+        self._child: Execution
+
+    async def __aenter__(self) -> Run:
+        self._child = await self._execution.start_child(self._name, self._task)
+        return Run(self._child)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._execution.end_child(self._child, error)
 
 
 Agent = Callable[[Run], Awaitable[None]]

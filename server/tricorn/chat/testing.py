@@ -58,7 +58,7 @@ class Result:
     """
 
     answer: str
-    """All that the agent said, joined."""
+    """All that the agent said, joined, without what its children said."""
 
     outcome: Outcome
     """How the run ended, as the last event says."""
@@ -120,7 +120,7 @@ async def ask(
             nursery.cancel_scope.cancel()
         entries = await log.read(CONVERSATION, post.seq, (await log.open(CONVERSATION)).head)
     events = [_decode(entry.json) for entry in entries]
-    answer = "".join(event.text for event in events if isinstance(event, AgentMessage))
+    answer = "".join(each.text for each in events if isinstance(each, AgentMessage) and each.run == execution.id)
     end = events[-1]
     assert isinstance(end, AgentCompleted), "every run has an end"  # noqa: S101
     return Result(events, answer, end.outcome, attempt.raised if end.error_id else None)

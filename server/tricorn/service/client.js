@@ -283,7 +283,7 @@ class Page {
       item.querySelector(".note")?.remove();
       this.#log.append(item); // it may have waited further up
     },
-    agent_started: ({ run, agent, post }) => this.#begin(run, agent, this.#messages.get(post)),
+    agent_started: ({ run, agent, post, parent }) => this.#begin(run, agent, this.#messages.get(post), parent),
     agent_thinking: ({ run, text }) => {
       this.#run(run).item.append(element("p", "thinking", text));
     },
@@ -307,13 +307,12 @@ class Page {
       const form = choices ? this.#choices(ask, choices) : this.#entry(ask, text);
       const card = element("section", "ask", element("p", "question", text), form);
       card.dataset.state = "waiting";
-      const { item } = this.#run(run);
-      item.append(card);
-      item.ariaBusy = "false"; // a screen reader reads it now
+      this.#run(run).item.append(card);
+      this.#setBusy(run, "false"); // a screen reader reads it now
       this.#asks.set(ask, card);
     },
     agent_asked: ({ run, ask, outcome, answer }) => {
-      this.#run(run).item.ariaBusy = "true";
+      this.#setBusy(run, "true");
       const card = this.#asks.get(ask);
       if (!card) return; // it was asked before what the log keeps
       card.dataset.state = outcome;
@@ -340,13 +339,21 @@ class Page {
     },
   };
 
-  #begin(run, agent, message) {
-    const item = element("li", "run", element("h3", "", agent));
+  #begin(run, agent, message, parent) {
+    const item = element(parent ? "section" : "li", parent ? "run child" : "run", element("h3", "", agent));
     item.ariaBusy = "true"; // a screen reader waits for the end instead of reading piece by piece
-    if (message) message.after(item);
+    if (parent) this.#run(parent).item.append(item);
+    else if (message) message.after(item);
     else this.#log.append(item);
-    this.#runs.set(run, { item, calls: new Map() });
+    this.#runs.set(run, { item, calls: new Map(), parent });
     this.#stop.hidden = false;
+  }
+
+  /** Say of a run, and of those that it is part of, whether a screen reader should wait. */
+  #setBusy(run, busy) {
+    const { item, parent } = this.#run(run);
+    item.ariaBusy = busy;
+    if (parent) this.#setBusy(parent, busy);
   }
 
   /** A run in progress; where it began before what the log keeps, nobody knows of which agent. */
@@ -432,7 +439,7 @@ class Page {
   }
 
   #listen() {
-    const stop = () => this.#runs.forEach((_, run) => this.#client.cancel(run));
+    const stop = () => this.#runs.forEach(({ parent }, run) => parent || this.#client.cancel(run));
     this.#stop.addEventListener("click", stop);
     document.addEventListener("keydown", ({ key }) => key === "Escape" && stop());
     this.#at("composer").addEventListener("submit", (event) => {

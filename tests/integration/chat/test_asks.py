@@ -156,3 +156,29 @@ async def script(port: int, lines: str) -> int:
     finally:
         os.close(reader)
     return client.status
+
+
+async def test_children_are_drawn_in_whole_lines_of_their_own(chatting: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    async def agent(run: Run) -> None:
+        async with run.agent("one", "x") as one, one.agent("two", "y") as two:
+            for text in ("a", "b\nc"):
+                await one.say(text)
+                await two.say(text.upper())
+            await two.say(await two.ask("Which?"))
+        await run.say("done")
+
+    async with chatting(agent) as server:
+        assert await script(server.port, "go\n\nyes\n") == 0
+    assert capfd.readouterr().out.splitlines() == [
+        "› go",
+        "▾ one",
+        "│ ▾ two",
+        "│ ab",
+        "│ │ AB",
+        "│ │ C",
+        "│ │ ? Which?",
+        "│ │   yes",
+        "│ │ yes",
+        "│ c",
+        "done",
+    ]

@@ -480,3 +480,30 @@ def test_a_new_conversation_has_its_own_address(page: Page, server: Server) -> N
     expect(page).to_have_url(re.compile("#[0-9a-f]{24}$"))
     state(page, "Connected")
     assert server.asked("open")[1]["conversation"] == page.url.partition("#")[2]
+
+
+def test_a_child_is_shown_in_its_parent(page: Page, server: Server) -> None:
+    server.event("agent_started", agent="writer", post="p")
+    server.event("agent_message", text="Well: ")
+    for child in ("a", "b"):
+        server.event("agent_started", run=child, agent=child.upper(), post="", post_seq=0, parent="r")
+    server.event("agent_message", run="a", text="one ")
+    server.event("agent_message", run="b", text="two ")
+    server.event("agent_message", run="a", text="three")
+    server.event("agent_asking", run="b", ask="q", text="Send it?", until=1600.0, choices=["yes", "no"])
+    expect(page.locator("#log > .run")).to_have_attribute("aria-busy", "false")
+    server.event("agent_asked", run="b", ask="q", outcome="answered", answer="yes")
+    for child in ("a", "b"):
+        server.event("agent_completed", run=child, outcome="success", seconds=0.1)
+    expect(page.locator("#log > .run")).to_have_attribute("aria-busy", "true")
+    server.event("agent_message", text="done.")
+    expect(page.locator("#log > .run > .answer")).to_have_text(["Well: ", "done."])
+    expect(page.locator(".child > h3")).to_have_text(["A", "B"])
+    expect(page.locator(".child > .answer")).to_have_text(["one three", "two "])
+
+
+def test_stop_cancels_the_run_and_not_its_children(page: Page, server: Server) -> None:
+    server.event("agent_started", agent="writer", post="p")
+    server.event("agent_started", run="a", agent="A", post="", post_seq=0, parent="r")
+    page.get_by_role("button", name="Stop").click()
+    assert [each["run"] for each in server.asked("cancel")] == ["r"]

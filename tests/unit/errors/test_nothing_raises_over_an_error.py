@@ -57,6 +57,7 @@ ALLOWED = {
     ("chat/mcp.py", "McpTool.perform"): "ToolError is what the server says against the call",
     ("chat/mcp.py", "mcp"): "OSError says why the server cannot be used",
     ("chat/model_tools.py", "_approval"): "the error in flight is NotAnswered, and this says so",
+    ("chat/run.py", "RunningAgent.__aexit__"): "`end_child` makes a note of what the log raises",
     ("chat/run.py", "RunningTool.__aexit__"): "`end_call` makes a note of what the log raises",
     ("chat/session.py", "Session._authenticate"): "the error in flight is NotAdmitted, and this sends it",
     ("chat/session.py", "Session._serve"): "the error in flight is PastLost, and this sends it",

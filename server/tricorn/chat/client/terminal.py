@@ -86,12 +86,15 @@ class Turn:
         self.text = text
         self.logged = False
         self.run: str | None = None
+        self.children: set[str] = set()
         self.cancelled = False
         self.outcome: Outcome | None = None
         self.is_over = False
 
     def has(self, event: AnyEvent) -> bool:
-        return event.id == self.post if isinstance(event, UserMessage) else event.run == self.run
+        if isinstance(event, UserMessage):
+            return event.id == self.post
+        return event.run == self.run or event.run in self.children
 
 
 class TerminalChat:
@@ -304,6 +307,13 @@ class TerminalChat:
         self._seq = event.seq
         if turn and isinstance(event, AgentStarted) and event.post == turn.post:
             turn.run = event.run
+        elif (
+            turn
+            and isinstance(event, AgentStarted)
+            and event.parent is not None
+            and (event.parent == turn.run or event.parent in turn.children)
+        ):
+            turn.children.add(event.run)
         own = turn is not None and turn.has(event)
         if own and turn and isinstance(event, UserMessage):
             turn.logged = True
@@ -316,7 +326,7 @@ class TerminalChat:
             self._screen.draw(event)
         if isinstance(event, AgentAsking | AgentAsked):
             self._take_ask(event, own=own)
-        if isinstance(event, AgentCompleted) and own and turn:
+        if isinstance(event, AgentCompleted) and turn and event.run == turn.run:
             turn.outcome, turn.is_over = event.outcome, True
             self._news.set()
         elif isinstance(event, AgentAsked) and turn is not None:

@@ -18,8 +18,9 @@ from tricorn.chat.protocol import AgentAsked, AgentAsking, UserMessage
 
 
 class OpenCall(NamedTuple):
-    """A tool at work, since `at` in seconds since the Unix epoch."""
+    """A tool at work in a run, since `at` in seconds since the Unix epoch."""
 
+    run: str
     id: str
     tool: str
     at: float
@@ -45,17 +46,23 @@ class OpenRun:
     """A run that has no end yet, since `at` in seconds since the Unix epoch. It answers the post with seq `post`.
 
     Attributes:
-        calls: tools at work, by id.
-        asks: questions that wait, by id.
+        children: when those began that it, or its children, have begun, by id, in that order.
+        calls: tools at work, by id, also of its children.
+        asks: questions that wait, by id, also of its children.
         asked: the question that was the last to end.
     """
 
     id: str
     post: int
     at: float
+    children: dict[str, float] = field(default_factory=dict)
     calls: dict[str, OpenCall] = field(default_factory=dict)
     asks: dict[str, OpenAsk] = field(default_factory=dict)
     asked: Asked | None = None
+
+    def has(self, run: str) -> bool:
+        """Return whether a run is this one, or one of its children that has no end yet."""
+        return run == self.id or run in self.children
 
 
 class ConversationState:
@@ -89,23 +96,30 @@ class ConversationState:
         if entry.json.startswith(_SPOKEN):
             return False
         event = _decode(entry.json)
-        run = self.run if self.run is not None and self.run.id == event.run else None
+        run = self.run if self.run is not None and self.run.has(event.run) else None
         if event.type == "user_message":
             self.posts.append(_decode_post(entry.json))
+        elif event.type == "agent_started" and event.parent:
+            if self.run is not None and self.run.has(event.parent):
+                self.run.children[event.run] = event.at
+            return False
         elif event.type == "agent_started" and event.post_seq > self.answered:
             self.run = OpenRun(event.run, event.post_seq, event.at)
         elif event.type == "tool_executing" and run is not None:
-            run.calls[event.call] = OpenCall(event.call, event.tool, event.at)
+            run.calls[event.call] = OpenCall(event.run, event.call, event.tool, event.at)
             return False
         elif event.type == "tool_completed" and run is not None:
             run.calls.pop(event.call, None)
             return False
         elif event.type == "agent_asking" and run is not None:
-            run.asks[event.ask] = OpenAsk(run.id, event.ask, tuple(_decode_asking(entry.json).choices or ()))
+            run.asks[event.ask] = OpenAsk(event.run, event.ask, tuple(_decode_asking(entry.json).choices or ()))
             return False
         elif event.type == "agent_asked" and run is not None:
             run.asks.pop(event.ask, None)
             run.asked = Asked(event.ask, _decode_asked(entry.json).answer)
+        elif event.type == "agent_completed" and run is not None and event.run in run.children:
+            del run.children[event.run]
+            return False
         elif event.type == "agent_completed" and run is not None:
             self.run, self.answered = None, run.post
             while self.posts and self.posts[0].seq <= self.answered:
@@ -121,6 +135,7 @@ class _Event(Struct):
     type: str
     at: float
     run: str = ""
+    parent: str | None = None
     post_seq: int = 0
     call: str = ""
     tool: str = ""
