@@ -26,6 +26,9 @@ async def works(run):
 async def fails(run):
     await run.say("so far so good")
     raise RuntimeError("not for the people")
+
+async def asks(run):
+    await run.say(await run.ask("Send it?", choices=["yes", "no"]))
 """
 FACTORIES = """
 from contextlib import asynccontextmanager
@@ -433,6 +436,34 @@ async def test_a_person_at_a_terminal(cli: Cli) -> None:
             await terminal.send_all(b"\x03")
             assert "cancelled" in (await read_until(terminal, prompt)).decode()
 
+            await terminal.send_all(b"\x04")
+            assert await process.wait() == 0
+
+
+async def test_a_person_at_a_terminal_is_asked(cli: Cli) -> None:
+    server = await cli.serve("--agent", "agents_of_mine:asks")
+    ours, theirs = pty.openpty()
+    async with trio.lowlevel.FdStream(ours) as terminal:
+        command = ["setsid", "--ctty", "--wait", *TRICORN, "chat", server.url]
+        streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+        process = await cli.nursery.start(partial(trio.run_process, command, **streams, check=False))
+        os.close(theirs)
+        prompt = "› ".encode()
+        with trio.fail_after(TIMEOUT):
+            await read_until(terminal, prompt)
+            await terminal.send_all(b"mail\n")
+            assert "? Send it? (yes / no)" in (await read_until(terminal, prompt)).decode()
+            await terminal.send_all(b"maybe\n")
+            assert "answer with one of: yes, no" in (await read_until(terminal, prompt)).decode()
+            await terminal.send_all(b"yes\n")
+            assert (await read_until(terminal, prompt)).count(b"yes") == 3  # typed, asked, said
+
+            await terminal.send_all(b"mail\n")
+            await read_until(terminal, prompt)
+            await terminal.send_all(b"\x03")
+            said = (await read_until(terminal, prompt)).decode()
+            assert "no longer asked" in said
+            assert "cancelled" in said
             await terminal.send_all(b"\x04")
             assert await process.wait() == 0
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import count
-from math import inf
+from math import inf, isfinite
 from secrets import token_hex
+from time import time
 from traceback import clear_frames
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from msgspec import Raw
-from msgspec.json import Encoder
+from msgspec.json import Decoder, Encoder
 from trio import (
     Cancelled,
     CancelScope,
@@ -22,6 +23,7 @@ from trio import (
     current_time,
     fail_after,
     move_on_after,
+    move_on_at,
 )
 from trio.lowlevel import Task, checkpoint, checkpoint_if_cancelled, current_task
 
@@ -32,11 +34,14 @@ from tricorn.chat.logs.base import Append, Lease, LeaseLost, PastLost
 from tricorn.chat.metrics import ChatMetrics
 from tricorn.chat.protocol import (
     ENVELOPE,
+    AgentAsked,
+    AgentAsking,
     AgentCompleted,
     AgentMessage,
     AgentStarted,
     AgentThinking,
     AnyEvent,
+    AskOutcome,
     Outcome,
     ToolCompleted,
     ToolExecuting,
@@ -44,7 +49,8 @@ from tricorn.chat.protocol import (
     UserMessage,
 )
 from tricorn.chat.settings import ChatSettings
-from tricorn.chat.tools import TOOL_ENDED, TOOL_FAILED, TOOL_LEFT_OPEN, TOOL_NAME_MAX, shown
+from tricorn.chat.tools import TOOL_ENDED, TOOL_FAILED, TOOL_LEFT_OPEN, TOOL_NAME_MAX, NotAnswered, shown
+from tricorn.chat.working_time import WorkingTime
 from tricorn.errors.chain import hides_an_error, is_any, traceback_of
 from tricorn.errors.failures import PASSING, leaves
 from tricorn.errors.report import report, report_error
@@ -61,6 +67,10 @@ ESCAPED = 6  # bytes that one ASCII character has in JSON, at most
 NOT_AT_ONCE = (WouldBlock, LeaseLost, PastLost)
 
 _encode = Encoder().encode
+_decode_asked = Decoder(AgentAsked).decode
+
+# How questions end that are open at the end of a run, by its outcome, if not as cancelled.
+ASK_ENDED: dict[Outcome | None, AskOutcome] = {"timeout": "timeout", "interrupted": "interrupted"}
 
 Cause = Literal["cancelled", "interrupted"]
 R = TypeVar("R")
@@ -94,6 +104,17 @@ def completed_key(id: str) -> str:
     return f"{id}:completed"
 
 
+class Ask:
+    """A question of a run that waits: it is over with an answer, or without."""
+
+    def __init__(self, id: str, run: Execution) -> None:
+        self.id = id
+        self.run = run
+        self.answer: str | None = None
+        self.is_over = False
+        self.changed = Waiter()
+
+
 class Runs:
     """Where the agents of a chat work: the nursery of their tasks, and what watches over their time."""
 
@@ -105,24 +126,89 @@ class Runs:
 class Execution:
     """Performs an agent on a post, for at most `run_timeout` seconds, under a lease. The agent holds a `Run` of it.
 
+    One with a parent is a child: a part of what the parent's agent does, shown as that of another agent. It is not
+    performed: `start_child` and `end_child` of the parent are its beginning and its end.
+
     Attributes:
-        patience: when it must have ended, in Trio's time.
+        message: what is asked: the text of the post, or the task of a child.
+        agent: the name of a child's agent.
+        patience: when it must have ended, in Trio's time; the time in which it waits for a person does not count.
+        time: in which it works.
         over: it takes no more events from the agent, although its last ones may still be on their way.
     """
 
+    __slots__ = (  # with more than 30 attributes, looking one up in a dictionary slows every `say`
+        "_abandoned",
+        "_answer",
+        "_answer_characters",
+        "_asks",
+        "_began",
+        "_calls",
+        "_cause",
+        "_changed",
+        "_children",
+        "_close_timeout",
+        "_error",
+        "_error_id",
+        "_has_asked",
+        "_lease",
+        "_log",
+        "_metrics",
+        "_numbers",
+        "_outcome",
+        "_owed",
+        "_parent",
+        "_plain",
+        "_reaper",
+        "_room",
+        "_root",
+        "_said",
+        "_scope",
+        "_settings",
+        "_task",
+        "_usage",
+        "_working",
+        "agent",
+        "id",
+        "message",
+        "over",
+        "post",
+        "time",
+    )
+
     def __init__(
-        self, post: UserMessage, lease: Lease | None, log: Appender, settings: ChatSettings, metrics: ChatMetrics
+        self,
+        post: UserMessage,
+        lease: Lease | None,
+        log: Appender,
+        settings: ChatSettings,
+        metrics: ChatMetrics,
+        *,
+        parent: Execution | None = None,
+        agent: str = "",
+        message: str | None = None,
     ) -> None:
         self.id = token_hex(8)
         self.post = post
+        self.message = post.text if message is None else message
+        self.agent = agent
         self.over = False
+        self._parent = parent
+        self._root: Execution = self if parent is None else parent._root  # noqa: SLF001
+        self._settings = settings
         self._lease = lease
         self._log = log
         self._metrics = metrics
         self._began = current_time()
         self._close_timeout = settings.close_timeout
-        self.patience = self._began + settings.run_timeout
-        self._scope = CancelScope(deadline=self.patience)
+        self._scope = CancelScope(deadline=self._began + settings.run_timeout)  # a child has none of its own
+        if parent is None:
+            self.time = WorkingTime()
+            self.time.watch(self._scope)
+        else:
+            self.time = parent.time
+        self._reaper: Reaper  # as soon as it performs
+        self._has_asked = False
         self._cause: Cause | None = None
         self._task: Task | None = None  # the agent's
         self._working = False  # until that has ended
@@ -139,7 +225,11 @@ class Execution:
         self._said = 0
         self._numbers = count(1)
         self._calls: dict[str, Call] = {}  # tools in progress
+        self._children: dict[str, Execution] = {}
+        self._asks: dict[str, Ask] = {}  # questions that wait, also of children
         self._owed: dict[str, Append] = {}  # by key: what must be in the log before the end, and may not be there yet
+        if parent is not None:
+            self._asks, self._owed = parent._asks, parent._owed  # noqa: SLF001
 
     async def perform(self, agent: Callable[[R], Awaitable[str | None]], run: R, runs: Runs) -> None:
         """Let an agent work on its run, from `agent_started` to `agent_completed`, whatever it does.
@@ -155,20 +245,29 @@ class Execution:
         started = AgentStarted(**self._stamp(), agent=name, post=self.post.id, post_seq=self.post.seq)
         runs.nursery.start_soon(self._work, agent, run, started, name=f"{name}")
         self._working = True
-        runs.reaper.watch(self)
+        self._reaper = runs.reaper
+        self._reaper.watch(self)
         try:
-            if not self._scope.cancel_called:
-                await self._changed.wait()
+            while self._working and not self._scope.cancel_called:
+                if self._has_asked:
+                    with move_on_at(self.patience):
+                        await self._changed.wait()
+                else:
+                    await self._changed.wait()
         except Cancelled:
             if self._outcome == "success":  # the agent has swallowed the same cancellation
                 self._outcome = "interrupted"
             raise
         finally:
-            runs.reaper.forget(self)
+            self._reaper.forget(self)
             if self._working:
                 await self._end()
             await self._seal(current_time() - self._began)
         await checkpoint_if_cancelled()  # it may have been cancelled while it was woken for another reason
+
+    @property
+    def patience(self) -> float:
+        return self._scope.deadline
 
     def cancel(self, cause: Cause = "cancelled") -> None:
         """End the run early. What ended it first stays the cause."""
@@ -215,6 +314,84 @@ class Execution:
         self._check_not_over()
         before = self._usage or Usage(0, 0)
         self._usage = Usage(before.input + input, before.output + output, before.cached + cached)
+
+    async def ask(self, text: str, choices: Sequence[str], seconds: float) -> str:
+        """Ask people, and return the first answer in the log. A checkpoint.
+
+        If cancelled, the question ends without an answer. Raises NotAnswered if the time is up.
+        """
+        self._check_question(text, choices, seconds)
+        await checkpoint_if_cancelled()
+        id = f"{self.id}.{next(self._numbers)}"
+        asking = AgentAsking(**self._stamp(), ask=id, text=text, until=time() + seconds, choices=list(choices) or None)
+        ask = self._asks[id] = Ask(id, self)
+        try:
+            with self._waiting_for_people():
+                await self._record(f"{id}:asking", asking)
+                with move_on_after(seconds):
+                    while not ask.is_over:
+                        await ask.changed.wait()
+        except BaseException as error:
+            await self._end_ask(ask, ASK_ENDED.get(self._ending(), "cancelled"), error)
+            raise
+        if not ask.is_over:
+            await self._end_ask(ask, "timeout", None)
+            if entry := await self._log.find(completed_key(id)):  # an answer may have come first
+                ask.answer = _decode_asked(entry.json).answer
+        if ask.answer is None:
+            raise NotAnswered(f"nobody answered within {seconds:g} s: {text}")
+        return ask.answer
+
+    def hear(self, id: str, answer: str | None) -> None:
+        """A question is over, says the log. May be told again."""
+        ask = self._asks.pop(id, None)
+        if ask is not None:
+            ask.answer, ask.is_over = answer, True
+            ask.changed.wake()
+
+    async def start_child(self, agent: str, task: str) -> Execution:
+        """Append the start of a child. A checkpoint; if cancelled before anybody sees it, it has not started."""
+        self._check_text(agent, "the name of an agent")
+        if not 0 < len(agent) <= TOOL_NAME_MAX:
+            raise ValueError(f"the name of an agent has {len(agent)} characters; it must have 1 to {TOOL_NAME_MAX}")
+        if not isinstance(task, str):
+            raise TypeError(f"a task must be a str, not {type(task).__name__}")
+        await checkpoint_if_cancelled()
+        child = Execution(
+            self.post,
+            self._lease,
+            self._log,
+            self._settings,
+            self._metrics,
+            parent=self,
+            agent=agent,
+            message=task,
+        )
+        self._children[child.id] = child
+        started = AgentStarted(**child._stamp(), agent=agent, post="", post_seq=0, parent=self.id)
+        await self._record(f"{child.id}:started", started)
+        return child
+
+    async def end_child(self, child: Execution, error: BaseException | None) -> None:
+        """Append the end of a child, and of all that is open in it. Cannot be cancelled.
+
+        What its block raised makes it fail, unless that is only a cancellation.
+        """
+        if child.over:  # the end of the run has spoken for it
+            return
+        outcome: Outcome = "success"
+        if error is not None:
+            _free_memory(error)
+            failed = not all(is_any(leaf, (Cancelled,)) for leaf in leaves(error))
+            outcome = self._ending() or ("failed" if failed else "cancelled")
+        child.close(outcome, for_people(list(leaves(error))) if error is not None and outcome == "failed" else None)
+        del self._children[child.id]
+        await self._settle_in_time(f"the agent {child.agent!r}", error)
+
+    @property
+    def text(self) -> str:
+        """What was said until now."""
+        return "".join(self._answer)
 
     async def start_call(self, tool: str, arguments: dict[str, Any]) -> Call:
         """Append the start of a tool. A checkpoint; if cancelled before anybody sees the tool, it has not started.
@@ -310,11 +487,35 @@ class Execution:
 
     def _ending(self) -> Outcome | None:
         """Why the run is being ended, if it knows: of the scopes around it, it does not."""
+        if self._parent is not None:
+            return self._root._ending()  # noqa: SLF001
         return self._cause or ("timeout" if self._scope.cancel_called else None)
 
     def _stamp(self) -> dict[str, Any]:
         # The log sets `seq` and `at`.
         return {"conversation": self.post.conversation, "run": self.id, "seq": 0, "at": 0.0}
+
+    @contextmanager
+    def _waiting_for_people(self) -> Iterator[None]:
+        """Have the time stand still for the length of a block."""
+        root = self._root
+        # All in the reaper's line have the same time, so from now on `perform` looks after it.
+        root._reaper.forget(root)  # noqa: SLF001
+        root._has_asked = True  # noqa: SLF001
+        root._changed.wake()  # noqa: SLF001
+        try:
+            with self.time.standing_still():
+                yield
+        finally:
+            root._changed.wake()  # noqa: SLF001
+
+    def _check_question(self, text: str, choices: Sequence[str], seconds: float) -> None:
+        self._check_text(text, "a question")
+        if not (seconds > 0 and isfinite(seconds)):
+            raise ValueError(f"the seconds for an answer must be a finite number above 0, not {seconds!r}")
+        if isinstance(choices, str) or not all(isinstance(each, str) and each.strip() for each in choices):
+            raise TypeError("choices must be a sequence of texts that are not empty")
+        self._check_size(_encode([text, *choices]), "a question")
 
     def _check_not_over(self) -> None:
         if self.over:
@@ -378,14 +579,32 @@ class Execution:
         """Append the end of a tool. While an exception is in flight, this raises nothing over it."""
         if call.id in self._calls:  # else the end of the run has spoken for it
             self._owe_end(call, result, error)
-            if not self._ending():  # a timeout that the agent itself has put around the tool does not end the run
-                try:
-                    with suppress(TooSlowError):
-                        await self._settle()
-                except Exception as refusal:  # the end of the run tries again, and reports it
-                    if in_flight is None:
-                        raise
-                    note(in_flight, f"The end of the tool {call.tool!r} is not in the log: {title(refusal)}")
+            await self._settle_in_time(f"the tool {call.tool!r}", in_flight)
+
+    async def _end_ask(self, ask: Ask, outcome: AskOutcome, in_flight: BaseException | None) -> None:
+        """Append the end of a question, if it is not over. While an exception is in flight, this raises none over it.
+
+        If the log has an answer meanwhile, that stays the end.
+        """
+        if ask.id in self._asks:
+            self._owe_asked(ask, outcome)
+            await self._settle_in_time("a question", in_flight)
+
+    async def _settle_in_time(self, what: str, in_flight: BaseException | None) -> None:
+        """Append all that is owed, unless the run is being ended: then that does it."""
+        if not self._ending():  # a timeout that the agent itself has put around the block does not end the run
+            try:
+                with suppress(TooSlowError):
+                    await self._settle()
+            except Exception as refusal:  # the end of the run tries again, and reports it
+                if in_flight is None:
+                    raise
+                note(in_flight, f"The end of {what} is not in the log: {title(refusal)}")
+
+    def _owe_asked(self, ask: Ask, outcome: AskOutcome) -> None:
+        del self._asks[ask.id]
+        key = completed_key(ask.id)
+        self._owed[key] = Append(AgentAsked(**self._stamp(), ask=ask.id, outcome=outcome), key, self._lease)
 
     def _owe_end(self, call: Call, result: Raw | None, error: str | None) -> None:
         del self._calls[call.id]
@@ -407,37 +626,43 @@ class Execution:
     def _owing(self) -> Iterator[Append]:
         """Yield all that is owed; each stops being owed when the next is asked for."""
         for key, owed in list(self._owed.items()):
-            if not self._abandoned:
+            if not self._root._abandoned:  # noqa: SLF001
                 yield owed
                 self._owed.pop(key, None)
 
     async def _seal(self, seconds: float) -> None:
         """Append all that is owed, and the last event."""
         outcome = self._outcome
-        self.over = True
         self._metrics.run_seconds.observe(seconds, outcome)
-        if self._abandoned:
-            return
-        for call in list(self._calls.values()):
-            self._owe_end(call, None, TOOL_ENDED.get(outcome, TOOL_LEFT_OPEN))
-        answer = "".join(self._answer)
-        text = answer if answer and len(_encode(answer)) <= self._room else None
-        completed = AgentCompleted(
-            **self._stamp(),
-            outcome=outcome,
-            seconds=seconds,
-            text=text,
-            error=self._error if outcome == "failed" else None,
-            error_id=self._error_id,
-            usage=self._usage,
-        )
-        key = completed_key(self.id)
-        self._owed[key] = Append(completed, key, self._lease, self.post.seq)
+        self.close(outcome, self._error, self._error_id)
         try:
             await self._settle()
         except Exception as error:  # what is missing keeps what would follow it from the log
             note(error, "The end of the run is not in the log.")
             report_error(error, conversation=self.post.conversation, run=self.id)
+
+    def close(self, outcome: Outcome, error: str | None, error_id: str | None = None) -> None:
+        """Take no more events, and owe the end of all that is open, the innermost first, and the last event."""
+        self.over = True
+        for child in reversed(self._children.values()):
+            child.close("cancelled" if outcome in ("success", "failed") else outcome, None)
+        for call in list(self._calls.values()):
+            self._owe_end(call, None, TOOL_ENDED.get(outcome, TOOL_LEFT_OPEN))
+        for ask in [each for each in self._asks.values() if each.run is self]:
+            self._owe_asked(ask, ASK_ENDED.get(outcome, "cancelled"))
+        answer = "".join(self._answer)
+        text = answer if answer and len(_encode(answer)) <= self._room else None
+        completed = AgentCompleted(
+            **self._stamp(),
+            outcome=outcome,
+            seconds=current_time() - self._began,
+            text=text,
+            error=error if outcome == "failed" else None,
+            error_id=error_id,
+            usage=self._usage,
+        )
+        key = completed_key(self.id)
+        self._owed[key] = Append(completed, key, self._lease, self.post.seq if self._parent is None else None)
 
 
 def _free_memory(error: BaseException) -> None:

@@ -50,7 +50,9 @@ class FunctionTool(Tool, Generic[P, R]):
         function: the function itself.
     """
 
-    def __init__(self, function: Callable[P, R], name: str | None, seconds: float, characters: int) -> None:
+    def __init__(
+        self, function: Callable[P, R], name: str | None, seconds: float, characters: int, approve: str | None
+    ) -> None:
         self.function = function
         known_as = name or getattr(function, "__name__", None) or type(function).__name__
         try:
@@ -60,7 +62,8 @@ class FunctionTool(Tool, Generic[P, R]):
             fields = [_field(each, *hints[each], explained.get(each)) for each in hints if hints[each][0] is not Run]
             arguments = defstruct("Arguments", fields, kw_only=True, forbid_unknown_fields=True)
             self._decode = Decoder(arguments).decode
-            super().__init__(known_as, description, _schema(arguments), seconds=seconds, characters=characters)
+            limits: dict[str, Any] = {"seconds": seconds, "characters": characters}
+            super().__init__(known_as, description, _schema(arguments), **limits, approve=approve)
         except (TypeError, NameError) as error:
             problem = " ".join(str(error).split())
             raise TypeError(f"tool {known_as!r}{_place(function)}: {problem}") from None
@@ -89,7 +92,7 @@ class FunctionTool(Tool, Generic[P, R]):
 def tool(function: Callable[P, R], /) -> FunctionTool[P, R]: ...
 @overload
 def tool(
-    *, name: str | None = None, seconds: float = SECONDS, characters: int = CHARACTERS
+    *, name: str | None = None, seconds: float = SECONDS, characters: int = CHARACTERS, approve: str | None = None
 ) -> Callable[[Callable[P, R]], FunctionTool[P, R]]: ...
 def tool(
     function: Callable[P, R] | None = None,
@@ -98,6 +101,7 @@ def tool(
     name: str | None = None,
     seconds: float = SECONDS,
     characters: int = CHARACTERS,
+    approve: str | None = None,
 ) -> FunctionTool[P, R] | Callable[[Callable[P, R]], FunctionTool[P, R]]:
     """Make a tool of a function: `@tool`, or with options, `@tool(seconds=10)`.
 
@@ -113,13 +117,15 @@ def tool(
         name: what the model calls it, if not by the name of the function.
         seconds: that a call may take; then it is cancelled, and the model is told.
         characters: of the result that the model is given; more are cut, with a notice.
+        approve: what people are asked before each call, as "Send the mail?". If they do not answer "yes", the function
+            does not run, and the model is told.
 
     Raises:
         TypeError: the function cannot be a tool; the text says why.
     """
     if function is None:
-        return lambda each: FunctionTool(each, name, seconds, characters)
-    return FunctionTool(function, name, seconds, characters)
+        return lambda each: FunctionTool(each, name, seconds, characters, approve)
+    return FunctionTool(function, name, seconds, characters, approve)
 
 
 def _parameters(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:

@@ -15,7 +15,7 @@ from msgspec.json import Decoder, Encoder
 from trio.lowlevel import checkpoint
 
 from tricorn.chat.logs.base import Entry, Unavailable
-from tricorn.chat.protocol import Outcome, UserMessage
+from tricorn.chat.protocol import AgentAsked, AgentAsking, Outcome, UserMessage
 
 TURNS, CHARACTERS = 50, 40_000  # of a history, if nobody says another number
 CHUNK = 128  # entries that are read at a time
@@ -31,6 +31,13 @@ class ToolCall(Struct, frozen=True):
     error: str | None = None
 
 
+class Asked(Struct, frozen=True):
+    """A question that a run asked people. `answer` is None if nobody answered in time, or it was ended before."""
+
+    text: str
+    answer: str | None = None
+
+
 class Turn(Struct, frozen=True):
     """A post that was answered, and what its run came to.
 
@@ -42,6 +49,7 @@ class Turn(Struct, frozen=True):
         outcome: how the run ended.
         tools: those that it used, in the order in which they started.
         error: what people were told about why it failed.
+        asks: questions that it asked people, in that order.
     """
 
     user: str
@@ -51,6 +59,7 @@ class Turn(Struct, frozen=True):
     outcome: Outcome
     tools: tuple[ToolCall, ...] = ()
     error: str | None = None
+    asks: tuple[Asked, ...] = ()
 
 
 class Past(Protocol):
@@ -142,7 +151,7 @@ class _Run:
     """A run that is read from its end to its start. More than `room` characters of an answer are not kept.
 
     Attributes:
-        characters: what its answer and its tools come to, so far.
+        characters: what its answer, its tools and its questions come to, so far.
     """
 
     def __init__(self, end: _Event, room: int) -> None:
@@ -152,6 +161,8 @@ class _Run:
         self._pieces: deque[str] = deque()  # of the answer
         self._ended: dict[str, _Event] = {}  # tools whose start has not come yet
         self._tools: deque[ToolCall] = deque()
+        self._answers: dict[str, str | None] = {}  # to questions that have not come yet
+        self._asks: deque[Asked] = deque()
         if end.text:
             self._add(end.text)
 
@@ -163,6 +174,9 @@ class _Run:
     def take(self, entry: Entry) -> int | None:
         """Take in the entry before. Return the seq of the run's post if it is the run's start."""
         if entry.json.startswith(_THOUGHT) or (self._end.text and entry.json.startswith(_SPOKEN)):
+            return None
+        if entry.json.startswith(_ASKS):
+            self._take_ask(_decode_ask(entry.json))
             return None
         event = _decode(entry.json)
         if event.run != self._end.run:
@@ -180,14 +194,25 @@ class _Run:
         return None
 
     def turn(self, post: UserMessage, characters: int) -> Turn:
-        """Return the turn that this run and its post are. If that is too long, cut its tools, then the answer."""
-        text, answer, tools = post.text, "".join(self._pieces), tuple(self._tools)
+        """Return the turn that this run and its post are. If that is too long, leave out tools and
+        questions, then cut the answer."""
+        text, answer, tools, asks = post.text, "".join(self._pieces), tuple(self._tools), tuple(self._asks)
         if len(text) + self.characters > characters:
-            text, tools = text[:characters], ()
+            text, tools, asks = text[:characters], (), ()
             room = characters - len(text)
             answer = answer[max(0, len(answer) - room) :]
         end = self._end
-        return Turn(post.user, text, post.at, answer, end.outcome, tools, end.error)
+        return Turn(post.user, text, post.at, answer, end.outcome, tools, end.error, asks)
+
+    def _take_ask(self, event: AgentAsking | AgentAsked) -> None:
+        if event.run != self._end.run:
+            return
+        if isinstance(event, AgentAsked):
+            self._answers[event.ask] = event.answer
+            return
+        answer = self._answers.pop(event.ask, None)
+        self._asks.appendleft(Asked(event.text, answer))
+        self.characters += len(event.text) + len(answer or "")
 
     def _add(self, text: str) -> None:
         if self.characters <= self._room:
@@ -198,6 +223,8 @@ class _Run:
 _encode = Encoder().encode
 _decode = Decoder(_Event).decode
 _decode_post = Decoder(UserMessage).decode
+_decode_ask = Decoder(AgentAsking | AgentAsked).decode
 _ENDS = b'{"type":"agent_completed"'
 _THOUGHT = b'{"type":"agent_thinking"'
+_ASKS = (b'{"type":"agent_asking"', b'{"type":"agent_asked"')
 _SPOKEN = b'{"type":"agent_message"'

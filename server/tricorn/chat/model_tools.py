@@ -9,16 +9,17 @@ from typing import Any
 
 from msgspec import DecodeError, Raw
 from msgspec.json import Decoder
-from trio import Cancelled, move_on_after
+from trio import Cancelled
 
 from tricorn.chat.encoding import cut, encode
 from tricorn.chat.run import Run
-from tricorn.chat.tools import TOOL_FAILED, ToolError, shown
+from tricorn.chat.tools import TOOL_FAILED, NotAnswered, ToolError, shown
 from tricorn.errors.chain import hides_an_error, is_any
 from tricorn.errors.failures import PASSING, forget_contexts, leaves, passing
 from tricorn.errors.report import report_error
 
 SECONDS = 60.0  # that a call may take
+APPROVAL = ("yes", "no")
 CHARACTERS = 20_000  # of a result, or of an error, that a model is given
 MALFORMED_MAX = 500  # characters of arguments that are no JSON object, which people are shown
 
@@ -36,6 +37,7 @@ class Tool(ABC):
         parameters: JSON schema of its arguments, an object.
         seconds: that one call may take.
         characters: of a result that the model is given.
+        approve: what people are asked before each call, which they must answer with "yes"; None if they are not asked.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Tool(ABC):
         *,
         seconds: float = SECONDS,
         characters: int = CHARACTERS,
+        approve: str | None = None,
     ) -> None:
         if not _NAME.fullmatch(name):
             raise TypeError(f"the name of a tool is 1 to 64 of A-Z, a-z, 0-9, _ and -, not {name!r}")
@@ -58,14 +61,15 @@ class Tool(ABC):
         self.parameters = parameters
         self.seconds = seconds
         self.characters = characters
+        self.approve = approve
 
     async def call(self, run: Run, arguments: bytes | str) -> str:
         """Perform a call that a model has asked for, show it in the run, and return the text for the model.
 
         That is the result as JSON, or as it is if it is a str; or, if the tool failed, a text that begins with
         "Error: ". A failure never ends the run: the model and people see the text of a `ToolError`, which arguments
-        are wrong, or that the tool timed out. Anything else is reported, and they see the error id. Results and errors
-        that are too long are cut, with a notice.
+        are wrong, that the tool timed out, or that people did not approve the call. Anything else is reported, and they
+        see the error id. Results and errors that are too long are cut, with a notice.
 
         Several calls can go on at once, each in a task of the agent's.
 
@@ -84,6 +88,8 @@ class Tool(ABC):
             async with run.tool(self.name, **given) as call:
                 if problem is not None:
                     raise _Failed(problem)
+                if self.approve is not None:
+                    await _approval(run, self.approve)
                 result, encoded = await self._perform_in_time(run, json)
                 call.result = None if result is None else Raw(encoded)
         except _Failed as failed:
@@ -101,7 +107,7 @@ class Tool(ABC):
         ending: BaseException | None = None
         hidden: BaseException | None = None
         try:
-            with move_on_after(self.seconds):
+            with run.move_on_after(self.seconds):
                 try:
                     result = await self.perform(run, arguments)
                     return result, encode(result)
@@ -124,7 +130,7 @@ class Tool(ABC):
 
     def _failure(self, error: BaseException, run: Run) -> str:
         """Return what may be seen of a failure. What is nobody's to see is reported."""
-        if all(is_any(leaf, (ToolError, *PASSING)) for leaf in leaves(error)):
+        if all(is_any(leaf, (ToolError, NotAnswered, *PASSING)) for leaf in leaves(error)):
             return shown(error, Cancelled, None, self.characters)
         return f"{TOOL_FAILED} (error id {self._report(error, run)})"
 
@@ -145,6 +151,16 @@ def by_name(tools: Iterable[Tool]) -> dict[str, Tool]:
 
 class _Failed(ToolError):
     """A call has failed, and this is what may be seen of it."""
+
+
+async def _approval(run: Run, question: str) -> None:
+    """Ask people whether to go on. Raises `_Failed` if they do not say yes."""
+    try:
+        answer = await run.ask(question, choices=APPROVAL)
+    except NotAnswered:
+        raise _Failed("nobody approved this call in time") from None
+    if answer != APPROVAL[0]:
+        raise _Failed("the user has refused this call")
 
 
 def _read(arguments: bytes) -> tuple[dict[str, Any], str | None]:

@@ -29,6 +29,7 @@ ErrorCode = Literal[
     "internal",
 ]
 Outcome = Literal["success", "failed", "cancelled", "timeout", "interrupted"]
+AskOutcome = Literal["answered", "timeout", "cancelled", "interrupted"]
 
 # Printable without separators or control characters: an id can stand in a log line, a key or a URL as it is.
 Id = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9._:~-]{1,128}\Z")]
@@ -76,6 +77,14 @@ class Cancel(WireObject, tag="cancel"):
     run: Id
 
 
+class Answer(WireObject, tag="answer"):
+    """Answer a question of an agent. The question's `agent_asked` is the answer, also if somebody else was faster."""
+
+    conversation: Id
+    ask: Id
+    text: str
+
+
 class Leave(WireObject, tag="leave"):
     """Detach from a conversation. No answer."""
 
@@ -86,7 +95,7 @@ class Ping(WireObject, tag="ping"):
     """Answered with `pong`."""
 
 
-ClientRequest = Authenticate | Open | Post | Cancel | Leave | Ping
+ClientRequest = Authenticate | Open | Post | Cancel | Answer | Leave | Ping
 
 
 # What the server answers
@@ -140,7 +149,10 @@ class Posted(WireObject, tag="posted"):
 
 
 class Error(WireObject, tag="error"):
-    """A request was refused: `code` for programs, `message` for people, `ref` the post or conversation it is about."""
+    """A request was refused: `code` for programs, `message` for people.
+
+    `ref` is the post, question or conversation that it is about.
+    """
 
     code: ErrorCode
     message: str
@@ -192,11 +204,16 @@ class UserMessage(ConversationEvent, tag="user_message", kw_only=True):
 
 
 class AgentStarted(RunEvent, tag="agent_started", kw_only=True):
-    """First of a run; `post` is the id of the post that it answers, `post_seq` its place in the log."""
+    """First of a run; `post` is the id of the post that it answers, `post_seq` its place in the log.
+
+    A run that another one has begun has its `parent`, and answers no post: `post` is empty and `post_seq` is 0, so that
+    who does not know of parents does not take it for the answer.
+    """
 
     agent: str
     post: str
     post_seq: int
+    parent: str | None = None
 
 
 class AgentThinking(RunEvent, tag="agent_thinking", kw_only=True):
@@ -223,6 +240,27 @@ class ToolCompleted(RunEvent, tag="tool_completed", kw_only=True):
     error: str | None = None
 
 
+class AgentAsking(RunEvent, tag="agent_asking", kw_only=True):
+    """The agent asks whoever follows, and waits `until` then, in seconds since the Unix epoch.
+
+    Followed by one `agent_asked` of the same `ask` before the run ends. If there are `choices`, the answer is one.
+    """
+
+    ask: str
+    text: str
+    until: float
+    choices: list[str] | None = None
+
+
+class AgentAsked(RunEvent, tag="agent_asked", kw_only=True):
+    """A question is over: with the first `answer`, which `user` gave, or without one."""
+
+    ask: str
+    outcome: AskOutcome
+    answer: str | None = None
+    user: str | None = None
+
+
 class AgentMessage(RunEvent, tag="agent_message", kw_only=True):
     """A piece of the answer, as it streams."""
 
@@ -238,7 +276,9 @@ class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class AgentCompleted(RunEvent, tag="agent_completed", kw_only=True):
-    """Last of a run, exactly once. `error_id` names the report of a failure, and `error` says why, for people.
+    """Last of a run, exactly once, and after those of its children.
+
+    `error_id` names the report of a failure, and `error` says why, for people.
 
     `text` is the whole answer, left out where that would make the event too long.
     """
@@ -252,4 +292,14 @@ class AgentCompleted(RunEvent, tag="agent_completed", kw_only=True):
 
 
 Reply = Welcome | Opened | Posted | Error | Heartbeat | Pong | Closing
-AnyEvent = UserMessage | AgentStarted | AgentThinking | ToolExecuting | ToolCompleted | AgentMessage | AgentCompleted
+AnyEvent = (
+    UserMessage
+    | AgentStarted
+    | AgentThinking
+    | ToolExecuting
+    | ToolCompleted
+    | AgentAsking
+    | AgentAsked
+    | AgentMessage
+    | AgentCompleted
+)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
+
+from trio import CancelScope, current_time
 
 from tricorn.chat.execution import Call, Execution
 from tricorn.chat.history import CHARACTERS, TURNS, Turn
 from tricorn.chat.protocol import AgentMessage, AgentThinking
+
+ASK_SECONDS = 600.0  # that people have to answer, if the agent does not say another time
 
 
 class Run:
@@ -25,14 +30,14 @@ class Run:
         id: of the run.
         conversation: its id.
         user: who asks.
-        message: what is asked.
+        message: what is asked: the post, or the task of a child.
     """
 
     def __init__(self, execution: Execution) -> None:
         self.id = execution.id
         self.conversation = execution.post.conversation
         self.user = execution.post.user
-        self.message = execution.post.text
+        self.message = execution.message
         self._execution = execution
 
     async def history(self, *, turns: int = TURNS, characters: int = CHARACTERS) -> list[Turn]:
@@ -54,6 +59,30 @@ class Run:
         """
         return await self._execution.history(turns, characters)
 
+    async def ask(self, question: str, /, *, choices: Sequence[str] = (), seconds: float = ASK_SECONDS) -> str:
+        """Ask people, and return their answer: `await run.ask("Send it?", choices=["yes", "no"])`.
+
+        Anybody who may follow the conversation can answer, at any instance; the first answer counts. Question and
+        answer are in the log. The deadlines of the run and of its tools stand still until then.
+
+        If cancelled, the question ends. If nobody follows the conversation for `linger` seconds, the run is cancelled.
+
+        Args:
+            question: what people are asked.
+            choices: the answers that are taken, exactly; if there are none, any text is.
+            seconds: that people have to answer.
+
+        Raises:
+            NotAnswered: nobody answered in time. It is an AgentError: if the agent lets it pass, people are told.
+            TypeError, ValueError: the question is not one, or too long.
+            RuntimeError: the run is over.
+        """
+        return await self._execution.ask(question, choices, seconds)
+
+    def move_on_after(self, seconds: float) -> AbstractContextManager[CancelScope]:
+        """Do as `trio.move_on_after`, but do not count the time in which the run waits for an answer of people."""
+        return self._execution.time.limit(CancelScope(deadline=current_time() + seconds))
+
     def used(self, *, input: int, output: int, cached: int = 0) -> None:
         """Count tokens that a model has read and written for this run, `cached` ones of `input` from a cache.
 
@@ -74,6 +103,19 @@ class Run:
     def tool(self, name: str, /, **arguments: Any) -> RunningTool:
         """Show the use of a tool: `async with run.tool("forecast", city="Oslo") as tool: tool.result = ...`."""
         return RunningTool(self._execution, name, arguments)
+
+    def agent(self, name: str, task: str, /) -> RunningAgent:
+        """Show a part of the work as that of another agent: `async with run.agent("researcher", task) as child: ...`.
+
+        In the block, `child` is a run below this one, with an id of its own, whose `message` is the task. Give it to
+        any agent: `await researcher(child)`. What it says is no part of this run's answer: it is `child.text`.
+        """
+        return RunningAgent(self._execution, name, task)
+
+    @property
+    def text(self) -> str:
+        """What the run has said until now: the answer, once it is over. At most about `event_bytes` characters."""
+        return self._execution.text
 
 
 class RunningTool:
@@ -108,6 +150,37 @@ class RunningTool:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self._execution.end_call(self._call, self.result, error)
+
+
+class RunningAgent:
+    """A run below another one, for the length of a block: it starts and ends with that, and ends before its parent.
+
+    At the end of the block all that is open in the child ends, and its `agent_completed` is in the log. If the block
+    raises, the child has failed; people see the text of an `AgentError`. The exception propagates, and if the log then
+    refuses the end of the child, that is a note on it. If it was cancelled, so is the child.
+
+    Entering is a checkpoint. Leaving cannot be cancelled: it waits at most `LAST_WORDS` seconds for the log, and not at
+    all if the run is being ended.
+
+    Raises:
+        TypeError, ValueError: the name or the task is none.
+        RuntimeError: the run is over when the block is entered.
+    """
+
+    def __init__(self, execution: Execution, name: str, task: str) -> None:
+        self._execution = execution
+        self._name = name
+        self._task = task
+        self._child: Execution
+
+    async def __aenter__(self) -> Run:
+        self._child = await self._execution.start_child(self._name, self._task)
+        return Run(self._child)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._execution.end_child(self._child, error)
 
 
 Agent = Callable[[Run], Awaitable[str | None]]  # a text that it returns is said

@@ -19,7 +19,7 @@ from tricorn.chat.close_codes import (
     TOO_MANY_CONNECTIONS,
     UNAUTHENTICATED,
 )
-from tricorn.chat.conversation.conversation import Conversation, ConversationClosed, TooManyPosts
+from tricorn.chat.conversation.conversation import Conversation, ConversationClosed, NotAChoice, TooManyPosts
 from tricorn.chat.delivery import PAST_LOST, Delivery, Teller, opened
 from tricorn.chat.identity import Gate, Identity, NotAdmitted, handshake_token
 from tricorn.chat.logs.base import PastLost, Unavailable
@@ -27,6 +27,7 @@ from tricorn.chat.metrics import ChatMetrics
 from tricorn.chat.protocol import (
     BATCH_SUBPROTOCOL,
     ENVELOPE,
+    Answer,
     Authenticate,
     Cancel,
     ClientRequest,
@@ -225,8 +226,10 @@ class Session:
             if reply is not None:
                 self.delivery.put(reply)
 
-    async def _serve(self, request: Open | Post | Cancel | Leave | Ping, who: Identity, quota: Quota) -> Reply | None:
-        ref = request.id if isinstance(request, Post) else getattr(request, "conversation", None)
+    async def _serve(
+        self, request: Open | Post | Cancel | Answer | Leave | Ping, who: Identity, quota: Quota
+    ) -> Reply | None:
+        ref = _ref(request)
         try:
             match request:
                 case Open():
@@ -235,6 +238,8 @@ class Session:
                     return await self._post(request, who, quota)
                 case Cancel():
                     return await self._cancel(request, who)
+                case Answer():
+                    return await self._take_answer(request, who)
                 case Leave():
                     self.delivery.leave(request.conversation)
                     return None
@@ -280,15 +285,9 @@ class Session:
     async def _post(self, request: Post, who: Identity, quota: Quota) -> Reply:
         id, text = request.id, request.text
         settings = self._settings
-        limit = settings.text_characters
-        if len(text) > limit:
-            self._metrics.limit_hits.add("text_characters")
-            return Error(code="too_long", message=f"{len(text)} characters are over the limit of {limit}", ref=id)
-        if len(_encode(text)) > settings.event_bytes - ENVELOPE:
-            self._metrics.limit_hits.add("event_bytes")
-            return Error(code="too_long", message="the text does not fit into an event", ref=id)
-        if not text.strip():
-            return Error(code="malformed", message="the text is empty", ref=id)
+        unfit = self._unfit(text, id)
+        if unfit is not None:
+            return unfit
         seconds = quota.posts.take()
         if seconds:
             self._metrics.limit_hits.add("posts_per_minute")
@@ -309,6 +308,43 @@ class Session:
             return None
         message = f"no run {request.run} is in progress in this conversation"
         return Error(code="not_found", message=message, ref=request.conversation)
+
+    async def _take_answer(self, request: Answer, who: Identity) -> Error | None:
+        ask, text = request.ask, request.text
+        unfit = self._unfit(text, ask)
+        if unfit is not None:
+            return unfit
+        try:
+            problem = await self._conversation(who.key(request.conversation)).answer(ask, text, who.user)
+        except NotAChoice as refusal:
+            return Error(code="malformed", message=str(refusal), ref=ask)
+        return None if problem is None else Error(code="not_found", message=problem, ref=ask)
+
+    def _unfit(self, text: str, ref: str) -> Error | None:
+        """Return why a text is none that the log can take, if so."""
+        settings = self._settings
+        limit = settings.text_characters
+        if len(text) > limit:
+            self._metrics.limit_hits.add("text_characters")
+            return Error(code="too_long", message=f"{len(text)} characters are over the limit of {limit}", ref=ref)
+        if len(_encode(text)) > settings.event_bytes - ENVELOPE:
+            self._metrics.limit_hits.add("event_bytes")
+            return Error(code="too_long", message="the text does not fit into an event", ref=ref)
+        if not text.strip():
+            return Error(code="malformed", message="the text is empty", ref=ref)
+        return None
+
+
+def _ref(request: Open | Post | Cancel | Answer | Leave | Ping) -> str | None:
+    """Return what a refusal of a request is about."""
+    match request:
+        case Post():
+            return request.id
+        case Answer():
+            return request.ask
+        case Ping():
+            return None
+    return request.conversation
 
 
 def decode(message: str | bytes) -> ClientRequest | Error:

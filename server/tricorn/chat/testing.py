@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
 
 import trio
 from msgspec.json import Decoder
+from trio.lowlevel import checkpoint
 
-from tricorn.chat.execution import Execution, Runs
+from tricorn.chat.execution import Execution, Runs, completed_key
 from tricorn.chat.history import Turn
 from tricorn.chat.logs.base import Append, Entry
 from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.metrics import ChatMetrics
 from tricorn.chat.protocol import (
+    AgentAsked,
+    AgentAsking,
     AgentCompleted,
     AgentMessage,
     AgentStarted,
@@ -29,7 +32,16 @@ from tricorn.chat.protocol import (
 from tricorn.chat.run import Agent, Run
 from tricorn.chat.settings import ChatSettings
 
-AgentEvent = AgentStarted | AgentThinking | ToolExecuting | ToolCompleted | AgentMessage | AgentCompleted
+AgentEvent = (
+    AgentStarted
+    | AgentThinking
+    | ToolExecuting
+    | ToolCompleted
+    | AgentAsking
+    | AgentAsked
+    | AgentMessage
+    | AgentCompleted
+)
 
 DEFAULTS = ChatSettings()
 CONVERSATION = "test"
@@ -46,7 +58,7 @@ class Result:
     """
 
     answer: str
-    """All that the agent said, joined."""
+    """All that the agent said, joined, without what its children said."""
 
     outcome: Outcome
     """How the run ended, as the last event says."""
@@ -64,6 +76,7 @@ async def ask(
     *,
     user: str = "local",
     history: Sequence[Turn] = (),
+    answers: Sequence[str] | Callable[[str], str | None] = (),
     settings: ChatSettings = DEFAULTS,
     cancel_after: float = inf,
 ) -> Result:
@@ -80,6 +93,8 @@ async def ask(
         text: what a user posts.
         user: who posts it: `run.user`.
         history: what was said before: what `run.history()` finds.
+        answers: what the user says to the agent's questions, in order, or a function that is given a question and
+            returns the answer. If there is none, or it is None, nobody answers.
         settings: of these `run_timeout` and `event_bytes` concern a run.
         cancel_after: seconds after which the user cancels the run.
 
@@ -95,7 +110,8 @@ async def ask(
                 log.append_nowait(CONVERSATION, epoch, Append(event))
         post = UserMessage(conversation=CONVERSATION, seq=0, at=0.0, id="post", user=user, text=text)
         await log.append(CONVERSATION, epoch, Append(post))
-        execution = Execution(post, lease, _Appender(log, epoch), settings, ChatMetrics())
+        appender = _Appender(log, epoch, answers if callable(answers) else _each(answers))
+        appender.execution = execution = Execution(post, lease, appender, settings, ChatMetrics())
         async with trio.open_nursery() as nursery:
             runs = Runs(nursery)
             nursery.start_soon(_cancel, execution, cancel_after)
@@ -104,7 +120,7 @@ async def ask(
             nursery.cancel_scope.cancel()
         entries = await log.read(CONVERSATION, post.seq, (await log.open(CONVERSATION)).head)
     events = [_decode(entry.json) for entry in entries]
-    answer = "".join(event.text for event in events if isinstance(event, AgentMessage))
+    answer = "".join(each.text for each in events if isinstance(each, AgentMessage) and each.run == execution.id)
     end = events[-1]
     assert isinstance(end, AgentCompleted), "every run has an end"  # noqa: S101
     return Result(events, answer, end.outcome, attempt.raised if end.error_id else None)
@@ -121,9 +137,18 @@ def _events(turn: Turn, number: int) -> Iterator[AnyEvent]:
         call = {**about, "call": f"{number}.{index}", "tool": tool.tool}
         yield ToolExecuting(**call, arguments=tool.arguments)
         yield ToolCompleted(**call, seconds=0.0, result=tool.result, error=tool.error)
+    for index, asked in enumerate(turn.asks):
+        ask = {**about, "ask": f"{number}.ask.{index}"}
+        yield AgentAsking(**ask, text=asked.text, until=0.0)
+        yield AgentAsked(**ask, outcome="timeout" if asked.answer is None else "answered", answer=asked.answer)
     if turn.answer:
         yield AgentMessage(**about, text=turn.answer)
     yield AgentCompleted(**about, outcome=turn.outcome, seconds=0.0, text=turn.answer or None, error=turn.error)
+
+
+def _each(answers: Sequence[str]) -> Callable[[str], str | None]:
+    rest = iter(answers)
+    return lambda question: next(rest, None)
 
 
 async def _cancel(execution: Execution, seconds: float) -> None:
@@ -148,17 +173,30 @@ class _Attempt:
 
 
 class _Appender:
-    """Appends to the one conversation."""
+    """Appends to the one conversation, and answers what its run asks."""
 
-    def __init__(self, log: MemoryLog, epoch: str) -> None:
+    execution: Execution
+
+    def __init__(self, log: MemoryLog, epoch: str, answer: Callable[[str], str | None]) -> None:
+        self._answer = answer
         self._log = log
         self._epoch = epoch
 
     async def append(self, append: Append) -> None:
-        await self._log.append(CONVERSATION, self._epoch, append)
+        await checkpoint()
+        self.append_nowait(append)
 
     def append_nowait(self, append: Append) -> None:
         self._log.append_nowait(CONVERSATION, self._epoch, append)
+        asking = append.event
+        if isinstance(asking, AgentAsking) and (answer := self._answer(asking.text)) is not None:
+            if asking.choices and answer not in asking.choices:
+                raise ValueError(f"the answer must be one of {asking.choices}, not {answer!r}")
+            about: dict[str, Any] = {"conversation": CONVERSATION, "run": asking.run, "seq": 0, "at": 0.0}
+            user = self.execution.post.user
+            asked = AgentAsked(**about, ask=asking.ask, outcome="answered", answer=answer, user=user)
+            self._log.append_nowait(CONVERSATION, self._epoch, Append(asked, completed_key(asking.ask)))
+            self.execution.hear(asking.ask, answer)
 
     async def find(self, key: str) -> Entry | None:
         return await self._log.find(CONVERSATION, key)

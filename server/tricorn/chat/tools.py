@@ -14,6 +14,10 @@ TOOL_LEFT_OPEN = "not finished"
 TOOL_ENDED = {"cancelled": "cancelled", "timeout": "timed out", "interrupted": "interrupted"}
 
 
+class NotAnswered(AgentError):
+    """Nobody has answered the question of a run in time. People are shown the text."""
+
+
 class ToolError(AgentError):
     """Raise this inside a tool to have its text shown to people as the tool's error."""
 

@@ -23,7 +23,7 @@ export function newId() {
  * - `event`: an event of the conversation;
  * - `reset`: forget what was told of this conversation: the log has lost its past (`reason` is lost), or does not keep
  *   what lies before the next event (trimmed);
- * - `refused`: an `error` of the protocol that nothing can be done about; its `ref` may be the id of a post.
+ * - `refused`: an `error` of the protocol that nothing can be done about; its `ref` may be the id of a post or question.
  *
  * `token`, where the server wants one, is a function that returns it: asked for each connection, so that a connection
  * that ended with its token comes back with the next.
@@ -37,6 +37,7 @@ export class Client extends EventTarget {
   #epoch; // with #seq: how far in which log we are
   #seq = 0;
   #posts = new Map(); // id → text, of what the log is not known to have
+  #answers = new Map(); // question → text, of those that the log is not known to have
   #heartbeat = FIRST_HEARTBEAT;
   #textCharacters = Infinity;
   #watchdog;
@@ -77,6 +78,12 @@ export class Client extends EventTarget {
     if (this.#openedAt !== null) this.#deliver(id, text);
   }
 
+  /** Answer the question `ask`, now or when the connection is back. */
+  answer(ask, text) {
+    this.#answers.set(ask, text);
+    if (this.#openedAt !== null) this.#reply(ask, text);
+  }
+
   /** End a run early. Without a connection this does nothing. */
   cancel(run) {
     if (this.#openedAt !== null) this.#send({ type: "cancel", conversation: this.#conversation, run });
@@ -114,6 +121,7 @@ export class Client extends EventTarget {
     this.#openedAt = performance.now();
     this.#tell("state", { state: "connected", reason: "" });
     this.#posts.forEach((text, id) => this.#deliver(id, text));
+    this.#answers.forEach((text, ask) => this.#reply(ask, text));
   }
 
   #forget(reason, seq = 0) {
@@ -132,31 +140,42 @@ export class Client extends EventTarget {
       setTimeout(() => this.#again(error.ref), 1000 * (FIRST_BACKOFF + Math.random()));
     } else if (error.code !== "closing" && error.code !== "not_found") {
       this.#posts.delete(error.ref);
+      this.#answers.delete(error.ref);
       this.#tell("refused", error);
+    } else if (error.code === "not_found") {
+      this.#answers.delete(error.ref); // somebody else was faster: an event says so
     } // else: a post that is kept for the next connection, or a run that ended before it was cancelled
   }
 
-  /** Post what the log could not take, if that is still of use. */
+  /** Post or answer what the log could not take, if that is still of use. */
   #again(id) {
-    const text = this.#posts.get(id);
-    if (text !== undefined && this.#openedAt !== null) this.#deliver(id, text);
+    if (this.#openedAt === null) return;
+    if (this.#posts.has(id)) this.#deliver(id, this.#posts.get(id));
+    if (this.#answers.has(id)) this.#reply(id, this.#answers.get(id));
   }
 
   #advance(event) {
     this.#seq = event.seq;
     if (event.type === "user_message") this.#posts.delete(event.id);
+    if (event.type === "agent_asked") this.#answers.delete(event.ask);
     this.#tell("event", event);
   }
 
   #deliver(id, text) {
+    if (this.#fits(id, text)) this.#send({ type: "post", id, conversation: this.#conversation, text });
+  }
+
+  #reply(ask, text) {
+    if (this.#fits(ask, text)) this.#send({ type: "answer", conversation: this.#conversation, ask, text });
+  }
+
+  /** Checked here because past another limit the server would close, and every new connection would repeat it. */
+  #fits(ref, text) {
     const characters = Array.from(text).length; // code points, as the server counts
-    if (characters <= this.#textCharacters) {
-      this.#send({ type: "post", id, conversation: this.#conversation, text });
-    } else {
-      // Checked here because past another limit the server would close, and every new connection would repeat it.
-      const message = `${characters} characters are too many: ${this.#textCharacters} at most`;
-      this.#refuse({ code: "too_long", message, ref: id });
-    }
+    if (characters <= this.#textCharacters) return true;
+    const message = `${characters} characters are too many: ${this.#textCharacters} at most`;
+    this.#refuse({ code: "too_long", message, ref });
+    return false;
   }
 
   #send(message) {
@@ -210,6 +229,8 @@ const OUTCOMES = {
   interrupted: "The server stopped before the agent was done",
 };
 
+const UNANSWERED = { timeout: "No answer in time", cancelled: "No longer asked", interrupted: "No longer asked" };
+
 /** An element. Children that are strings become text, never markup. */
 function element(tag, className, ...children) {
   const made = document.createElement(tag);
@@ -241,6 +262,7 @@ class Page {
   #messages = new Map(); // post id → its element
   #unsent = new Set(); // those of them that are not in the log
   #runs = new Map(); // of the runs in progress: run → {item, calls: call → element}
+  #asks = new Map(); // questions that wait: ask → element
 
   constructor(client) {
     this.#client = client;
@@ -261,7 +283,7 @@ class Page {
       item.querySelector(".note")?.remove();
       this.#log.append(item); // it may have waited further up
     },
-    agent_started: ({ run, agent, post }) => this.#begin(run, agent, this.#messages.get(post)),
+    agent_started: ({ run, agent, post, parent }) => this.#begin(run, agent, this.#messages.get(post), parent),
     agent_thinking: ({ run, text }) => {
       this.#run(run).item.append(element("p", "thinking", text));
     },
@@ -280,6 +302,22 @@ class Page {
       card.querySelector(".status").textContent = `${card.dataset.state} · ${duration(seconds)}`;
       const outcome = error ?? result ?? null;
       if (outcome !== null) card.append(element("div", "data result", shown(outcome)));
+    },
+    agent_asking: ({ run, ask, text, choices }) => {
+      const form = choices ? this.#choices(ask, choices) : this.#entry(ask, text);
+      const card = element("section", "ask", element("p", "question", text), form);
+      card.dataset.state = "waiting";
+      this.#run(run).item.append(card);
+      this.#setBusy(run, "false"); // a screen reader reads it now
+      this.#asks.set(ask, card);
+    },
+    agent_asked: ({ run, ask, outcome, answer }) => {
+      this.#setBusy(run, "true");
+      const card = this.#asks.get(ask);
+      if (!card) return; // it was asked before what the log keeps
+      card.dataset.state = outcome;
+      card.replaceChildren(card.firstElementChild, element("p", "reply", answer ?? UNANSWERED[outcome] ?? outcome));
+      this.#asks.delete(ask);
     },
     agent_message: ({ run, text }) => {
       const { item } = this.#run(run);
@@ -301,19 +339,56 @@ class Page {
     },
   };
 
-  #begin(run, agent, message) {
-    const item = element("li", "run", element("h3", "", agent));
+  #begin(run, agent, message, parent) {
+    const item = element(parent ? "section" : "li", parent ? "run child" : "run", element("h3", "", agent));
     item.ariaBusy = "true"; // a screen reader waits for the end instead of reading piece by piece
-    if (message) message.after(item);
+    if (parent) this.#run(parent).item.append(item);
+    else if (message) message.after(item);
     else this.#log.append(item);
-    this.#runs.set(run, { item, calls: new Map() });
+    this.#runs.set(run, { item, calls: new Map(), parent });
     this.#stop.hidden = false;
+  }
+
+  /** Say of a run, and of those that it is part of, whether a screen reader should wait. */
+  #setBusy(run, busy) {
+    const { item, parent } = this.#run(run);
+    item.ariaBusy = busy;
+    if (parent) this.#setBusy(parent, busy);
   }
 
   /** A run in progress; where it began before what the log keeps, nobody knows of which agent. */
   #run(run) {
     if (!this.#runs.has(run)) this.#begin(run, "Agent");
     return this.#runs.get(run);
+  }
+
+  #choices(ask, choices) {
+    const buttons = choices.map((choice) => {
+      const button = element("button", "", choice);
+      button.type = "button";
+      button.addEventListener("click", () => this.#answer(ask, choice));
+      return button;
+    });
+    return element("div", "choices", ...buttons);
+  }
+
+  #entry(ask, question) {
+    const field = element("input", "");
+    field.ariaLabel = question;
+    const form = element("form", "choices", field, element("button", "", "Answer"));
+    form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      const text = field.value.trim();
+      if (text) this.#answer(ask, text);
+    });
+    return form;
+  }
+
+  #answer(ask, text) {
+    const card = this.#asks.get(ask);
+    card.querySelector(".note")?.remove();
+    card.querySelectorAll("button, input").forEach((each) => (each.disabled = true));
+    this.#client.answer(ask, text);
   }
 
   #message(id, text) {
@@ -334,6 +409,7 @@ class Page {
     const note = element("p", "note", RESETS[reason]);
     this.#log.replaceChildren(element("li", "", note), ...this.#unsent);
     this.#runs.clear();
+    this.#asks.clear();
     this.#messages.forEach((item, id) => this.#unsent.has(item) || this.#messages.delete(id));
     this.#stop.hidden = true;
   }
@@ -341,7 +417,11 @@ class Page {
   #refused({ message, ref, error_id }) {
     const note = element("p", "note", error_id === undefined ? message : `${message} · error ${error_id}`);
     const item = this.#messages.get(ref);
-    if (item) {
+    const card = this.#asks.get(ref);
+    if (card) {
+      card.querySelectorAll("button, input").forEach((each) => (each.disabled = false));
+      card.append(note);
+    } else if (item) {
       item.dataset.state = "refused";
       item.append(note);
     } else {
@@ -359,7 +439,7 @@ class Page {
   }
 
   #listen() {
-    const stop = () => this.#runs.forEach((_, run) => this.#client.cancel(run));
+    const stop = () => this.#runs.forEach(({ parent }, run) => parent || this.#client.cancel(run));
     this.#stop.addEventListener("click", stop);
     document.addEventListener("keydown", ({ key }) => key === "Escape" && stop());
     this.#at("composer").addEventListener("submit", (event) => {

@@ -41,7 +41,9 @@ async def keep_alive(connections: Collection[Connection], settings: Settings) ->
 class Bounded(Protocol):
     """What must end in time: a connection whose tasks were cancelled, or a run of the chat."""
 
-    patience: float  # when, in Trio's time
+    @property
+    def patience(self) -> float:
+        """When, in Trio's time."""
 
     def give_up(self) -> None:
         """It has not ended."""

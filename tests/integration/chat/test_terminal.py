@@ -27,7 +27,7 @@ Chatting = Callable[..., AbstractAsyncContextManager[Any]]
 @pytest.fixture(autouse=True)
 def without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connect, "FIRST_BACKOFF", 0.0)
-    monkeypatch.setattr(terminal, "POST_AGAIN", 0.0)
+    monkeypatch.setattr(terminal, "SEND_AGAIN", 0.0)
 
 
 async def talkative(run: Run) -> None:

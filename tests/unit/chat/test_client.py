@@ -346,6 +346,72 @@ def test_a_tool(page: Page, server: Server) -> None:
     expect(page.locator(".tool .result")).to_have_text(["skygrey", "no such place"])
 
 
+def asks(server: Server, **fields: Any) -> None:
+    server.event("agent_started", agent="demo", post="p")
+    server.event("agent_asking", ask="q", text="Send it?", until=1600.0, **fields)
+
+
+def test_a_question_is_answered_by_a_choice(page: Page, server: Server) -> None:
+    asks(server, choices=["yes", "no"])
+    expect(page.locator(".run")).to_have_attribute("aria-busy", "false")
+    page.get_by_role("button", name="no").click()
+    assert server.asked("answer") == [{"type": "answer", "conversation": "home", "ask": "q", "text": "no"}]
+    expect(page.get_by_role("button", name="yes")).to_be_disabled()
+    server.event("agent_asked", ask="q", outcome="answered", answer="no", user="somebody")
+    expect(page.locator(".ask > p")).to_have_text(["Send it?", "no"])
+    expect(page.locator(".ask button")).to_have_count(0)
+    expect(page.locator(".run")).to_have_attribute("aria-busy", "true")
+
+
+def test_a_question_is_answered_by_a_text(page: Page, server: Server) -> None:
+    asks(server)
+    page.get_by_label("Send it?").fill("  maybe ")
+    page.get_by_label("Send it?").press("Enter")
+    assert [each["text"] for each in server.asked("answer")] == ["maybe"]
+
+
+def test_an_answer_is_repeated_until_the_log_has_it(page: Page, server: Server) -> None:
+    asks(server, choices=["yes", "no"])
+    server.close(1012)
+    state(page, "Reconnecting…")
+    page.get_by_role("button", name="yes").click()
+    server.wait(1)
+    state(page, "Connected")
+    assert len(server.asked("answer")) == 1
+    server.say("error", code="unavailable", message="the log does not answer", ref="q")
+    server.asked("answer")
+    server.wait(2)
+    assert len(server.asked("answer")) == 2
+    server.event("agent_asked", ask="q", outcome="answered", answer="yes")
+    expect(page.locator(".ask .reply")).to_have_text("yes")
+    server.close(1012)
+    state(page, "Reconnecting…")
+    server.wait(2)
+    state(page, "Connected")
+    assert len(server.asked("answer")) == 2
+
+
+def test_an_answer_that_is_refused_says_why(page: Page, server: Server) -> None:
+    asks(server)
+    page.get_by_label("Send it?").fill("maybe")
+    page.get_by_role("button", name="Answer").click()
+    server.say("error", code="malformed", message="nobody understands that", ref="q")
+    expect(page.locator(".ask .note")).to_have_text("nobody understands that")
+    page.get_by_label("Send it?").fill("x" * 101)
+    page.get_by_role("button", name="Answer").click()
+    expect(page.locator(".ask .note")).to_have_text("101 characters are too many: 100 at most")
+    assert len(server.asked("answer")) == 1
+
+
+@pytest.mark.parametrize(
+    ("outcome", "text"), [("timeout", "No answer in time"), ("cancelled", "No longer asked"), ("later", "later")]
+)
+def test_a_question_that_nobody_answered(page: Page, server: Server, outcome: str, text: str) -> None:
+    asks(server, choices=["yes"])
+    server.event("agent_asked", ask="q", outcome=outcome)
+    expect(page.locator(".ask > p")).to_have_text(["Send it?", text])
+
+
 def test_what_anybody_says_is_text(page: Page, server: Server) -> None:
     server.event("user_message", id="p", text=MARKUP)
     server.event("agent_started", agent=MARKUP, post="p")
@@ -414,3 +480,30 @@ def test_a_new_conversation_has_its_own_address(page: Page, server: Server) -> N
     expect(page).to_have_url(re.compile("#[0-9a-f]{24}$"))
     state(page, "Connected")
     assert server.asked("open")[1]["conversation"] == page.url.partition("#")[2]
+
+
+def test_a_child_is_shown_in_its_parent(page: Page, server: Server) -> None:
+    server.event("agent_started", agent="writer", post="p")
+    server.event("agent_message", text="Well: ")
+    for child in ("a", "b"):
+        server.event("agent_started", run=child, agent=child.upper(), post="", post_seq=0, parent="r")
+    server.event("agent_message", run="a", text="one ")
+    server.event("agent_message", run="b", text="two ")
+    server.event("agent_message", run="a", text="three")
+    server.event("agent_asking", run="b", ask="q", text="Send it?", until=1600.0, choices=["yes", "no"])
+    expect(page.locator("#log > .run")).to_have_attribute("aria-busy", "false")
+    server.event("agent_asked", run="b", ask="q", outcome="answered", answer="yes")
+    for child in ("a", "b"):
+        server.event("agent_completed", run=child, outcome="success", seconds=0.1)
+    expect(page.locator("#log > .run")).to_have_attribute("aria-busy", "true")
+    server.event("agent_message", text="done.")
+    expect(page.locator("#log > .run > .answer")).to_have_text(["Well: ", "done."])
+    expect(page.locator(".child > h3")).to_have_text(["A", "B"])
+    expect(page.locator(".child > .answer")).to_have_text(["one three", "two "])
+
+
+def test_stop_cancels_the_run_and_not_its_children(page: Page, server: Server) -> None:
+    server.event("agent_started", agent="writer", post="p")
+    server.event("agent_started", run="a", agent="A", post="", post_seq=0, parent="r")
+    page.get_by_role("button", name="Stop").click()
+    assert [each["run"] for each in server.asked("cancel")] == ["r"]

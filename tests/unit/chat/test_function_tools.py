@@ -616,3 +616,52 @@ async def test_threads_are_bounded() -> None:
 
     result = await ask(agent, "go")
     assert (result.outcome, len(at_work)) == ("success", THREADS + 5)
+
+
+# Approval
+
+
+@tool(approve="Send the mail?", seconds=5)
+async def send_mail(to: str) -> str:
+    """Send a mail."""
+    return f"sent to {to}"
+
+
+async def mailer(run: Run) -> None:
+    await run.say(await send_mail.call(run, '{"to": "ann"}'))
+
+
+async def test_a_tool_that_needs_approval_runs_once_people_said_yes(autojump_clock: MockClock) -> None:
+    result = await ask(mailer, "x", answers=["yes"])
+    assert result.answer == "sent to ann"
+    assert [event.__struct_config__.tag for event in result.events][1:5] == [
+        "tool_executing",  # with its arguments, so that people see what they approve
+        "agent_asking",
+        "agent_asked",
+        "tool_completed",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answers", "told"), [(["no"], "the user has refused this call"), ([], "nobody approved this call in time")]
+)
+async def test_a_tool_that_nobody_approves_does_not_run(
+    answers: list[str], told: str, autojump_clock: MockClock
+) -> None:
+    result = await ask(mailer, "x", answers=answers)
+    assert result.answer == f"Error: {told}"
+    assert result.outcome == "success"
+
+
+async def test_a_tool_may_ask_for_longer_than_it_may_take(autojump_clock: MockClock) -> None:
+    @tool(seconds=5)
+    async def curious(run: Run) -> str:
+        """Ask."""
+        return await run.ask("Who?", seconds=100)
+
+    async def agent(run: Run) -> None:
+        await run.say(await curious.call(run, "{}"))
+
+    assert (await ask(agent, "x", answers=["ann"])).answer == "ann"
+    assert (await ask(agent, "x")).answer == "Error: nobody answered within 100 s: Who?"
+    assert trio.current_time() == 100

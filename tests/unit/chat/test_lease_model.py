@@ -2,8 +2,9 @@
 
 What the store does is the store's own code (`StoredConversation`), and what an instance knows is its own fold
 (`ConversationState`) of what it has read, which it may do late; the steps of an instance are those of `Responder`, cut
-where another one may act in between. Every state that can be reached with two posts, two instances and two crashes,
-real ones or only seeming so, is visited; in each the log must be one that a client may see.
+where another one may act in between. The run of a post may ask something, and a client answers at any time.
+Every state that can be reached with two posts, two instances and two crashes, real ones or only seeming so, is visited;
+in each the log must be one that a client may see.
 """
 
 from __future__ import annotations
@@ -21,14 +22,24 @@ from tricorn.chat.conversation.state import ConversationState
 from tricorn.chat.execution import completed_key, started_key
 from tricorn.chat.logs.base import Append, Lease, LeaseLost, LogState
 from tricorn.chat.logs.memory import StoredConversation
-from tricorn.chat.protocol import AgentCompleted, AgentMessage, AgentStarted, RunEvent, UserMessage
+from tricorn.chat.protocol import (
+    AgentAsked,
+    AgentAsking,
+    AgentCompleted,
+    AgentMessage,
+    AgentStarted,
+    AskOutcome,
+    RunEvent,
+    UserMessage,
+)
 
 INSTANCES = ("a", "b")
 POSTS = 2
+ASKS = False  # the run of the first post asks something
 CRASHES = 2
 EPOCH = "e"
 CLAIMS = 4  # two that are both thought dead could take the lease from each other for ever
-STATES = 208108
+STATES, STATES_OF_A_QUESTION = 193056, 26838
 
 FOLDED: dict[object, ConversationState] = {}  # the same entries come to the same
 
@@ -43,10 +54,11 @@ class Instance:
     read: int = 0  # the seq of the last entry that it knows
     certain: bool = False  # it has read all that was written under earlier leases
     run: tuple[str, int] | None = None  # its own run, and the post that this answers
-    said: bool = False
+    steps: int = 0  # that the run has taken
 
     def key(self) -> object:
-        return (self.name, self.lease and self.lease.token, self.answered, self.read, self.certain, self.run, self.said)
+        token = self.lease and self.lease.token
+        return (self.name, token, self.answered, self.read, self.certain, self.run, self.run and self.steps)
 
 
 @dataclass
@@ -55,6 +67,7 @@ class World:
     instances: list[Instance] = field(default_factory=lambda: [Instance(name) for name in INSTANCES])
     dead: set[str] = field(default_factory=set)  # whose leases have run out; who is slow may be among them
     posts: int = 0
+    is_answered: bool = False  # the question, by a client, or the client has tried
     crashes: int = 0
     log: tuple[str, ...] = ()  # what tells its entries from those of other worlds
 
@@ -68,6 +81,7 @@ class World:
             tuple(instance.key() for instance in self.instances),
             frozenset(self.dead),
             self.posts,
+            self.is_answered,
             self.crashes,
         )
 
@@ -97,6 +111,15 @@ class World:
         self.past.append("client", EPOCH, Append(event, f"post:{self.posts}"))
         self.log += (f"post:{self.posts}",)
 
+    def answer(self) -> None:
+        """A client answers the first question that it has seen, under no lease."""
+        self.is_answered = True
+        ask = next(entry.split()[0].removesuffix(":asking") for entry in self.log if ":asking" in entry)
+        event = asked(ask.removesuffix(".ask"), "answered")
+        _, repeated = self.past.append("client", EPOCH, Append(event, completed_key(ask)))
+        if not repeated:
+            self.log += (f"{completed_key(ask)} client",)
+
     def append(self, instance: Instance, event: RunEvent, key: str, answered: int | None = None) -> None:
         """Append, and read all up to that, as `LogView` does."""
         entry, repeated = self.past.append(instance.name, EPOCH, Append(event, key, instance.lease, answered))
@@ -114,11 +137,19 @@ def stamp(run: str) -> dict[str, object]:
     return {"conversation": "c", "seq": 0, "at": 0.0, "run": run}
 
 
+def asked(run: str, outcome: AskOutcome) -> AgentAsked:
+    return AgentAsked(**stamp(run), ask=f"{run}.ask", outcome=outcome)
+
+
 def nexts(world: World) -> Iterator[World]:
     """All that can happen next, each in a world of its own."""
     if world.posts < POSTS:
         other = world.copy()
         other.post()
+        yield other
+    if not world.is_answered and any(":asking" in entry for entry in world.log):
+        other = world.copy()
+        other.answer()
         yield other
     for index in range(len(world.instances)):
         yield from acts(world, index)
@@ -143,8 +174,13 @@ def acts(world: World, index: int) -> Iterator[World]:
     try:
         if instance.run is not None:
             run, post = instance.run
-            if not instance.said:
-                instance.said = True
+            ask, asks = f"{run}.ask", ASKS and post == other.past.entries[0].entry.seq
+            instance.steps += 1
+            if instance.steps == 1 and asks:
+                other.append(instance, AgentAsking(**stamp(run), ask=ask, text="x", until=0.0), f"{ask}:asking")
+            elif instance.steps == 2 and asks:  # if nobody has answered
+                other.append(instance, asked(run, "timeout"), completed_key(ask))
+            elif instance.steps == 1:
                 other.append(instance, AgentMessage(**stamp(run), text="x"), f"{run}:1")
             else:
                 instance.run = None
@@ -168,6 +204,10 @@ def acts(world: World, index: int) -> Iterator[World]:
             yield other
         elif progress.run is not None:
             going_on = progress.run
+            if going_on.asks:
+                other.append(instance, asked(going_on.id, "interrupted"), completed_key(next(iter(going_on.asks))))
+                yield other
+                return
             completed = AgentCompleted(**stamp(going_on.id), outcome="interrupted", seconds=0.0)
             other.append(instance, completed, completed_key(going_on.id), going_on.post)
             yield other
@@ -176,7 +216,7 @@ def acts(world: World, index: int) -> Iterator[World]:
             run = f"r{post}.{instance.lease.token}"
             started = AgentStarted(**stamp(run), agent="x", post=progress.posts[0].id, post_seq=post)
             other.append(instance, started, started_key(post))
-            instance.run, instance.said = (run, post), False
+            instance.run, instance.steps = (run, post), 0
             yield other
         else:
             if other.past.release(instance.name, instance.lease, unanswered=False):
@@ -199,14 +239,20 @@ def check(world: World) -> None:
     ended = Counter(event["run"] for event in events if event["type"] == "agent_completed")
     assert set(ended.values()) <= {1}
     going_on = None
+    waiting: set[str] = set()
     for event in events:
         if event["type"] == "agent_started":
             assert going_on is None, "one run at a time"
             going_on = event["run"]
         elif "run" in event:
             assert event["run"] == going_on, "nothing is said behind the end of a run"
+            if event["type"] == "agent_asking":
+                waiting.add(event["ask"])
+            elif event["type"] == "agent_asked":
+                waiting.remove(event["ask"])  # it ends once
             if event["type"] == "agent_completed":
                 going_on = None
+                assert not waiting, "a question ends before its run"
 
 
 def is_settled(world: World) -> bool:
@@ -253,6 +299,13 @@ def explore() -> int:
 
 def test_every_order_of_two_instances_with_crashes() -> None:
     assert explore() == STATES
+
+
+def test_every_order_of_two_instances_with_crashes_and_a_client_that_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one post: two make it four times as many states as without a question."""
+    monkeypatch.setitem(globals(), "ASKS", True)
+    monkeypatch.setitem(globals(), "POSTS", 1)
+    assert explore() == STATES_OF_A_QUESTION
 
 
 # It finds what is wrong
@@ -302,4 +355,33 @@ def test_it_finds_a_store_that_forgets_how_far_it_was_answered(monkeypatch: pyte
     monkeypatch.setattr(StoredConversation, "append", forgetful)
     monkeypatch.setitem(globals(), "INSTANCES", ("a",))  # which is enough
     with pytest.raises(AssertionError):
+        explore()
+
+
+def test_it_finds_a_question_that_can_end_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If what the responder appends had another key than what a client does."""
+    append = StoredConversation.append
+
+    def careless(self: StoredConversation, instance: object, epoch: str, what: Append) -> object:
+        if isinstance(what.event, AgentAsked) and what.lease is not None:
+            what = msgspec.structs.replace(what, key=f"{what.key}:{instance}")
+        return append(self, instance, epoch, what)
+
+    monkeypatch.setitem(globals(), "ASKS", True)
+    monkeypatch.setattr(StoredConversation, "append", careless)
+    with pytest.raises((AssertionError, KeyError)):
+        explore()
+
+
+def test_it_finds_a_question_that_an_heir_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    fold = ConversationState.fold
+
+    def forgetful(self: ConversationState, entry: object) -> None:
+        fold(self, entry)  # type: ignore[arg-type]
+        if self.run is not None:
+            self.run.asks.clear()
+
+    monkeypatch.setitem(globals(), "ASKS", True)
+    monkeypatch.setattr(ConversationState, "fold", forgetful)
+    with pytest.raises(AssertionError, match="a question ends before its run"):
         explore()

@@ -72,6 +72,7 @@ def test_the_fields_that_several_objects_have_are_described() -> None:
     [
         ("error", msgspec.structs.fields(protocol.Error)[0].type),
         ("agent_completed", protocol.Outcome),
+        ("agent_asked", protocol.AskOutcome),
     ],
 )
 def test_every_value_of_an_enumeration_is_described(heading: str, literal: Any) -> None:

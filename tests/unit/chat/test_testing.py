@@ -7,7 +7,7 @@ import trio
 from msgspec.structs import replace
 from trio.testing import MockClock
 
-from tricorn.chat import AgentError, Run, ToolCall, ToolError, Turn
+from tricorn.chat import AgentError, Asked, NotAnswered, Run, ToolCall, ToolError, Turn
 from tricorn.chat.protocol import (
     AgentCompleted,
     AgentMessage,
@@ -190,13 +190,29 @@ async def test_a_history_is_what_the_run_finds() -> None:
 
     history = [
         Turn("ann", "one", 0.0, "1", "success", (ToolCall("count", {"to": 1}, 1), ToolCall("count", {}, None, "no"))),
-        Turn("bob", "two", 0.0, "", "failed", (), "it failed"),
+        Turn("bob", "two", 0.0, "", "failed", (), "it failed", (Asked("Send it?", "no"), Asked("Now?"))),
     ]
     result = await ask(agent, "three", history=history)
     assert [replace(turn, at=0.0) for turn in seen[0]] == history
     assert (result.outcome, result.answer) == ("success", "done")
     await ask(agent, "alone")
     assert seen[1] == []
+
+
+async def test_questions_are_answered_in_order_or_by_a_function(autojump_clock: MockClock) -> None:
+    async def agent(run: Run) -> None:
+        await run.say(await run.ask("one?", choices=["yes", "no"]))
+        await run.say(await run.ask("two?"))
+
+    assert (await ask(agent, "x", answers=["no", "maybe"])).answer == "nomaybe"
+    assert (await ask(agent, "x", answers={"one?": "yes", "two?": "2"}.get)).answer == "yes2"
+    refused = await ask(agent, "x", answers=["maybe"])
+    assert isinstance(refused.error, ValueError)
+    result = await ask(agent, "x", answers=["yes"])
+    assert isinstance(result.error, NotAnswered)
+    completed = result.events[-1]
+    assert isinstance(completed, AgentCompleted)
+    assert completed.error == "nobody answered within 600 s: two?"
 
 
 async def test_tokens_add_up() -> None:

@@ -208,6 +208,9 @@ def _remember(turn: Turn, number: int, *, with_tools: bool) -> list[dict[str, An
             text = use.result if isinstance(use.result, str) else json(use.result)
             text = text if use.error is None else f"Error: {use.error}"
             messages.append({"role": "tool", "tool_call_id": id, "content": text})
+    for asked in turn.asks:
+        messages.append({"role": "assistant", "content": asked.text})
+        messages.append({"role": "user", "content": "(no answer)" if asked.answer is None else asked.answer})
     answer = turn.answer
     if turn.outcome != "success":
         answer = f"{answer} [{TOOL_ENDED.get(turn.outcome, turn.outcome)}]".strip()

@@ -15,8 +15,11 @@ import trio
 from tricorn.chat.client.connect import ReconnectingClient, ServerMessage
 from tricorn.chat.client.screen import Screen, one_line
 from tricorn.chat.protocol import (
+    AgentAsked,
+    AgentAsking,
     AgentCompleted,
     AgentStarted,
+    Answer,
     AnyEvent,
     Cancel,
     ConversationEvent,
@@ -35,7 +38,7 @@ STDIN = 0
 SCHEMES = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
 INTERRUPTED = 130  # the exit status that shells use for Ctrl-C
 PATIENCE = 60.0  # seconds that a script waits for a connection to come back; a person can leave at any time
-POST_AGAIN = 1.0  # seconds after which a post that the log could not take is sent again
+SEND_AGAIN = 1.0  # seconds after which what the log could not take is sent again
 
 
 def websocket_url(text: str) -> str:
@@ -57,6 +60,9 @@ def websocket_url(text: str) -> str:
 
 async def chat(url: str, *, conversation: str, message: str | None, raw: bool, token: str | None = None) -> int:
     """Post `message`, or else each line of the input in turn, draw what happens, and return the exit status.
+
+    While the agent asks something, the next line of the input is the answer; with `message`, somebody else has to
+    answer.
 
     After a lost connection it reconnects and goes on where it was. The status is 0 if the user left or every run was a
     success; 1 if a run was not, a post was refused, or there is no connection: none could be made, the server does not
@@ -80,12 +86,15 @@ class Turn:
         self.text = text
         self.logged = False
         self.run: str | None = None
+        self.children: set[str] = set()
         self.cancelled = False
         self.outcome: Outcome | None = None
-        self.ended = trio.Event()
+        self.is_over = False
 
     def has(self, event: AnyEvent) -> bool:
-        return event.id == self.post if isinstance(event, UserMessage) else event.run == self.run
+        if isinstance(event, UserMessage):
+            return event.id == self.post
+        return event.run == self.run or event.run in self.children
 
 
 class TerminalChat:
@@ -102,6 +111,11 @@ class TerminalChat:
         self._lines = Lines(STDIN)
         self._client = ReconnectingClient(url, token, inf if self._interactive else PATIENCE)
         self._turn: Turn | None = None
+        self._asks: dict[str, AgentAsking] = {}  # questions that wait, and that the next line answers
+        self._answers: dict[str, str] = {}  # to those of them that have one already
+        self._news = trio.Event()  # a question has come or gone, or the turn is over
+        self._reading = trio.CancelScope()
+        self._input_ended = False
         self._at_prompt = False
         self._epoch: str | None = None
         self._seq = 0  # of the last event received
@@ -164,7 +178,9 @@ class TerminalChat:
             self._screen.note("Ctrl-C cancels a run, Ctrl-D leaves.")
         statuses = {0}
         while (line := await self._next_line()) is not None:
-            if line.strip():
+            if self._open_ask() is not None:
+                await self._answer(line)
+            elif line.strip():
                 statuses.add(await self._say(line))
         self._leave(0 if self._interactive else max(statuses))
 
@@ -173,8 +189,10 @@ class TerminalChat:
             return await self._lines.next()
         self._screen.prompt()
         self._at_prompt = True
-        line = await self._lines.next()
-        self._at_prompt = False
+        try:
+            line = await self._lines.next()
+        finally:
+            self._at_prompt = False
         if line is not None:
             self._screen.line_was_entered()
         return line
@@ -184,17 +202,60 @@ class TerminalChat:
         turn = self._turn = Turn(text)
         if self._attached:  # otherwise `_attach` posts it
             await self._post(turn)
-        await turn.ended.wait()
+        while not turn.is_over:
+            if self._message is None and not self._input_ended and self._open_ask() is not None:
+                with trio.CancelScope() as self._reading:  # until somebody else has answered
+                    line = await self._next_line()
+                    if line is not None:
+                        await self._answer(line)
+                    elif self._interactive:
+                        self._leave(0)
+                    self._input_ended = line is None
+            else:
+                self._news = trio.Event()
+                await self._news.wait()
         self._turn = None
         return 0 if turn.outcome == "success" else 1
+
+    def _open_ask(self) -> AgentAsking | None:
+        """Return the first question that has no answer yet."""
+        return next((each for id, each in self._asks.items() if id not in self._answers), None)
+
+    async def _answer(self, line: str) -> None:
+        asking, text = self._open_ask(), line.strip()
+        if asking is None or not text:
+            return
+        if asking.choices and text not in asking.choices:
+            self._inform(f"answer with one of: {', '.join(asking.choices)}")
+            return
+        self._answers[asking.ask] = text
+        if self._attached:  # otherwise `_attach` sends it
+            await self._send_answer(asking.ask)
+
+    async def _send_answer(self, ask: str) -> None:
+        await self._client.send(Answer(conversation=self._conversation, ask=ask, text=self._answers[ask]))
+
+    def _take_ask(self, event: AgentAsking | AgentAsked, *, own: bool) -> None:
+        if isinstance(event, AgentAsked):
+            self._asks.pop(event.ask, None)
+            self._answers.pop(event.ask, None)
+            self._reading.cancel()
+        elif own or self._interactive:
+            self._asks[event.ask] = event
+        self._news.set()
 
     async def _post(self, turn: Turn) -> None:
         await self._client.send(Post(id=turn.post, conversation=self._conversation, text=turn.text))
 
     async def _post_again(self, turn: Turn) -> None:
-        await trio.sleep(POST_AGAIN)
+        await trio.sleep(SEND_AGAIN)
         if self._attached:
             await self._post(turn)
+
+    async def _answer_again(self, ask: str) -> None:
+        await trio.sleep(SEND_AGAIN)
+        if self._attached and ask in self._answers:
+            await self._send_answer(ask)
 
     async def _on_message(self, message: ServerMessage, text: str) -> None:
         match message:
@@ -220,6 +281,8 @@ class TerminalChat:
         if self._epoch not in {None, opened.epoch}:
             self._inform("the server has lost what was said here before")
             self._seq = 0
+            self._asks.clear()
+            self._answers.clear()
             if turn is not None:
                 turn.logged, turn.run = False, None
         elif 0 < self._seq < opened.first - 1:
@@ -230,6 +293,8 @@ class TerminalChat:
             await self._post(turn)
         elif turn is not None and turn.cancelled and turn.run is not None:
             await self._cancel(turn.run)
+        for ask in list(self._answers):
+            await self._send_answer(ask)
 
     def _inform(self, text: str) -> None:
         if self._interactive:
@@ -242,6 +307,13 @@ class TerminalChat:
         self._seq = event.seq
         if turn and isinstance(event, AgentStarted) and event.post == turn.post:
             turn.run = event.run
+        elif (
+            turn
+            and isinstance(event, AgentStarted)
+            and event.parent is not None
+            and (event.parent == turn.run or event.parent in turn.children)
+        ):
+            turn.children.add(event.run)
         own = turn is not None and turn.has(event)
         if own and turn and isinstance(event, UserMessage):
             turn.logged = True
@@ -252,12 +324,15 @@ class TerminalChat:
             pass  # the user has typed it there
         elif own or self._message is None:
             self._screen.draw(event)
-        if isinstance(event, AgentCompleted):
-            if own and turn:
-                turn.outcome = event.outcome
-                turn.ended.set()
-            elif self._at_prompt:
-                self._screen.prompt()
+        if isinstance(event, AgentAsking | AgentAsked):
+            self._take_ask(event, own=own)
+        if isinstance(event, AgentCompleted) and turn and event.run == turn.run:
+            turn.outcome, turn.is_over = event.outcome, True
+            self._news.set()
+        elif isinstance(event, AgentAsked) and turn is not None:
+            pass  # `_say` goes on, and prompts if there is something left to answer
+        elif isinstance(event, AgentCompleted | AgentAsking | AgentAsked) and self._at_prompt:
+            self._screen.prompt()
         self._note_caught_up(event.seq)
 
     def _note_caught_up(self, seq: int) -> None:
@@ -273,6 +348,13 @@ class TerminalChat:
                 self._nursery.start_soon(self._open)
             elif self._head is None:
                 self._leave(1, error.message)
+        elif error.ref in self._answers:
+            if error.code == "unavailable":
+                self._nursery.start_soon(self._answer_again, error.ref)
+            elif error.code != "not_found":  # else somebody else was faster: an event says so
+                del self._answers[error.ref]
+                self._inform(error.message)
+                self._news.set()
         elif turn and not turn.logged and error.ref in {turn.post, None}:
             if error.code == "unavailable":
                 self._nursery.start_soon(self._post_again, turn)
@@ -280,7 +362,8 @@ class TerminalChat:
                 pass  # the next connection posts it again
             elif self._interactive:
                 self._screen.note(error.message)
-                turn.ended.set()
+                turn.is_over = True
+                self._news.set()
             else:
                 self._leave(1, error.message)
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from trio import CancelScope, Event, current_time, move_on_after, open_nursery, sleep, sleep_until
 
 from tricorn.chat.backoff import Backoff
 from tricorn.chat.conversation.log_view import LogView, Reader
 from tricorn.chat.conversation.responder import Responder
-from tricorn.chat.execution import LAST_WORDS, Runs
+from tricorn.chat.conversation.state import OpenAsk
+from tricorn.chat.execution import LAST_WORDS, Runs, completed_key
 from tricorn.chat.logs.base import Append, Log, PastLost, Unavailable
 from tricorn.chat.metrics import ChatMetrics
-from tricorn.chat.protocol import UserMessage
+from tricorn.chat.protocol import AgentAsked, UserMessage
 from tricorn.chat.quota import Quota
 from tricorn.chat.run import Agent
 from tricorn.chat.settings import ChatSettings
@@ -34,6 +36,10 @@ class TooManyPosts(Exception):
     def __init__(self, limit: str, text: str) -> None:
         super().__init__(text)
         self.limit = limit
+
+
+class NotAChoice(Exception):
+    """This is no answer to the question. The text says what would be, for people."""
 
 
 class Conversation:
@@ -153,6 +159,30 @@ class Conversation:
                 await self.view.ask(self._log.cancel, run)
                 return True
             return False
+
+    async def answer(self, ask: str, text: str, user: str) -> str | None:
+        """Answer a question of the run in progress, at whichever instance. Return why not, for people, if it is over.
+
+        A checkpoint. If this is cancelled, the answer may be in the log or not. The first answer in the log counts.
+
+        Raises:
+            NotAChoice: the question has choices, and this is none.
+            Unavailable: the log does not answer.
+            PastLost: the log has lost entries.
+        """
+        with self.held():
+            await self.view.open()
+            if self._open_ask(ask) is None:
+                await self.look()
+            found = self._open_ask(ask)
+            if found is None:
+                return f"no question {ask} waits for an answer in this conversation"
+            if found.choices and text not in found.choices:
+                raise NotAChoice(f"the answer must be one of: {', '.join(found.choices)}")
+            about: dict[str, Any] = {"conversation": self.view.id, "run": found.run, "seq": 0, "at": 0.0}
+            event = AgentAsked(**about, ask=ask, outcome="answered", answer=text, user=user)
+            _, repeated = await self.view.append(Append(event, completed_key(ask)))
+            return f"the question {ask} was answered, or ended, just before" if repeated else None
 
     def nudge(self) -> None:
         """See whether there is something to answer, and nobody else who does."""
@@ -287,6 +317,10 @@ class Conversation:
     def _is_running(self, run: str) -> bool:
         running = self.view.state.run
         return running is not None and running.id == run
+
+    def _open_ask(self, ask: str) -> OpenAsk | None:
+        running = self.view.state.run
+        return None if running is None else running.asks.get(ask)
 
     def _refusal(self, by: Quota) -> TooManyPosts | None:
         settings = self._settings

@@ -54,8 +54,8 @@ class LogView:
         lost: the log has lost entries, so that no reader can go on.
         behind: there is, or may be, something to catch up with.
         news: woken when `behind` becomes true.
-        on_turn: called after `state.posts`, `run` or `answered` has changed, and before any reader is woken. Must not
-            block.
+        on_turn: called after `state.posts`, `run`, its `asked`, or `answered` has changed, and before any reader is
+            woken. Must not block.
     """
 
     def __init__(self, key: str, log: Log, seconds: float, metrics: ChatMetrics) -> None:

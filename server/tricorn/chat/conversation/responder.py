@@ -14,7 +14,7 @@ from tricorn.chat.conversation.state import OpenRun
 from tricorn.chat.execution import Cause, Execution, Runs, completed_key
 from tricorn.chat.logs.base import Append, Entry, Lease, LeaseLost, Log, PastLost, Unavailable
 from tricorn.chat.metrics import ChatMetrics
-from tricorn.chat.protocol import AgentCompleted, ToolCompleted, UserMessage
+from tricorn.chat.protocol import AgentAsked, AgentCompleted, ToolCompleted, UserMessage
 from tricorn.chat.quota import Quota
 from tricorn.chat.run import Agent, Run
 from tricorn.chat.settings import ChatSettings
@@ -162,15 +162,19 @@ class Responder:
         self._view.doubt()
 
     async def _end_orphan(self, run: OpenRun) -> None:
-        """Append the end of a run, and of its tools, for the instance that started it and cannot any more."""
+        """Append the end of a run, and of what is open in it, for the instance that started it and cannot any more."""
         view, now = self._view, time()
-        about: dict[str, Any] = {"conversation": view.id, "seq": 0, "at": 0.0, "run": run.id}
+        about: dict[str, Any] = {"conversation": view.id, "seq": 0, "at": 0.0}
         for call in list(run.calls.values()):
             error, seconds = TOOL_ENDED["interrupted"], max(0.0, now - call.at)
-            completed = ToolCompleted(**about, call=call.id, tool=call.tool, seconds=seconds, error=error)
+            completed = ToolCompleted(**about, run=call.run, call=call.id, tool=call.tool, seconds=seconds, error=error)
             await view.append(Append(completed, completed_key(call.id), self._lease))
-        end = AgentCompleted(**about, outcome="interrupted", seconds=max(0.0, now - run.at))
-        await view.append(Append(end, completed_key(run.id), self._lease, run.post))
+        for ask in list(run.asks.values()):
+            asked = AgentAsked(**about, run=ask.run, ask=ask.id, outcome="interrupted")
+            await view.append(Append(asked, completed_key(ask.id), self._lease))
+        for id, at in reversed([(run.id, run.at), *run.children.items()]):  # the innermost first
+            end = AgentCompleted(**about, run=id, outcome="interrupted", seconds=max(0.0, now - at))
+            await view.append(Append(end, completed_key(id), self._lease, run.post if id == run.id else None))
         report("WARNING", "interrupted an orphaned run", conversation=view.key, run=run.id)
 
     async def _perform(self, post: UserMessage) -> None:
@@ -202,6 +206,8 @@ class Responder:
                 self._view.doubt()
         elif state.run is not None and state.run.id == execution.id:
             self._begun = True
+            if state.run.asked is not None:
+                execution.hear(*state.run.asked)
         elif (self._begun or state.run is not None) and not execution.over:
             self._abandon(LeaseLost())  # another instance has ended this run, or begun another one
         self._answered = state.answered

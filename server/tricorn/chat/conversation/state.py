@@ -14,25 +14,55 @@ from msgspec import Struct
 from msgspec.json import Decoder
 
 from tricorn.chat.logs.base import Entry, LogState
-from tricorn.chat.protocol import UserMessage
+from tricorn.chat.protocol import AgentAsked, AgentAsking, UserMessage
 
 
 class OpenCall(NamedTuple):
-    """A tool at work, since `at` in seconds since the Unix epoch."""
+    """A tool at work in a run, since `at` in seconds since the Unix epoch."""
 
+    run: str
     id: str
     tool: str
     at: float
 
 
+class OpenAsk(NamedTuple):
+    """A question that waits for its answer: one of `choices`, or any text if there are none."""
+
+    run: str
+    id: str
+    choices: tuple[str, ...]
+
+
+class Asked(NamedTuple):
+    """A question that is over, and the answer, if there was one."""
+
+    id: str
+    answer: str | None
+
+
 @dataclass
 class OpenRun:
-    """A run that has no end yet, since `at` in seconds since the Unix epoch. It answers the post with seq `post`."""
+    """A run that has no end yet, since `at` in seconds since the Unix epoch. It answers the post with seq `post`.
+
+    Attributes:
+        children: when those began that it, or its children, have begun, by id, in that order.
+        calls: tools at work, by id, also of its children.
+        asks: questions that wait, by id, also of its children.
+        asked: the question that was the last to end.
+    """
 
     id: str
     post: int
     at: float
+    children: dict[str, float] = field(default_factory=dict)
     calls: dict[str, OpenCall] = field(default_factory=dict)
+    asks: dict[str, OpenAsk] = field(default_factory=dict)
+    asked: Asked | None = None
+
+    def has(self, run: str) -> bool:
+        """Return whether a run is this one, or one of its children that has no end yet."""
+        return run == self.id or run in self.children
 
 
 class ConversationState:
@@ -61,21 +91,34 @@ class ConversationState:
         return bool(self.posts) or self.run is not None
 
     def fold(self, entry: Entry) -> bool:
-        """Take in the next entry; return whether it changed `posts`, `run` or `answered`."""
+        """Take in the next entry; return whether it changed `posts`, `run`, its `asked`, or `answered`."""
         self.seq = entry.seq
         if entry.json.startswith(_SPOKEN):
             return False
         event = _decode(entry.json)
-        run = self.run if self.run is not None and self.run.id == event.run else None
+        run = self.run if self.run is not None and self.run.has(event.run) else None
         if event.type == "user_message":
             self.posts.append(_decode_post(entry.json))
+        elif event.type == "agent_started" and event.parent:
+            if self.run is not None and self.run.has(event.parent):
+                self.run.children[event.run] = event.at
+            return False
         elif event.type == "agent_started" and event.post_seq > self.answered:
             self.run = OpenRun(event.run, event.post_seq, event.at)
         elif event.type == "tool_executing" and run is not None:
-            run.calls[event.call] = OpenCall(event.call, event.tool, event.at)
+            run.calls[event.call] = OpenCall(event.run, event.call, event.tool, event.at)
             return False
         elif event.type == "tool_completed" and run is not None:
             run.calls.pop(event.call, None)
+            return False
+        elif event.type == "agent_asking" and run is not None:
+            run.asks[event.ask] = OpenAsk(event.run, event.ask, tuple(_decode_asking(entry.json).choices or ()))
+            return False
+        elif event.type == "agent_asked" and run is not None:
+            run.asks.pop(event.ask, None)
+            run.asked = Asked(event.ask, _decode_asked(entry.json).answer)
+        elif event.type == "agent_completed" and run is not None and event.run in run.children:
+            del run.children[event.run]
             return False
         elif event.type == "agent_completed" and run is not None:
             self.run, self.answered = None, run.post
@@ -92,11 +135,15 @@ class _Event(Struct):
     type: str
     at: float
     run: str = ""
+    parent: str | None = None
     post_seq: int = 0
     call: str = ""
     tool: str = ""
+    ask: str = ""
 
 
 _decode = Decoder(_Event).decode
 _decode_post = Decoder(UserMessage).decode
+_decode_asking = Decoder(AgentAsking).decode
+_decode_asked = Decoder(AgentAsked).decode
 _SPOKEN = (b'{"type":"agent_message"', b'{"type":"agent_thinking"')  # most events, and they change nothing here

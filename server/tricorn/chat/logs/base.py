@@ -109,7 +109,7 @@ class Append(Struct, frozen=True, gc=False):
     Attributes:
         event: what is added; it gets its seq and its time.
         key: if the conversation has an entry with this key already, nothing is added.
-        lease: under which a run's event is added; None for a post.
+        lease: under which a run's event is added; None for what a client says: a post, or the answer to a question.
         answered: the seq of the post that is answered with this event, the last of its run.
     """
 
@@ -191,7 +191,8 @@ class Log(Protocol):
         True). If this is cancelled or raises, the event may be in the log or not; append it again with the same key to
         be certain.
 
-        A `user_message` is a post: somebody has to answer it. Everything else belongs to a run and needs the lease.
+        A `user_message` is a post: somebody has to answer it. It has no lease, nor has the answer to a question of a
+        run. Everything else belongs to a run and needs the lease.
 
         Raises:
             LeaseLost: the lease is no longer this instance's. Nothing was added.

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import trio
 
 from tricorn.chat.logs.base import KEEP_EVERYTHING, Append, Entry, Lease, LeaseLost, Log, PastLost, Retention
-from tricorn.chat.protocol import AgentCompleted, AgentThinking, ToolExecuting, UserMessage
+from tricorn.chat.protocol import AgentAsked, AgentCompleted, AgentThinking, AskOutcome, ToolExecuting, UserMessage
 
 LEASE = 1.0  # seconds that leases hold in these tests
 
@@ -494,6 +494,29 @@ async def many_instances_append_without_gaps(stores: Stores) -> None:
         assert sorted(int(loads(entry.json)["text"]) for entry in entries) == list(range(120))
 
 
+async def an_answer_of_another_instance_is_the_end_of_a_question(stores: Stores) -> None:
+    """It is appended without the lease. Under the lease, the same key then adds nothing."""
+    async with stores.connect() as one, stores.connect() as other:
+        epoch = (await one.open("c")).epoch
+        asked, _ = await one.append("c", epoch, Append(post(), "p"))
+        lease = await _claimed(one)
+        await one.append("c", epoch, Append(thought("who?"), "ask", lease))
+        answer, repeated = await other.append("c", epoch, Append(_asked("answered"), "ask:completed"))
+        assert (answer.seq, repeated) == (3, False)
+        assert await other.append("c", epoch, Append(_asked("answered"), "ask:completed")) == (answer, True)
+        assert await one.append("c", epoch, Append(_asked("timeout"), "ask:completed", lease)) == (answer, True)
+        assert await one.find("c", "ask:completed") == answer
+        assert (await one.open("c"))[1:] == (1, 3, 0)
+        assert not await one.release("c", lease), "the post is still to be answered"
+        end, _ = await one.append("c", epoch, Append(completed(), "r", lease, asked.seq))
+        assert (await other.open("c"))[1:] == (1, 4, asked.seq)
+        assert await other.read("c", 2, 10) == [answer, end]
+
+
+def _asked(outcome: AskOutcome) -> AgentAsked:
+    return AgentAsked(conversation="c", seq=0, at=0.0, run="r", ask="ask", outcome=outcome)
+
+
 async def _refused(kind: type[Exception], call: Awaitable[Any]) -> None:
     try:
         await call
@@ -537,4 +560,5 @@ SHARED_CASES: tuple[Case, ...] = (
     a_closed_instance_loses_its_lease_at_once,
     others_see_attendance,
     many_instances_append_without_gaps,
+    an_answer_of_another_instance_is_the_end_of_a_question,
 )
