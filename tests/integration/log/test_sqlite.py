@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import trio
 
+from fixtures.records import Records
 from tricorn.chat.logs import conformance
 from tricorn.chat.logs.base import KEEP_EVERYTHING, Append, LeaseLost, Log, PastLost, Retention, Unavailable
 from tricorn.chat.logs.conformance import completed, post
@@ -39,6 +40,11 @@ def log_at(path: Path | str, **settings: Any) -> SQLiteLog:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "a log?#%20.db"
+
+
+@pytest.fixture
+def records(capfd: pytest.CaptureFixture[str]) -> Records:
+    return Records(capfd)
 
 
 class Stores:
@@ -132,6 +138,38 @@ async def test_a_file_that_cannot_be_written_to_is_refused() -> None:
                     pass
         finally:
             os.seteuid(user)
+
+
+def modes(path: Path) -> dict[str, int]:
+    return {each.name.removeprefix(path.name): each.stat().st_mode & 0o777 for each in path.parent.iterdir()}
+
+
+async def test_only_its_owner_can_open_a_new_file_and_the_files_beside_it(path: Path, records: Records) -> None:
+    before = os.umask(0)
+    try:
+        async with log_at(path) as log:
+            await append(log, "1")
+            found = modes(path)
+    finally:
+        os.umask(before)
+    assert {"", "-wal"} <= found.keys()
+    assert set(found.values()) == {0o600}
+    assert not records.read("WARNING")
+
+
+@pytest.mark.parametrize(("mode", "warnings"), [(0o640, 0), (0o644, 1)])
+async def test_the_mode_of_a_file_that_exists_stays_and_one_for_everybody_is_warned_of(
+    path: Path, records: Records, mode: int, warnings: int
+) -> None:
+    async with log_at(path):
+        pass
+    path.chmod(mode)  # noqa: ASYNC240
+    async with log_at(path) as log:
+        await append(log, "1")
+        assert set(modes(path).values()) == {mode}
+    said = records.read("WARNING")
+    assert len(said) == warnings
+    assert all("chmod 600" in each["message"] for each in said)
 
 
 async def test_a_directory_that_is_not_there(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from tricorn.chat.logs.calls import CallQueue
 from tricorn.chat.logs.engine import SWEEP_PERIOD, Engine
 from tricorn.chat.logs.sqlite_file import File
 from tricorn.chat.settings import ChatSettings
-from tricorn.errors.report import report_error
+from tricorn.errors.report import report, report_error
 from tricorn.settings import SettingError
 
 AT_ONCE = 500  # calls in one transaction
@@ -112,11 +112,13 @@ class SQLiteLog(Engine):
         while True:
             try:
                 self._file = await to_thread.run_sync(File, self._path)
-                return
+                break
             except DatabaseError as error:
                 if getattr(error, "sqlite_errorcode", None) != SQLITE_BUSY:
                     raise self._unavailable(str(error)) from None
             await sleep(LOOK_AGAIN)
+        if self._file.is_open_to_all:
+            report("WARNING", f"{self._where}: every user of this machine can open it; `chmod 600` ends that")
 
     def _start(self, nursery: Nursery) -> None:
         nursery.start_soon(self._serve)

@@ -59,6 +59,9 @@ class File:
     In WAL mode a commit is one append to a file; with `synchronous=FULL` it is on the disk before it returns. The lock
     is the operating system's, so it ends with the process, however that ends.
 
+    Attributes:
+        is_open_to_all: every user of this machine may read it, or write to it.
+
     Raises:
         sqlite3.Error: it cannot be opened, is not ours, or another process has it (`SQLITE_BUSY`).
     """
@@ -69,6 +72,7 @@ class File:
         self._path = os.path.abspath(path)
         if os.path.exists(self._path) and not os.access(self._path, os.W_OK, effective_ids=True):
             raise DatabaseError("it cannot be written to")  # SQLite calls that an I/O error
+        _make_private(self._path)
         self._db = sqlite3.connect(self._path, timeout=0, isolation_level=None, check_same_thread=False)
         try:
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -80,6 +84,7 @@ class File:
             self._db.execute("COMMIT")
             ((self._store,),) = self._db.execute("SELECT id FROM store")
             self._identity = _identity(self._path)
+            self.is_open_to_all = bool(os.stat(self._path).st_mode & 0o007)
         except BaseException:
             self._db.close()
             raise
@@ -247,6 +252,13 @@ class File:
             self._db.execute("DELETE FROM entry WHERE conversation = ? AND seq < ?", [row.id, first])
             self._db.execute("UPDATE conversation SET first = ? WHERE id = ?", [first, row.id])
         return first
+
+
+def _make_private(path: str) -> None:
+    """Make a file that is not there, for its owner alone; SQLite gives its -wal the same rights. Others stay as is."""
+    with suppress(OSError):  # it is there, or SQLite says why it cannot be
+        # Exclusive, since closing an open file would end the lock that this process may have on it.
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
 
 
 def _identity(path: str) -> tuple[int, int]:
