@@ -8,7 +8,7 @@ from random import random
 from types import TracebackType
 from typing import Self
 
-from trio import CancelScope, current_time, move_on_after, open_nursery, sleep, sleep_until
+from trio import CancelScope, current_time, open_nursery, sleep, sleep_until
 from trio.lowlevel import checkpoint
 
 from tricorn.chat.conversation.conversation import Conversation
@@ -20,6 +20,7 @@ from tricorn.chat.logs.base import Log, Unavailable
 from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.metrics import ChatMetrics
 from tricorn.chat.quota import Quotas
+from tricorn.chat.readiness import Readiness
 from tricorn.chat.run import Agent
 from tricorn.chat.session import Session
 from tricorn.chat.settings import ChatSettings
@@ -29,7 +30,6 @@ from tricorn.websocket import WebSocket
 LOOKS_PER_LEASE = 4
 EARLY = 0.1  # of the time of a heartbeat
 LOOK_AT_ONCE, SOON = 100, 0.25  # conversations, and seconds until the next look if there may be more
-LOG_PATIENCE = 1.0  # seconds; probes wait as long by default
 RETRY_AFTER = 1.0  # seconds until the first clients may come back
 RETURNS_PER_SECOND = 500  # clients that come back in a second, on average
 
@@ -60,6 +60,7 @@ class Chat:
         self.drain_by = inf
         self._agent = agent
         self._log = log or MemoryLog()
+        self._readiness = Readiness(self._log)
         self._opening = open_nursery()
         self._conversations: dict[str, Conversation] = {}
         self._sessions: set[Session] = set()
@@ -112,19 +113,12 @@ class Chat:
     async def why_not_ready(self) -> str | None:
         """Return why no more clients should be sent here, in words that anybody may read; None if they may come.
 
-        Asks the log, and waits for it for `LOG_PATIENCE` seconds. What it raises is reported. A checkpoint.
+        Asks the log at most once a second, and waits for it for a second. What it raises is reported. A checkpoint.
         """
         if self.closing:
             await checkpoint()
             return "draining"
-        with move_on_after(LOG_PATIENCE):
-            try:
-                await self._log.check()
-            except Exception as error:
-                report_error(error, phase="readiness")
-                return "the log fails"
-            return None
-        return "the log does not answer"
+        return await self._readiness.why_not()
 
     def _retry_after(self) -> float:
         """Return in how many seconds a client should come back: the more there are, the more they are spread."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,9 +15,9 @@ import trio.testing
 
 from fixtures.clock import seconds
 from tricorn.chat import Chat, Run
-from tricorn.chat.chat import LOG_PATIENCE
 from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.quota import Quota
+from tricorn.chat.readiness import BELIEVED, LOG_PATIENCE
 from tricorn.chat.settings import ChatSettings
 
 Connect = Callable[..., Awaitable[Any]]
@@ -268,6 +270,50 @@ async def test_a_chat_whose_log_says_nothing_is_not_ready(autojump_clock: trio.t
     async with Chat(echo, log=UselessLog(trio.sleep_forever)) as chat:
         async with seconds(LOG_PATIENCE):
             assert await chat.why_not_ready() == "the log does not answer"
+            assert await chat.why_not_ready() == "the log does not answer"  # at once: it was asked just now
+        await trio.sleep(BELIEVED)
         with trio.move_on_after(LOG_PATIENCE / 2) as scope:
             await chat.why_not_ready()
         assert scope.cancelled_caught
+
+
+async def test_the_log_is_checked_once_a_second_for_any_number_of_probes(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    checks: list[float] = []
+
+    async def check() -> None:
+        checks.append(trio.current_time())
+        await trio.sleep(0.25)
+
+    answers: list[str | None] = []
+
+    async def probe() -> None:
+        answers.append(await chat.why_not_ready())
+
+    async with Chat(echo, log=UselessLog(check)) as chat, trio.open_nursery() as nursery:
+        for _ in range(101):
+            nursery.start_soon(probe)
+        for _ in range(40):
+            await trio.sleep(0.1)
+            await probe()
+    assert answers == [None] * 141
+    assert len(checks) == 4
+    assert all(later - earlier >= BELIEVED for earlier, later in pairwise(checks))
+
+
+async def test_whoever_waits_checks_the_log_if_the_one_who_did_is_cancelled(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with Chat(echo, log=UselessLog(partial(trio.sleep, 0.25))) as chat, trio.open_nursery() as nursery:
+        scope = trio.CancelScope()
+
+        async def leave() -> None:
+            with scope:
+                await chat.why_not_ready()
+
+        nursery.start_soon(leave)
+        await trio.testing.wait_all_tasks_blocked()
+        async with seconds(0.25):
+            scope.cancel()
+            assert await chat.why_not_ready() is None
