@@ -203,6 +203,21 @@ async def test_a_file_that_was_moved_away_takes_nothing_until_it_is_back(path: P
         assert await append(log, "2") == 2
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+async def test_without_its_wal_file_it_takes_nothing_and_loses_nothing(path: Path, replaced: bool) -> None:
+    wal = f"{path}-wal"
+    async with log_at(path) as log:
+        await append(log, "1")
+        os.unlink(wal)
+        if replaced:
+            shutil.copy(path, wal)
+        for call in (log.check, lambda: append(log, "2")):
+            with pytest.raises(Unavailable, match="-wal file has been removed"):
+                await call()
+    async with log_at(path) as log:
+        assert await append(log, "3") == 2
+
+
 async def test_a_damaged_file_is_told(path: Path) -> None:
     async with log_at(path) as log:
         for n in range(200):

@@ -83,7 +83,7 @@ class File:
             self._migrate()
             self._db.execute("COMMIT")
             ((self._store,),) = self._db.execute("SELECT id FROM store")
-            self._identity = _identity(self._path)
+            self._identity = _identities(self._path)
             self.is_open_to_all = bool(os.stat(self._path).st_mode & 0o007)
         except BaseException:
             self._db.close()
@@ -121,8 +121,8 @@ class File:
                     self._settle()
                 answers.append(step(self, *arguments))
             self._settle()
-            if self._db.total_changes != before and _identity(self._path) != self._identity:
-                raise DatabaseError("it has been moved away or replaced")
+            if self._db.total_changes != before:
+                self._check_still_there()
             self._db.execute("COMMIT")
         except Exception as error:
             with suppress(DatabaseError):  # SQLite may have rolled back already
@@ -222,6 +222,16 @@ class File:
 
     # Inside
 
+    def _check_still_there(self) -> None:
+        """Refuse what the next process would not find: both files must still be at their paths."""
+        file, wal = _identities(self._path)
+        if file != self._identity[0]:
+            raise DatabaseError("it has been moved away or replaced")
+        if wal != self._identity[1]:
+            raise DatabaseError(
+                "its -wal file has been removed or replaced; end the server, which saves what was in it"
+            )
+
     def _epoch(self, key: str) -> str:
         """Derive the epoch from the file's id: a conversation costs nothing before its first entry."""
         return blake2b(key.encode(), key=self._store.encode(), digest_size=8).hexdigest()
@@ -259,6 +269,11 @@ def _make_private(path: str) -> None:
     with suppress(OSError):  # it is there, or SQLite says why it cannot be
         # Exclusive, since closing an open file would end the lock that this process may have on it.
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+
+
+def _identities(path: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Tell the file from every other, and the one beside it that has the last commits."""
+    return _identity(path), _identity(f"{path}-wal")
 
 
 def _identity(path: str) -> tuple[int, int]:
