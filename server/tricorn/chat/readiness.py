@@ -7,7 +7,7 @@ from math import inf
 from trio import Lock, current_time, move_on_after
 
 from tricorn.chat.logs.base import Log
-from tricorn.errors.report import report_error
+from tricorn.errors.report import report, report_error
 
 LOG_PATIENCE = 1.0  # seconds; probes wait as long by default
 BELIEVED = 1.0  # seconds for which an answer stands: checking is a durable write
@@ -23,7 +23,7 @@ class Readiness:
         self._answer: str | None = None
 
     async def why_not(self) -> str | None:
-        """Return why the log cannot be used, or None if it can be. What it raises is reported. A checkpoint.
+        """Return why the log cannot be used, or None if it can be. Why not is reported. A checkpoint.
 
         Waits for the log for `LOG_PATIENCE` seconds. If this is cancelled, the next one who waits asks.
         """
@@ -41,4 +41,5 @@ class Readiness:
                 report_error(error, phase="readiness")
                 return "the log fails"
             return None
+        report("ERROR", f"the log does not answer: {self._log.problem}", phase="readiness")
         return "the log does not answer"

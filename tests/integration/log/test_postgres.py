@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from json import loads
+from secrets import token_hex
 from typing import Any
 
 import psycopg
@@ -15,6 +16,8 @@ import trio.testing
 from fixtures.cutting_proxy import CuttingProxy, cutting_proxy
 from fixtures.logs import PATIENCE, Told, texts
 from fixtures.real_services import PostgresServer
+from fixtures.records import Records
+from tricorn.chat import Chat, Run
 from tricorn.chat.logs import conformance
 from tricorn.chat.logs.base import KEEP_EVERYTHING, Append, Log, PastLost, Retention, Unavailable
 from tricorn.chat.logs.conformance import LEASE, completed, post, thought
@@ -32,6 +35,10 @@ def sql(server: PostgresServer, *statements: str) -> list[tuple[Any, ...]]:
         for statement in statements:
             cursor = connection.execute(statement)  # type: ignore[call-overload]
         return cursor.fetchall() if cursor.description else []
+
+
+async def echo(run: Run) -> None:
+    await run.say(run.message)
 
 
 async def vanish(log: Log) -> None:
@@ -225,6 +232,28 @@ async def test_one_that_cannot_be_served_does_not_hold_up_the_others(server: Pos
         assert (results["a"], results["c"]) == (1, 1)
         assert "violates check constraint" in str(results["b"])
         assert "\n" not in str(results["b"])
+
+
+async def test_at_the_connection_limit_of_its_role_it_is_not_ready_and_says_why(
+    server: PostgresServer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    records = Records(capfd)
+    role = f"few_{token_hex(4)}"
+    sql(server, f"CREATE ROLE {role} LOGIN CONNECTION LIMIT 3", f"GRANT CREATE ON DATABASE postgres TO {role}")
+    url = server.url.replace("postgres@", f"{role}@")
+    async with log_at(url) as log, Chat(echo, log=log) as chat:
+        with trio.fail_after(PATIENCE):
+            while await chat.why_not_ready() != "the log does not answer":  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        said = records.read_all()
+        assert [each["severity"] for each in said if "too many connections for role" in each["message"]] == [
+            "WARNING",  # once, however often it tries
+            "ERROR",
+        ]
+        sql(server, f"ALTER ROLE {role} CONNECTION LIMIT -1")
+        with trio.fail_after(PATIENCE):
+            while await chat.why_not_ready() is not None:  # noqa: ASYNC110
+                await trio.sleep(0.01)
 
 
 async def test_a_lock_that_somebody_holds_is_not_waited_for_for_ever(server: PostgresServer) -> None:

@@ -168,6 +168,10 @@ class Log(Protocol):
     immediate: bool  # it never waits, and is an `ImmediateLog`
     punctual: bool  # `append` raises Unavailable by itself if the store does not answer within `log_timeout`
 
+    @property
+    def problem(self) -> str:
+        """Why the store does not answer, as far as that is known: one line for operators."""
+
     async def __aenter__(self) -> Self: ...
 
     async def __aexit__(

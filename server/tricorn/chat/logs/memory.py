@@ -42,6 +42,7 @@ class MemoryLog:
     shared = False  # with another process
     immediate = True
     punctual = False  # it never waits
+    problem = "this process"
 
     def __init__(
         self, *, retention: Retention = KEEP_EVERYTHING, lease: float = 15.0, beside: MemoryLog | None = None

@@ -47,6 +47,7 @@ _SCHEMA = files("tricorn.chat.logs").joinpath("postgres.sql").read_text()
 _MIGRATING = 7428, 1  # the advisory lock under which the schema is made
 
 OTHERS = 2  # connections for everything but appends
+CONNECTIONS = 1 + OTHERS + 1  # with those that append and listen
 AT_ONCE = 500  # appends in one transaction
 
 WANTED = "log: must be postgresql://[USER:PASSWORD@]HOST[:PORT]/DATABASE"
@@ -97,8 +98,14 @@ class PostgresLog(Engine):
         self._watchers = Watchers()
         self._listening = Event()
         self._heard_all = True
+        self._connections = 0
+        self._complete = Event()  # all of them are there
 
     async def check(self) -> None:
+        await self._complete.wait()  # without one of them, something would wait in vain
+        await self._renew()
+
+    async def _renew(self) -> None:
         await self._ask("SELECT tricorn.renew(%s, %s)", self._instance, self._ttl)
 
     async def open(self, conversation: str) -> LogState:
@@ -199,7 +206,7 @@ class PostgresLog(Engine):
         for _ in range(OTHERS):
             nursery.start_soon(self._stay_connected, self._serve_others)
         nursery.start_soon(self._stay_connected, self._listen)
-        nursery.start_soon(self._every, self._ttl / 3, self.check)
+        nursery.start_soon(self._every, self._ttl / 3, self._renew)
         nursery.start_soon(self._every, SWEEP_PERIOD, self._sweep)
 
     async def _let_go(self) -> None:
@@ -214,15 +221,28 @@ class PostgresLog(Engine):
                     connection = await TrioConnection.open(self._conninfo)
                 backoff.reset()
                 try:
+                    self._has_come()
                     await serve(connection)
                 finally:
+                    self._has_gone()
                     connection.pgconn.finish()
             except (Error, OSError, TooSlowError) as error:
-                self._problem = reason(error)
+                self._failed(reason(error))
             except Exception as error:  # not PostgreSQL's
                 self._problem = title(error)
                 report_error(error)
             await sleep(backoff.next())
+
+    def _has_come(self) -> None:
+        self._connections += 1
+        if self._connections == CONNECTIONS:
+            self._works()
+            self._complete.set()
+
+    def _has_gone(self) -> None:
+        self._connections -= 1
+        if self._complete.is_set():
+            self._complete = Event()
 
     async def _serve_others(self, connection: TrioConnection) -> None:
         while True:

@@ -112,6 +112,7 @@ class SQLiteLog(Engine):
         while True:
             try:
                 self._file = await to_thread.run_sync(File, self._path)
+                self._works()
                 break
             except DatabaseError as error:
                 if getattr(error, "sqlite_errorcode", None) != SQLITE_BUSY:
