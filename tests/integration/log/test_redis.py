@@ -231,6 +231,20 @@ async def test_no_memory_is_told_at_once_and_over_when_there_is_some(server: Red
         assert (await log.append("c", epoch, Append(post("1"))))[0].seq == 1
 
 
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
+async def test_a_redis_that_evicts_keys_is_refused_until_it_does_not(server: RedisServer, policy: str) -> None:
+    server.ask("CONFIG", "SET", "maxmemory-policy", policy)
+    with pytest.raises(Unavailable) as refused:
+        async with log_at(server.path, log_timeout=0.5):
+            pass
+    assert str(refused.value) == (
+        f"Redis at {server.path}: its maxmemory-policy is {policy}, which loses entries; it must be noeviction"
+    )
+    server.ask("CONFIG", "SET", "maxmemory-policy", "noeviction")
+    async with log_at(server.path) as log:
+        await log.check()
+
+
 async def test_who_gives_up_waits_no_longer(server: RedisServer) -> None:
     async with log_at(server.path) as log:
         epoch = (await log.open("c")).epoch

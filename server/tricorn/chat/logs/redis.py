@@ -18,6 +18,7 @@ from hashlib import sha1
 from importlib.resources import files
 from logging import CRITICAL, getLogger
 from math import isinf
+from re import MULTILINE, compile
 from secrets import token_hex
 from ssl import create_default_context
 from typing import Any, Self
@@ -48,6 +49,7 @@ _SHA = sha1(_SCRIPT, usedforsecurity=False).hexdigest()
 
 OLDEST = (6, 2)  # the first version that has XTRIM MINID
 NOTHING = b""
+_POLICY = compile(rb"^maxmemory_policy:(\S+)", MULTILINE)
 
 WANTED = (
     "log: must be redis://[USER:PASSWORD@]HOST[:PORT][/DB], rediss:// with the same, or "
@@ -248,6 +250,12 @@ class RedisLog(Engine):
         role = await _request(connection, b"ROLE")
         if role[0] != b"master":
             raise ConnectionError("it is a replica; give the address of the one that takes writes")
+        # Not CONFIG GET, which hosted ones do not allow.
+        policy = _POLICY.search(await _request(connection, b"INFO", b"memory"))
+        if policy is not None and policy[1] != b"noeviction":
+            raise ConnectionError(
+                f"its maxmemory-policy is {policy[1].decode()}, which loses entries; it must be noeviction"
+            )
         known, told = self._watchers.known, set[str]()
         while new := [each for each in known if each not in told]:  # more may have come meanwhile
             told.update(new)
