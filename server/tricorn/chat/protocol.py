@@ -140,12 +140,16 @@ class Posted(WireObject, tag="posted"):
 
 
 class Error(WireObject, tag="error"):
-    """A request was refused: `code` for programs, `message` for people, `ref` the post or conversation it is about."""
+    """A request was refused: `code` for programs, `message` for people, `ref` the post or conversation it is about.
+
+    With `retry_after`, the same request may succeed after so many seconds.
+    """
 
     code: ErrorCode
     message: str
     ref: str | None = None
     error_id: str | None = None
+    retry_after: float | None = None
 
 
 class Heartbeat(WireObject, tag="heartbeat"):

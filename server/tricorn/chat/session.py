@@ -24,6 +24,7 @@ from tricorn.chat.delivery import PAST_LOST, Delivery, Teller, opened
 from tricorn.chat.identity import Gate, Identity, NotAdmitted, handshake_token
 from tricorn.chat.logs.base import PastLost, Unavailable
 from tricorn.chat.metrics import ChatMetrics
+from tricorn.chat.post_order import PostOrder
 from tricorn.chat.protocol import (
     BATCH_SUBPROTOCOL,
     ENVELOPE,
@@ -53,6 +54,7 @@ from tricorn.websocket import WebSocket
 AUTHENTICATE_MAX = 16384  # bytes of a message from a client without a token: as much as a handshake may bring
 
 NO_ADDRESS = "unknown"  # of a peer on a Unix socket: no rule takes it for this machine's
+LOG_RETRY = 1.0  # seconds after which a client asks again what the log could not do
 EXPIRY_NOTICE = 30.0  # seconds from the notice to the end
 
 
@@ -94,6 +96,7 @@ class Session:
         self._quota: Quota | None = None
         self._ends = current_time() + settings.auth_timeout  # when the token must have come, then when it expires
         self._renewed = Waiter()
+        self._order = PostOrder()
         self._batch = ws.subprotocol == BATCH_SUBPROTOCOL
 
     async def arrive(self) -> None:
@@ -241,7 +244,7 @@ class Session:
                 case Ping():
                     return Pong()
         except Unavailable:
-            return Error(code="unavailable", message="the log does not answer; try again later", ref=ref)
+            return _unavailable("the log does not answer; try again later", ref)
         except PastLost:
             await self._ws.close(*PAST_LOST)
             return None
@@ -295,13 +298,20 @@ class Session:
             if quota.refusals.take():
                 await self._ws.close(TOO_FAST, f"more than {settings.posts_per_minute} posts a minute")
             return Error(code="too_fast", message=f"too many posts; post again in {seconds:.1f} s", ref=id)
+        if self._order.must_wait(request.conversation, id):
+            self._order.refuse(request.conversation, id)
+            return _unavailable("the log did not take an earlier post, which comes first; try again later", id)
         try:
             seq = await self._conversation(who.key(request.conversation)).post(id, text, quota)
+        except Unavailable:
+            self._order.refuse(request.conversation, id)
+            raise
         except TooManyPosts as refusal:
             self._metrics.limit_hits.add(refusal.limit)
             return Error(code="too_many", message=str(refusal), ref=id)
         except ConversationClosed:
             return Error(code="closing", message="the server is shutting down; post again later", ref=id)
+        self._order.settle(request.conversation, id)
         return Posted(id=id, conversation=request.conversation, seq=seq)
 
     async def _cancel(self, request: Cancel, who: Identity) -> Error | None:
@@ -309,6 +319,10 @@ class Session:
             return None
         message = f"no run {request.run} is in progress in this conversation"
         return Error(code="not_found", message=message, ref=request.conversation)
+
+
+def _unavailable(message: str, ref: str | None) -> Error:
+    return Error(code="unavailable", message=message, ref=ref, retry_after=LOG_RETRY)
 
 
 def decode(message: str | bytes) -> ClientRequest | Error:

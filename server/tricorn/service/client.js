@@ -36,7 +36,8 @@ export class Client extends EventTarget {
   #openedAt = null; // when the server attached this socket to the conversation; null: not yet
   #epoch; // with #seq: how far in which log we are
   #seq = 0;
-  #posts = new Map(); // id → text, of what the log is not known to have
+  #posts = new Map(); // id → text, of what the log is not known to have, in order
+  #held = null; // until it fires nothing is posted: what the server refused for now comes first
   #heartbeat = FIRST_HEARTBEAT;
   #textCharacters = Infinity;
   #watchdog;
@@ -74,7 +75,7 @@ export class Client extends EventTarget {
   /** Say `text`, now or when the connection is back. `id` names the post; the same id is never said twice. */
   post(id, text) {
     this.#posts.set(id, text);
-    if (this.#openedAt !== null) this.#deliver(id, text);
+    if (this.#openedAt !== null && this.#held === null) this.#deliver(id, text);
   }
 
   /** End a run early. Without a connection this does nothing. */
@@ -113,7 +114,7 @@ export class Client extends EventTarget {
     this.#epoch = epoch;
     this.#openedAt = performance.now();
     this.#tell("state", { state: "connected", reason: "" });
-    this.#posts.forEach((text, id) => this.#deliver(id, text));
+    this.#deliverAll();
   }
 
   #forget(reason, seq = 0) {
@@ -128,18 +129,24 @@ export class Client extends EventTarget {
       if (error.code === "not_found") this.#forget("lost");
       this.#reason = error.message;
       this.#socket.close();
-    } else if (error.code === "unavailable") {
-      setTimeout(() => this.#again(error.ref), 1000 * (FIRST_BACKOFF + Math.random()));
+    } else if (error.retry_after !== undefined || error.code === "unavailable") {
+      this.#hold(error.retry_after ?? FIRST_BACKOFF);
     } else if (error.code !== "closing" && error.code !== "not_found") {
       this.#posts.delete(error.ref);
       this.#tell("refused", error);
     } // else: a post that is kept for the next connection, or a run that ended before it was cancelled
   }
 
-  /** Post what the log could not take, if that is still of use. */
-  #again(id) {
-    const text = this.#posts.get(id);
-    if (text !== undefined && this.#openedAt !== null) this.#deliver(id, text);
+  /** Post again, in order, what the server has refused for now. */
+  #hold(seconds) {
+    clearTimeout(this.#held);
+    this.#held = setTimeout(() => this.#deliverAll(), 1000 * (seconds + Math.random()));
+  }
+
+  #deliverAll() {
+    clearTimeout(this.#held);
+    this.#held = null;
+    this.#posts.forEach((text, id) => this.#deliver(id, text));
   }
 
   #advance(event) {
@@ -180,6 +187,7 @@ export class Client extends EventTarget {
     // Only a connection that lasted proves that the next may come at once.
     if (this.#openedAt !== null && performance.now() - this.#openedAt > 1000 * LONGEST_BACKOFF) this.#attempts = 1;
     this.#openedAt = null;
+    clearTimeout(this.#held); // the next connection begins with all posts
     reason = this.#reason || reason;
     if (code >= FINAL_CODE) {
       this.#tell("state", { state: "closed", reason: reason || `code ${code}` });

@@ -187,6 +187,23 @@ def test_what_the_log_cannot_take_is_posted_again(page: Page, server: Server) ->
     expect(page.locator(".message .note")).to_have_count(0)
 
 
+def test_what_the_log_cannot_take_keeps_its_place_before_what_is_said_after_it(page: Page, server: Server) -> None:
+    page.evaluate("Math.random = () => 0.5")
+    write(page, "one")
+    write(page, "two")
+    one, two = server.asked("post")
+    server.say("error", code="unavailable", message="the log does not answer", ref=one["id"], retry_after=1.0)
+    server.wait(1)
+    server.say("error", code="unavailable", message="an earlier post comes first", ref=two["id"], retry_after=1.0)
+    write(page, "three")
+    server.wait(1.4)
+    assert server.asked("post") == [one, two]
+    server.wait(0.2)
+    assert [post["text"] for post in server.asked("post")] == ["one", "two", "one", "two", "three"]
+    server.wait(10)
+    assert len(server.asked("post")) == 5
+
+
 def test_a_post_is_repeated_until_the_log_has_it(page: Page, server: Server) -> None:
     write(page, "first")
     server.close(1001)

@@ -35,7 +35,7 @@ STDIN = 0
 SCHEMES = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
 INTERRUPTED = 130  # the exit status that shells use for Ctrl-C
 PATIENCE = 60.0  # seconds that a script waits for a connection to come back; a person can leave at any time
-POST_AGAIN = 1.0  # seconds after which a post that the log could not take is sent again
+POST_AGAIN = 1.0  # seconds after which a post that the log could not take is sent again, if the server says nothing
 
 
 def websocket_url(text: str) -> str:
@@ -191,9 +191,9 @@ class TerminalChat:
     async def _post(self, turn: Turn) -> None:
         await self._client.send(Post(id=turn.post, conversation=self._conversation, text=turn.text))
 
-    async def _post_again(self, turn: Turn) -> None:
-        await trio.sleep(POST_AGAIN)
-        if self._attached:
+    async def _post_again(self, turn: Turn, seconds: float) -> None:
+        await trio.sleep(seconds)
+        if self._attached and not turn.logged:
             await self._post(turn)
 
     async def _on_message(self, message: ServerMessage, text: str) -> None:
@@ -274,8 +274,8 @@ class TerminalChat:
             elif self._head is None:
                 self._leave(1, error.message)
         elif turn and not turn.logged and error.ref in {turn.post, None}:
-            if error.code == "unavailable":
-                self._nursery.start_soon(self._post_again, turn)
+            if error.retry_after is not None or error.code == "unavailable":
+                self._nursery.start_soon(self._post_again, turn, error.retry_after or POST_AGAIN)
             elif error.code == "closing":
                 pass  # the next connection posts it again
             elif self._interactive:
