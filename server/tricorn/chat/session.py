@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import inf
+from math import ceil, inf
 from time import time
 from typing import get_args
 
@@ -54,6 +54,7 @@ from tricorn.websocket import WebSocket
 AUTHENTICATE_MAX = 16384  # bytes of a message from a client without a token: as much as a handshake may bring
 
 NO_ADDRESS = "unknown"  # of a peer on a Unix socket: no rule takes it for this machine's
+ROOM_RETRY = 5.0  # seconds after which a client posts again what found no room; it may be refused again
 LOG_RETRY = 1.0  # seconds after which a client asks again what the log could not do
 EXPIRY_NOTICE = 30.0  # seconds from the notice to the end
 
@@ -294,10 +295,14 @@ class Session:
             return Error(code="malformed", message="the text is empty", ref=id)
         seconds = quota.posts.take()
         if seconds:
+            seq = await self._conversation(who.key(request.conversation)).find(id, quota)
+            if seq is not None:
+                return Posted(id=id, conversation=request.conversation, seq=seq)
             self._metrics.limit_hits.add("posts_per_minute")
             if quota.refusals.take():
                 await self._ws.close(TOO_FAST, f"more than {settings.posts_per_minute} posts a minute")
-            return Error(code="too_fast", message=f"too many posts; post again in {seconds:.1f} s", ref=id)
+            message = f"too many posts; post again in {seconds:.1f} s"
+            return Error(code="too_fast", message=message, ref=id, retry_after=ceil(seconds * 10) / 10)
         if self._order.must_wait(request.conversation, id):
             self._order.refuse(request.conversation, id)
             return _unavailable("the log did not take an earlier post, which comes first; try again later", id)
@@ -308,7 +313,7 @@ class Session:
             raise
         except TooManyPosts as refusal:
             self._metrics.limit_hits.add(refusal.limit)
-            return Error(code="too_many", message=str(refusal), ref=id)
+            return Error(code="too_many", message=str(refusal), ref=id, retry_after=ROOM_RETRY)
         except ConversationClosed:
             return Error(code="closing", message="the server is shutting down; post again later", ref=id)
         self._order.settle(request.conversation, id)

@@ -187,6 +187,18 @@ def test_what_the_log_cannot_take_is_posted_again(page: Page, server: Server) ->
     expect(page.locator(".message .note")).to_have_count(0)
 
 
+def test_a_post_that_came_too_fast_is_posted_again_when_the_server_says(page: Page, server: Server) -> None:
+    write(page, "hello")
+    [post] = server.asked("post")
+    server.say("error", code="too_fast", message="too many posts", ref=post["id"], retry_after=7.5)
+    server.wait(7.4)
+    assert server.asked("post") == [post]
+    server.wait(1.2)
+    assert server.asked("post") == [post, post]
+    server.say("posted", id=post["id"], conversation="home", seq=1)
+    expect(page.locator(".message .note")).to_have_count(0)
+
+
 def test_what_the_log_cannot_take_keeps_its_place_before_what_is_said_after_it(page: Page, server: Server) -> None:
     page.evaluate("Math.random = () => 0.5")
     write(page, "one")

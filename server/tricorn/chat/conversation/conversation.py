@@ -36,6 +36,10 @@ class TooManyPosts(Exception):
         self.limit = limit
 
 
+def _post_key(id: str, by: Quota) -> str:
+    return f"post:{by.user}/{id}"
+
+
 class Conversation:
     """Lives while somebody follows it, or posts, then for `settings.linger` more seconds; so do its runs.
 
@@ -117,7 +121,7 @@ class Conversation:
             Unavailable: the log does not answer.
             PastLost: the log has lost entries.
         """
-        key = f"post:{by.user}/{id}"
+        key = _post_key(id, by)
         with self.held():
             await self.view.open()
             if self.over:
@@ -140,6 +144,12 @@ class Conversation:
                 by.runs -= 1
             self._responder.nudge()
             return entry.seq
+
+    async def find(self, id: str, by: Quota) -> int | None:
+        """Return the seq of the post with this id, or None if there is none. Raises Unavailable and PastLost."""
+        with self.held():
+            found = await self.view.ask(self._log.find, _post_key(id, by))
+            return None if found is None else found.seq
 
     async def cancel(self, run: str) -> bool:
         """Cancel the run of this id, at whichever instance; False if no such run is in progress. Raises Unavailable."""
