@@ -43,11 +43,13 @@ from tricorn.chat.protocol import (
     Posted,
     Reply,
     Welcome,
+    is_id,
 )
 from tricorn.chat.quota import Quota, Quotas
 from tricorn.chat.settings import ChatSettings
 from tricorn.errors.report import report_error, trace_id
 from tricorn.protocol.close import TOO_FAST
+from tricorn.transport.rate_limit import BURST, TokenBucket
 from tricorn.waiter import Waiter
 from tricorn.websocket import WebSocket
 
@@ -98,6 +100,7 @@ class Session:
         self._ends = current_time() + settings.auth_timeout  # when the token must have come, then when it expires
         self._renewed = Waiter()
         self._order = PostOrder()
+        self._requests = TokenBucket(BURST * settings.messages_per_second, BURST)  # a batch has many in one message
         self._batch = ws.subprotocol == BATCH_SUBPROTOCOL
 
     async def arrive(self) -> None:
@@ -119,7 +122,11 @@ class Session:
     async def serve(self) -> None:
         """Serve the client's requests until it is gone."""
         async for message in self._ws:
-            for line in self._lines(message):
+            lines = self._lines(message)
+            if self._requests.take(len(lines)):
+                self._metrics.limit_hits.add("messages_per_second")
+                await self._ws.close(TOO_FAST, f"more than {self._settings.messages_per_second:,.0f} requests a second")
+            for line in lines:
                 # No checkpoint since a request was served: what it set off cannot be sent before the reply.
                 await self._answer(decode(line))
                 if self.delivery.waiting > self._settings.outbox:
@@ -348,7 +355,8 @@ def _explain(message: str, error: ValidationError) -> Error:
         envelope = _decode_envelope(message)
     except (DecodeError, RecursionError):
         return Error(code="malformed", message=str(error))
-    ref = next((ref for ref in (envelope.id, envelope.conversation) if isinstance(ref, str)), None)
+    # What is no id is not repeated: it may be as long as a message, and many replies may wait for a client to read.
+    ref = next(filter(is_id, (envelope.id, envelope.conversation)), None)
     if isinstance(envelope.type, str) and envelope.type not in _KNOWN_TYPES:
         return Error(code="unknown_type", message=f"no request has the type {envelope.type[:64]!r}", ref=ref)
     return Error(code="malformed", message=str(error), ref=ref)
