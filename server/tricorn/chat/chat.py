@@ -12,6 +12,7 @@ from trio import CancelScope, current_time, open_nursery, sleep, sleep_until
 from trio.lowlevel import checkpoint
 
 from tricorn.chat.conversation.conversation import Conversation
+from tricorn.chat.conversation.idle import IdleConversations
 from tricorn.chat.conversation.log_view import patience
 from tricorn.chat.delivery import Teller
 from tricorn.chat.execution import Runs
@@ -63,6 +64,7 @@ class Chat:
         self._readiness = Readiness(self._log)
         self._opening = open_nursery()
         self._conversations: dict[str, Conversation] = {}
+        self._idle = IdleConversations(self.settings.open_conversations)
         self._sessions: set[Session] = set()
         self._teller = Teller()
         self._tending = CancelScope()
@@ -83,7 +85,7 @@ class Chat:
 
     async def session(self, ws: WebSocket) -> None:
         """Talk the wire protocol with one client until it is gone. However that ends, its runs go on."""
-        session = Session(ws, self.conversation, self._teller, self.gate, self.quotas, self.settings, self.metrics)
+        session = Session(ws, self, self._teller, self.gate, self.quotas, self.settings, self.metrics)
         self._sessions.add(session)
         try:
             await session.arrive()
@@ -128,7 +130,7 @@ class Chat:
         """Return the conversation of this key, and bring it to life if it is not alive. Hold it, or it lingers out."""
         conversation = self._conversations.get(key)
         if conversation is None or (conversation.over and not self.closing):
-            conversation = Conversation(key, self._agent, self._log, self.settings, self.metrics, self._runs)
+            conversation = self._make(key)
             if self.closing:
                 conversation.end()  # it can be read, but has no task
             else:
@@ -136,6 +138,14 @@ class Chat:
                 # In the chat's context: that of whoever came first is not the agent's to see.
                 self._context.run(self._nursery.start_soon, self._live, conversation, before)
         return conversation
+
+    def glance(self, key: str) -> Conversation:
+        """Return the conversation of this key; if it is not alive, one without a task, which can ask the log."""
+        conversation = self._conversations.get(key)
+        return self._make(key) if conversation is None or conversation.over else conversation
+
+    def _make(self, key: str) -> Conversation:
+        return Conversation(key, self._agent, self._log, self.settings, self.metrics, self._runs)
 
     def _end_conversations(self) -> None:
         self.closing = True
@@ -185,7 +195,7 @@ class Chat:
     async def _live(self, conversation: Conversation, before: Conversation | None) -> None:
         self.metrics.conversations.add()
         try:
-            await conversation.live(before)
+            await conversation.live(before, self._idle)
         finally:
             self.metrics.conversations.add(amount=-1)
             if self._conversations.get(conversation.key) is conversation:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import ceil, inf
 from time import time
-from typing import get_args
+from typing import Protocol, get_args
 
 from msgspec import DecodeError, Struct, ValidationError
 from msgspec.json import Decoder, Encoder
@@ -75,13 +74,23 @@ _decode_envelope = Decoder(_Envelope).decode
 _KNOWN_TYPES = {request.__struct_config__.tag for request in get_args(ClientRequest)}
 
 
+class Conversations(Protocol):
+    """Where a session finds conversations, by their keys."""
+
+    def conversation(self, key: str) -> Conversation:
+        """Return a conversation that lives, or will as long as somebody holds it and for a while."""
+
+    def glance(self, key: str) -> Conversation:
+        """Return a conversation that may not live: it can be asked, and costs nothing afterwards."""
+
+
 class Session:
     """What one client is told: replies through a bounded outbox, events of the conversations it follows by cursors."""
 
     def __init__(
         self,
         ws: WebSocket,
-        conversation: Callable[[str], Conversation],
+        conversations: Conversations,
         teller: Teller,
         gate: Gate,
         quotas: Quotas,
@@ -90,7 +99,7 @@ class Session:
     ) -> None:
         self.delivery = Delivery(ws, teller, metrics)
         self._ws = ws
-        self._conversation = conversation
+        self._conversations = conversations
         self._gate = gate
         self._quotas = quotas
         self._settings = settings
@@ -274,7 +283,7 @@ class Session:
         if id not in self.delivery.cursors and len(self.delivery.cursors) >= limit:
             self._metrics.limit_hits.add("open_conversations")
             return Error(code="too_many", message=f"{limit} conversations are open; leave one first", ref=id)
-        conversation = self._conversation(who.key(id))
+        conversation = self._conversations.conversation(who.key(id))
         with conversation.held():
             view = conversation.view
             await view.open()
@@ -302,7 +311,7 @@ class Session:
             return Error(code="malformed", message="the text is empty", ref=id)
         seconds = quota.posts.take()
         if seconds:
-            seq = await self._conversation(who.key(request.conversation)).find(id, quota)
+            seq = await self._conversations.glance(who.key(request.conversation)).find(id, quota)
             if seq is not None:
                 return Posted(id=id, conversation=request.conversation, seq=seq)
             self._metrics.limit_hits.add("posts_per_minute")
@@ -314,7 +323,7 @@ class Session:
             self._order.refuse(request.conversation, id)
             return _unavailable("the log did not take an earlier post, which comes first; try again later", id)
         try:
-            seq = await self._conversation(who.key(request.conversation)).post(id, text, quota)
+            seq = await self._conversations.conversation(who.key(request.conversation)).post(id, text, quota)
         except Unavailable:
             self._order.refuse(request.conversation, id)
             raise
@@ -327,7 +336,7 @@ class Session:
         return Posted(id=id, conversation=request.conversation, seq=seq)
 
     async def _cancel(self, request: Cancel, who: Identity) -> Error | None:
-        if await self._conversation(who.key(request.conversation)).cancel(request.run):
+        if await self._conversations.glance(who.key(request.conversation)).cancel(request.run):
             return None
         message = f"no run {request.run} is in progress in this conversation"
         return Error(code="not_found", message=message, ref=request.conversation)

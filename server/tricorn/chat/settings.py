@@ -67,7 +67,7 @@ class ChatSettings(Settings):
     """Characters (Unicode code points) of one post."""
 
     open_conversations: Count = 100
-    """Conversations that one connection may have open."""
+    """Conversations that one connection may have open. As many that a user has left stay in memory for `linger`."""
 
     user_connections: Count = 20
     """Connections of one user; the next is closed with 4503."""

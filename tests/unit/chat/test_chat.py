@@ -116,6 +116,42 @@ async def test_a_conversation_whose_time_has_just_run_out_goes_on_for_who_comes(
             await second.post("p", "x", Quota("local", ChatSettings()))
 
 
+async def test_cancelling_in_conversations_that_are_not_there_creates_nothing(connect: Connect) -> None:
+    log = MemoryLog()
+    async with Chat(echo, log=log) as chat:
+        client = await connect(chat)
+        for n in range(100):
+            client.say("cancel", conversation=f"c{n}", run="r")
+        errors = await client.hear_all()
+        assert [error["code"] for error in errors] == ["not_found"] * 100
+        assert chat._conversations == {}
+        assert log.store.conversations == {}
+
+
+async def test_of_conversations_that_a_user_has_left_so_many_stay_in_memory(
+    connect: Connect, autojump_clock: trio.testing.MockClock
+) -> None:
+    log = MemoryLog()
+    async with Chat(in_tool, ChatSettings(open_conversations=3), log) as chat:
+        client = await connect(chat)
+        client.say("post", id="p", conversation="running", text="x")
+        for n in range(1000):
+            client.say("open", conversation=f"c{n}")
+            client.say("leave", conversation=f"c{n}")
+        assert (await client.hear_until("posted"))[-1]["id"] == "p"
+        await client.hear_all()
+        assert sorted(chat._conversations) == ["local/c997", "local/c998", "local/c999", "local/running"]
+        client.say("open", conversation="c997")  # used again: the others are older
+        client.say("leave", conversation="c997")
+        client.say("open", conversation="new")
+        client.say("leave", conversation="new")
+        await client.hear_all()
+        assert sorted(chat._conversations) == ["local/c997", "local/c999", "local/new", "local/running"]
+        client.say("open", conversation="running")
+        assert "agent_completed" not in types(await client.hear_all())
+    assert list(log.store.conversations) == ["local/running"]
+
+
 # Drain
 
 

@@ -413,7 +413,7 @@ async def test_a_follower_that_has_read_everything_is_woken_when_the_log_has_los
         conversation.attach(follower)
     await conversation.view.append(event())
     conversation.view.rest(followers[0])  # the other one is reading, and finds out when it looks for more
-    log.store.conversations.clear()
+    log.store.lose("c")
     with pytest.raises(PastLost):
         await conversation.look()
     await conversation.ended.wait()
@@ -425,7 +425,7 @@ async def test_followers_are_told_of_a_loss_that_a_run_finds_while_the_log_canno
     begin: Begin, log: WatchedLog
 ) -> None:
     async def agent(run: Run) -> None:
-        log.store.conversations.clear()
+        log.store.lose("c")
         log.hangs = True
         await run.say("into another epoch")
 

@@ -349,7 +349,7 @@ async def test_who_follows_a_new_conversation_hears_while_the_lost_one_still_end
         client.say("open", conversation="c")
         client.say("post", id="p", conversation="c", text="lost")
         await client.hear_all()
-        del log.store.conversations["local/c"]
+        log.store.lose("local/c")
         client.say("post", id="q", conversation="c", text="x")
         await client.ended.wait()
         client = await connect(one)
@@ -369,7 +369,7 @@ async def test_who_has_a_lease_of_before_the_loss_finds_out_when_others_answer(c
         here.say("open", conversation="c")
         here.say("post", id="p", conversation="c", text="x")
         await here.hear_all()
-        del log.store.conversations["local/c"]
+        log.store.lose("local/c")
         for id in "qr":  # more than it had, so that it looks like the rest
             there.say("post", id=id, conversation="c", text="x")
         await there.hear_all()
@@ -607,7 +607,7 @@ async def test_who_follows_a_lost_conversation_starts_over(connect: Connect) -> 
         client.say("open", conversation="c")
         client.say("post", id="p", conversation="c", text="x")
         await client.hear_until("agent_completed")
-        del log.store.conversations["local/c"]
+        log.store.lose("local/c")
         client.say("post", id="q", conversation="c", text="x")
         await client.ended.wait()
         assert client.closed == (1012, "the log has lost its past")
@@ -625,7 +625,7 @@ async def test_a_conversation_that_is_lost_while_nobody_posts(connect: Connect) 
         client.say("open", conversation="c")
         client.say("post", id="p", conversation="c", text="x")
         await client.hear_until("agent_completed")
-        del log.store.conversations["local/c"]
+        log.store.lose("local/c")
         log._watchers["local/c"](0, "")  # what an engine tells after a restart
         await client.ended.wait()
     assert client.closed == (1012, "the log has lost its past")

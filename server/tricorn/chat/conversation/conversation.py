@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from math import inf
 
-from trio import CancelScope, Event, current_time, move_on_after, open_nursery, sleep, sleep_until
+from trio import CancelScope, Event, current_time, move_on_after, open_nursery, sleep, sleep_forever
 
 from tricorn.chat.backoff import Backoff
+from tricorn.chat.conversation.idle import IdleConversations
 from tricorn.chat.conversation.log_view import LogView, Reader
 from tricorn.chat.conversation.responder import Responder
 from tricorn.chat.execution import LAST_WORDS, Runs
@@ -63,6 +65,8 @@ class Conversation:
         self._scope = CancelScope()
         self._followers: set[Reader] = set()
         self._holds = 0
+        self._idle: IdleConversations | None = None  # while it lives
+        self._lingering = CancelScope()
         self._released = Waiter()  # woken when nobody holds it any more
         self._lingers_until = current_time() + settings.linger
         self._attending = False  # as the log was told: somebody follows here
@@ -72,7 +76,7 @@ class Conversation:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep the conversation and its runs from lingering out."""
-        self._holds += 1
+        self._hold()
         try:
             yield
         finally:
@@ -96,7 +100,7 @@ class Conversation:
     def attach(self, follower: Reader) -> None:
         """Keep the conversation alive, and wake a follower at the next entry, once; `view.rest` has it woken again."""
         self._followers.add(follower)
-        self._holds += 1
+        self._hold()
         self.view.rest(follower)
         self.view.news.wake()
 
@@ -176,12 +180,20 @@ class Conversation:
         self._responder.cancel(cause="interrupted")
         self._scope.cancel()
 
-    async def live(self, before: Conversation | None = None) -> None:
+    def hurry(self) -> None:
+        """Linger no longer, unless there is something to answer."""
+        if not self.view.state.due:
+            self._lingers_until = -inf
+            self._lingering.deadline = self._deadline()
+
+    async def live(self, before: Conversation | None = None, idle: IdleConversations | None = None) -> None:
         """Follow the log and answer posts until the conversation has lingered out, is ended, or its log is lost.
 
-        `before` is over and has the same key: the log has one watcher, so this begins when that one has ended. If
-        cancelled, the run in progress ends as interrupted; posts that wait are left to whoever comes next.
+        `before` is over and has the same key: the log has one watcher, so this begins when that one has ended. While
+        nobody follows it or posts, it is one of `idle`. If cancelled, the run in progress ends as interrupted; posts
+        that wait are left to whoever comes next.
         """
+        self._idle = idle
         try:
             with self._scope:
                 if before is not None:
@@ -196,6 +208,9 @@ class Conversation:
         finally:
             self.over = True
             self._log.unwatch(self.key)
+            if idle is not None:
+                self._idle = None
+                idle.discard(self)
             with move_on_after(LAST_WORDS, shield=True):
                 await self._leave()
             self._responder.close()
@@ -253,7 +268,8 @@ class Conversation:
         """Wait until nobody has followed or posted for `linger`; True if nobody has at any instance."""
         while self._holds:
             await self._released.wait()
-        await sleep_until(self._deadline())
+        with CancelScope(deadline=self._deadline()) as self._lingering:
+            await sleep_forever()
         if self._holds or current_time() < self._deadline():
             return False
         if self._responder.may_hold:
@@ -284,11 +300,18 @@ class Conversation:
         except Exception as error:
             report_error(error, conversation=self.key)
 
+    def _hold(self) -> None:
+        self._holds += 1
+        if self._holds == 1 and self._idle is not None:
+            self._idle.discard(self)
+
     def _release(self) -> None:
         self._holds -= 1
         self._lingers_until = current_time() + self._settings.linger
         if not self._holds:
             self._released.wake()
+            if self._idle is not None:
+                self._idle.add(self)
 
     def _deadline(self) -> float:
         """When it has lingered out, in Trio's time, if nobody comes."""
