@@ -62,7 +62,7 @@ NOT_AT_ONCE = (WouldBlock, LeaseLost, PastLost)
 
 _encode = Encoder().encode
 
-Cause = Literal["cancelled", "interrupted"]
+Cause = Literal["cancelled", "abandoned", "interrupted"]
 R = TypeVar("R")
 
 

@@ -29,7 +29,7 @@ ErrorCode = Literal[
     "unavailable",
     "internal",
 ]
-Outcome = Literal["success", "failed", "cancelled", "timeout", "interrupted"]
+Outcome = Literal["success", "failed", "cancelled", "abandoned", "timeout", "interrupted"]
 
 # Printable without separators or control characters: an id can stand in a log line, a key or a URL as it is.
 _ID = r"\A[A-Za-z0-9._:~-]{1,128}\Z"

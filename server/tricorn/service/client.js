@@ -214,6 +214,7 @@ const RESETS = {
 const OUTCOMES = {
   failed: "The agent failed",
   cancelled: "Stopped",
+  abandoned: "Stopped, because nobody was here",
   timeout: "The agent ran out of time",
   interrupted: "The server stopped before the agent was done",
 };

@@ -344,6 +344,7 @@ def test_a_run_stands_under_the_message_that_it_answers(page: Page, server: Serv
     ("fields", "text"),
     [
         ({"outcome": "cancelled", "seconds": 0.25}, "Stopped · 250 ms"),
+        ({"outcome": "abandoned", "seconds": 600.0}, "Stopped, because nobody was here · 600.0 s"),
         ({"outcome": "timeout", "seconds": 300.0}, "The agent ran out of time · 300.0 s"),
         ({"outcome": "failed", "seconds": 1.0, "error_id": "e1"}, "The agent failed · 1.0 s · error e1"),
         (

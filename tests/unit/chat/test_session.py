@@ -387,7 +387,7 @@ async def test_a_run_goes_on_without_its_user(connect: Connect, autojump_clock: 
         await trio.sleep(100)
         await run.say("done")
 
-    async with Chat(slow, ChatSettings(linger=inf)) as chat:
+    async with Chat(slow, ChatSettings(abandon_after=inf)) as chat:
         client = await connect(chat)
         client.say("open", conversation="c")
         client.say("post", id="p", conversation="c", text="hello")

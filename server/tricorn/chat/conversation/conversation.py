@@ -43,7 +43,9 @@ def _post_key(id: str, by: Quota) -> str:
 
 
 class Conversation:
-    """Lives while somebody follows it, or posts, then for `settings.linger` more seconds; so do its runs.
+    """Lives while somebody follows it, or posts, and for a while after that.
+
+    That is `settings.abandon_after` seconds while something is answered, else `settings.linger`.
 
     Attributes:
         key: tells it from every other, and is what the log knows it as.
@@ -68,7 +70,7 @@ class Conversation:
         self._idle: IdleConversations | None = None  # while it lives
         self._lingering = CancelScope()
         self._released = Waiter()  # woken when nobody holds it any more
-        self._lingers_until = current_time() + settings.linger
+        self._left_at = current_time()  # when somebody followed last
         self._attending = False  # as the log was told: somebody follows here
         self._attended = False  # as the log said last: somebody follows elsewhere
         self._posting = 0  # posts that are on their way into the log
@@ -182,8 +184,8 @@ class Conversation:
 
     def hurry(self) -> None:
         """Linger no longer, unless there is something to answer."""
-        if not self.view.state.due:
-            self._lingers_until = -inf
+        if not self._responder.is_answering:
+            self._left_at = -inf
             self._lingering.deadline = self._deadline()
 
     async def live(self, before: Conversation | None = None, idle: IdleConversations | None = None) -> None:
@@ -265,10 +267,11 @@ class Conversation:
             self._attending = attending
 
     async def _linger(self) -> bool:
-        """Wait until nobody has followed or posted for `linger`; True if nobody has at any instance."""
+        """Wait until nobody has followed or posted for long enough; True if nobody has at any instance."""
         while self._holds:
             await self._released.wait()
-        with CancelScope(deadline=self._deadline()) as self._lingering:
+        look_again = current_time() + max(RECHECK, self._settings.linger)  # whether something is still answered
+        with CancelScope(deadline=min(self._deadline(), look_again)) as self._lingering:
             await sleep_forever()
         if self._holds or current_time() < self._deadline():
             return False
@@ -278,7 +281,7 @@ class Conversation:
                 return False
             if attended or self._attended:  # they may have left just now
                 self._attended = attended
-                self._lingers_until = current_time() + max(RECHECK if attended else 0.0, self._settings.linger)
+                self._left_at = current_time() + (max(0.0, RECHECK - self._patience()) if attended else 0.0)
                 return False
             await self._responder.give_up()
             if self._holds:
@@ -307,15 +310,19 @@ class Conversation:
 
     def _release(self) -> None:
         self._holds -= 1
-        self._lingers_until = current_time() + self._settings.linger
+        self._left_at = current_time()
         if not self._holds:
             self._released.wake()
             if self._idle is not None:
                 self._idle.add(self)
 
     def _deadline(self) -> float:
-        """When it has lingered out, in Trio's time, if nobody comes."""
-        return max(self._lingers_until, self._responder.asked_at + self._settings.linger)
+        """When it ends, in Trio's time, if nobody comes."""
+        return max(self._left_at, self._responder.asked_at) + self._patience()
+
+    def _patience(self) -> float:
+        """For how many seconds it waits for somebody."""
+        return self._settings.abandon_after if self._responder.is_answering else self._settings.linger
 
     def _is_running(self, run: str) -> bool:
         running = self.view.state.run

@@ -61,6 +61,11 @@ class Responder:
         self.append_nowait = view.append_nowait  # for the run in progress
         view.on_turn = self._turned
 
+    @property
+    def is_answering(self) -> bool:
+        """Whether something is answered here, or is about to be."""
+        return self.may_hold and self._view.state.due
+
     async def answer(self) -> None:
         """Answer until nothing is due, if the lease can be had; then wait until there may be more. To be called again.
 
@@ -106,9 +111,9 @@ class Responder:
         return True
 
     async def give_up(self) -> None:
-        """Have the run in progress, and those of the posts that wait, end as cancelled. Returns when they have."""
+        """Have the run in progress, and those of the posts that wait, end as abandoned. Returns when they have."""
         self._given_up = self._view.head
-        self.cancel()
+        self.cancel(cause="abandoned")
         while self._nudged or not self._idle:
             await self._done.wait()
 
@@ -176,7 +181,7 @@ class Responder:
     async def _perform(self, post: UserMessage) -> None:
         execution = Execution(post, self._lease, self, self._settings, self._metrics)
         if post.seq <= self._given_up:
-            execution.cancel()
+            execution.cancel("abandoned")
         self._execution, self._begun, self._lost = execution, False, None
         self._metrics.runs.add()
         try:
