@@ -8,7 +8,15 @@ from random import random
 from types import TracebackType
 from typing import Self
 
-from trio import CancelScope, current_time, open_nursery, sleep, sleep_until
+from trio import (
+    CancelScope,
+    current_effective_deadline,
+    current_time,
+    move_on_at,
+    open_nursery,
+    sleep,
+    sleep_until,
+)
 from trio.lowlevel import checkpoint
 
 from tricorn.chat.conversation.conversation import Conversation
@@ -97,15 +105,25 @@ class Chat:
             self._sessions.discard(session)
 
     async def drain(self) -> None:
-        """Take no more posts, interrupt all runs, and return when every session has sent all that is in the log.
+        """Take no more posts, let runs finish, and return when every session has sent all that is in the log.
 
-        How long that takes depends on the peers: put a deadline around it. Cancelling it ends only the waiting.
+        Runs that are still in progress when `close_timeout`, or half of the time if that is less, is left until the
+        deadline around this are interrupted: so there is time for their last events. Without a deadline it counts as
+        `drain_timeout` less `close_timeout`. What waits for an answer is left to whoever opens the log next.
+
+        How long the sending takes depends on the peers. Cancelling this ends only the waiting.
         """
+        self.closing = True
         conversations = list(self._conversations.values())
-        self._end_conversations()
+        interrupt_at = self._interrupt_at()
         for session in self._sessions:
             session.closing(self._retry_after())
         await checkpoint()
+        with move_on_at(interrupt_at):
+            async with open_nursery() as nursery:
+                for conversation in conversations:
+                    nursery.start_soon(conversation.finish)
+        self._end_conversations()
         for conversation in conversations:
             await conversation.ended.wait()
         async with open_nursery() as nursery:
@@ -142,10 +160,17 @@ class Chat:
     def glance(self, key: str) -> Conversation:
         """Return the conversation of this key; if it is not alive, one without a task, which can ask the log."""
         conversation = self._conversations.get(key)
-        return self._make(key) if conversation is None or conversation.over else conversation
+        return self._make(key) if conversation is None or (conversation.over and not self.closing) else conversation
 
     def _make(self, key: str) -> Conversation:
         return Conversation(key, self._agent, self._log, self.settings, self.metrics, self._runs)
+
+    def _interrupt_at(self) -> float:
+        """Return until when runs may finish, in Trio's time, and set when everything must be over."""
+        now, settings = current_time(), self.settings
+        self.drain_by = min(self.drain_by, now + settings.drain_timeout)
+        end = min(current_effective_deadline(), self.drain_by - settings.close_timeout)
+        return end - min(settings.close_timeout, max(0.0, end - now) / 2)
 
     def _end_conversations(self) -> None:
         self.closing = True

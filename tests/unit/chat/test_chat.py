@@ -155,7 +155,9 @@ async def test_of_conversations_that_a_user_has_left_so_many_stay_in_memory(
 # Drain
 
 
-async def test_drain_says_closing_interrupts_runs_and_sends_all_that_is_in_the_log(connect: Connect) -> None:
+async def test_drain_says_closing_interrupts_runs_and_sends_all_that_is_in_the_log(
+    connect: Connect, autojump_clock: trio.testing.MockClock
+) -> None:
     async with Chat(in_tool) as chat:
         client, other = await connect(chat), await connect(chat)
         client.say("open", conversation="c")
@@ -172,6 +174,59 @@ async def test_drain_says_closing_interrupts_runs_and_sends_all_that_is_in_the_l
     assert closing["reason"]
     assert (completed["type"], completed["error"]) == ("tool_completed", "interrupted")
     assert (last["type"], last["outcome"]) == ("agent_completed", "interrupted")
+
+
+async def test_runs_that_need_less_than_there_is_finish_during_the_drain_and_what_waits_is_not_begun(
+    connect: Connect, autojump_clock: trio.testing.MockClock
+) -> None:
+    async def needs(run: Run) -> None:
+        await trio.sleep(float(run.message))
+        await run.say("done")
+
+    log = MemoryLog()
+    async with Chat(needs, ChatSettings(drain_timeout=8.0, close_timeout=2.0), log) as chat:
+        client = await connect(chat)
+        for conversation, text in (("two", "2"), ("two", "0"), ("three", "3.9"), ("long", "100")):
+            client.say("open", conversation=conversation)
+            client.say("post", id=f"{conversation}-{text}", conversation=conversation, text=text)
+        await client.hear_all()
+        with trio.move_on_after(6) as scope:  # as the server gives it
+            await chat.drain()
+        assert not scope.cancelled_caught
+        assert trio.current_time() == pytest.approx(4)  # with 2 seconds left for last words
+        heard = [each for each in await client.hear_all() if each["type"] == "agent_completed"]
+        assert {each["conversation"]: each["outcome"] for each in heard} == {
+            "two": "success",
+            "three": "success",
+            "long": "interrupted",
+        }
+        assert [each.get("text") for each in heard] == ["done", "done", None]
+        assert await log.unanswered(10) == ["local/two"]
+
+
+async def test_a_drain_without_runs_takes_no_time(connect: Connect, autojump_clock: trio.testing.MockClock) -> None:
+    async with Chat(echo) as chat:
+        client = await connect(chat)
+        client.say("open", conversation="c")
+        client.say("post", id="p", conversation="c", text="x")
+        await client.hear_until("agent_completed")
+        await chat.drain()
+        assert trio.current_time() == 0
+
+
+async def test_a_run_can_be_cancelled_while_the_chat_drains(
+    connect: Connect, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with Chat(in_tool) as chat, trio.open_nursery() as nursery:
+        client = await connect(chat)
+        client.say("open", conversation="c")
+        client.say("post", id="p", conversation="c", text="x")
+        run = (await client.hear_until("tool_executing"))[-1]["run"]
+        nursery.start_soon(chat.drain)
+        await client.hear_until("closing")
+        client.say("cancel", conversation="c", run=run)
+        assert (await client.hear_until("agent_completed"))[-1]["outcome"] == "cancelled"
+        assert trio.current_time() == 0
 
 
 async def test_who_is_alone_may_come_back_at_once_and_many_are_spread(
@@ -193,7 +248,9 @@ async def test_who_is_alone_may_come_back_at_once_and_many_are_spread(
     assert busiest <= 20  # in one second; all in all it is ten times as many
 
 
-async def test_while_it_is_closing_a_chat_can_be_read_but_not_posted_to(connect: Connect) -> None:
+async def test_while_it_is_closing_a_chat_can_be_read_but_not_posted_to(
+    connect: Connect, autojump_clock: trio.testing.MockClock
+) -> None:
     async with Chat(in_tool) as chat:
         client = await connect(chat)
         client.say("post", id="p", conversation="c", text="x")
@@ -210,7 +267,9 @@ async def test_while_it_is_closing_a_chat_can_be_read_but_not_posted_to(connect:
         assert types(await late.hear_all()) == ["closing"]
 
 
-async def test_who_opens_while_runs_are_ending_hears_the_end(connect: Connect) -> None:
+async def test_who_opens_while_runs_are_ending_hears_the_end(
+    connect: Connect, autojump_clock: trio.testing.MockClock
+) -> None:
     ending, end = trio.Event(), trio.Event()
 
     async def stubborn(run: Run) -> None:

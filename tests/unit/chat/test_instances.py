@@ -210,7 +210,9 @@ async def test_what_a_process_left_is_answered_by_the_next(
     check(await logged(log))
 
 
-async def test_a_drain_hands_over_at_once_to_who_follows(connect: Connect) -> None:
+async def test_a_drain_hands_over_at_once_to_who_follows(
+    connect: Connect, autojump_clock: trio.testing.MockClock
+) -> None:
     log = MemoryLog()
     async with Chat(echo, log=beside(log)) as heir, Chat(stuck, log=log) as drained:
         client, follower = await connect(drained), await connect(heir)

@@ -176,6 +176,15 @@ class Conversation:
 
     # Its life
 
+    async def finish(self) -> None:
+        """Take no more posts, let the run in progress come to its end, and end. What waits is left to whoever comes.
+
+        If this is cancelled, the run goes on.
+        """
+        self.over = True
+        await self._responder.finish()
+        self.end()
+
     def end(self) -> None:
         """Take no more posts, interrupt the run in progress, and end the task. What waits is left to whoever comes."""
         self.over = True

@@ -48,6 +48,8 @@ class Responder:
         self._execution: Execution | None = None  # of the run that is in progress here
         self._begun = False  # it is in the log
         self._lost: LeaseLost | PastLost | None = None  # what ended it
+        self._finishing = False  # it answers nothing more
+        self._finished = Waiter()  # where `finish` waits
         self._nudged = False
         self._idle = False  # `answer` waits
         self._work = Waiter()  # where `answer` waits
@@ -74,7 +76,7 @@ class Responder:
         """
         self._nudged = False
         try:
-            while await self._is_due():
+            while await self._is_due() and not self._finishing:
                 if self._lease is None:
                     await self._claim()
                     if self._lease is None:
@@ -109,6 +111,13 @@ class Responder:
             return False
         self._execution.cancel(cause)
         return True
+
+    async def finish(self) -> None:
+        """Begin no run any more, and wait for the end of the one in progress. A checkpoint."""
+        self._finishing = True
+        await checkpoint()
+        while self._execution is not None:
+            await self._finished.wait()
 
     async def give_up(self) -> None:
         """Have the run in progress, and those of the posts that wait, end as abandoned. Returns when they have."""
@@ -190,6 +199,7 @@ class Responder:
             report_error(error, conversation=self._view.key, run=execution.id)
         finally:
             self._execution = None
+            self._finished.wake()
             self._metrics.runs.add(amount=-1)
         if self._lost is not None:
             raise self._lost
