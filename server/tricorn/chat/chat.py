@@ -22,6 +22,7 @@ from trio.lowlevel import checkpoint
 from tricorn.chat.conversation.conversation import Conversation
 from tricorn.chat.conversation.idle import IdleConversations
 from tricorn.chat.conversation.log_view import patience
+from tricorn.chat.conversation.tails import Tails
 from tricorn.chat.delivery import Teller
 from tricorn.chat.execution import Runs
 from tricorn.chat.identity import Gate, ThisMachine
@@ -73,6 +74,7 @@ class Chat:
         self._opening = open_nursery()
         self._conversations: dict[str, Conversation] = {}
         self._idle = IdleConversations(self.settings.open_conversations)
+        self._tails = Tails()
         self._sessions: set[Session] = set()
         self._teller = Teller()
         self._tending = CancelScope()
@@ -220,7 +222,7 @@ class Chat:
     async def _live(self, conversation: Conversation, before: Conversation | None) -> None:
         self.metrics.conversations.add()
         try:
-            await conversation.live(before, self._idle)
+            await conversation.live(before, self._idle, self._tails)
         finally:
             self.metrics.conversations.add(amount=-1)
             if self._conversations.get(conversation.key) is conversation:

@@ -12,6 +12,7 @@ from tricorn.chat.backoff import Backoff
 from tricorn.chat.conversation.idle import IdleConversations
 from tricorn.chat.conversation.log_view import LogView, Reader
 from tricorn.chat.conversation.responder import Responder
+from tricorn.chat.conversation.tails import Tails
 from tricorn.chat.execution import LAST_WORDS, Runs
 from tricorn.chat.logs.base import Append, Log, PastLost, Unavailable
 from tricorn.chat.metrics import ChatMetrics
@@ -197,14 +198,21 @@ class Conversation:
             self._left_at = -inf
             self._lingering.deadline = self._deadline()
 
-    async def live(self, before: Conversation | None = None, idle: IdleConversations | None = None) -> None:
+    async def live(
+        self,
+        before: Conversation | None = None,
+        idle: IdleConversations | None = None,
+        tails: Tails | None = None,
+    ) -> None:
         """Follow the log and answer posts until the conversation has lingered out, is ended, or its log is lost.
 
         `before` is over and has the same key: the log has one watcher, so this begins when that one has ended. While
-        nobody follows it or posts, it is one of `idle`. If cancelled, the run in progress ends as interrupted; posts
-        that wait are left to whoever comes next.
+        nobody follows it or posts, it is one of `idle`. What it keeps of its log in memory counts as part of `tails`.
+        If cancelled, the run in progress ends as interrupted; posts that wait are left to whoever comes next.
         """
         self._idle = idle
+        if tails is not None:
+            self.view.share(tails)
         try:
             with self._scope:
                 if before is not None:
@@ -219,6 +227,7 @@ class Conversation:
         finally:
             self.over = True
             self._log.unwatch(self.key)
+            self.view.unshare()
             if idle is not None:
                 self._idle = None
                 idle.discard(self)
