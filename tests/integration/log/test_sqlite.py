@@ -166,7 +166,7 @@ async def test_the_mode_of_a_file_that_exists_stays_and_one_for_everybody_is_war
     path.chmod(mode)  # noqa: ASYNC240
     async with log_at(path) as log:
         await append(log, "1")
-        assert set(modes(path).values()) == {mode}
+        assert {modes(path)[name] for name in ("", "-wal")} == {mode}
     said = records.read("WARNING")
     assert len(said) == warnings
     assert all("chmod 600" in each["message"] for each in said)
@@ -305,6 +305,91 @@ async def test_another_file_is_another_past(path: Path) -> None:
     async with log_at(path) as log:
         with pytest.raises(PastLost):
             await log.append("c", epoch, Append(post()))
+
+
+@pytest.mark.parametrize("while_open", [False, True])
+async def test_a_file_that_was_put_back_from_a_copy_is_another_past(
+    path: Path, records: Records, while_open: bool
+) -> None:
+    copies = {each: Path(f"{each}.copy") for each in (path, Path(f"{path}-wal"))}
+
+    def copy() -> None:
+        for each, to in copies.items():
+            if each.exists():
+                shutil.copy(each, to)
+
+    async with log_at(path) as log:
+        epoch = (await log.open("c")).epoch
+        await append(log, "1")
+        if while_open:  # as a snapshot of the file system
+            log._file._noted = 0.0
+            await append(log, "2")
+            copy()
+            log._file._noted = 0.0
+            await append(log, "3")
+    if not while_open:
+        copy()
+    async with log_at(path) as log:
+        assert (await log.open("c")).epoch == epoch
+        await append(log, "4")
+    assert not records.read("WARNING")
+    for each, to in copies.items():
+        if to.exists():
+            shutil.copy(to, each)
+    async with log_at(path) as log:
+        state = await log.open("c")
+        assert state.epoch != epoch
+        assert state.head == (2 if while_open else 1)
+        with pytest.raises(PastLost):
+            await log.append("c", epoch, Append(post()))
+    (warning,) = records.read("WARNING")
+    assert "it was restored from a copy" in warning["message"]
+    async with log_at(path) as log:
+        assert (await log.open("c")).epoch == state.epoch
+    assert not records.read("WARNING")
+
+
+@pytest.mark.parametrize("content", [b"", b"anything", b"\xff" * 100, None])
+async def test_without_the_note_beside_it_a_file_is_taken_as_it_is(
+    path: Path, records: Records, content: bytes | None
+) -> None:
+    async with log_at(path) as log:
+        epoch = (await log.open("c")).epoch
+    seen = Path(f"{path}-seen")
+    if content is None:
+        os.unlink(seen)
+        os.mkdir(seen)  # it cannot be written
+    else:
+        seen.write_bytes(content)  # noqa: ASYNC240
+    async with log_at(path) as log:
+        assert (await log.open("c")).epoch == epoch
+    assert not records.read("WARNING")
+
+
+async def test_an_examination_tells_what_is_missing_and_epochs_can_be_renewed(path: Path) -> None:
+    log = log_at(path)
+    with pytest.raises(Unavailable, match="there is no such file"):
+        await log.examine()
+    async with log_at(path) as log:
+        for n in range(3):
+            await append(log, str(n))
+            await append(log, str(n), "u/complete")
+        epoch = (await log.open("c")).epoch
+        with pytest.raises(Unavailable, match="another process has it"):
+            await log_at(path).examine()
+    log = log_at(path)
+    assert await log.examine() == (2, 6, [])
+    await log.renew_epochs()
+    async with log_at(path) as log:
+        assert (await log.open("c")).epoch != epoch
+        assert (await log.open("c")).head == 3
+    with sqlite3.connect(path) as other:
+        other.execute(
+            "DELETE FROM entry WHERE seq = 2 AND conversation = (SELECT id FROM conversation WHERE key = 'c')"
+        )
+    other.close()
+    problem = "conversation 'c' should have the entries 1 to 3, and has 2 from 1 to 3"
+    assert await log_at(path).examine() == (2, 5, [problem])
 
 
 async def test_no_lease_outlives_the_process(path: Path) -> None:
