@@ -14,6 +14,7 @@ from websockets.sync.client import ClientConnection, connect
 
 import tricorn
 from fixtures.cutting_proxy import CuttingProxy, cutting_proxy
+from fixtures.real_services import RedisServer
 from tricorn.chat import SUBPROTOCOLS, Chat, Run
 from tricorn.chat.identity import Everybody
 from tricorn.chat.logs import connect as connect_log
@@ -28,8 +29,10 @@ async def echo(run: Run) -> None:
 
 
 @pytest.fixture
-async def proxy(redis: str) -> AsyncIterator[CuttingProxy]:
-    async with cutting_proxy(f"{redis}.ordered", redis) as proxy:
+async def proxy(another_redis_server: RedisServer) -> AsyncIterator[CuttingProxy]:
+    """A proxy before a Redis in which other tests' agents do not find posts that are left unanswered."""
+    path = another_redis_server.path
+    async with cutting_proxy(f"{path}.ordered", path) as proxy:
         yield proxy
 
 
@@ -49,11 +52,13 @@ def answer(ws: ClientConnection) -> tuple[str, int]:
 
 
 def texts(ws: ClientConnection, number: int) -> list[str]:
-    """Return the texts of so many posts, as they are in the log."""
+    """Return the texts of so many posts, as they are in the log, when all of them are answered."""
     ws.send(json.dumps({"type": "open", "conversation": CONVERSATION}))
     found: list[str] = []
-    while len(found) < number:
+    answered = 0
+    while answered < number:
         told = json.loads(ws.recv(PATIENCE))
+        answered += told["type"] == "agent_completed"
         if told["type"] == "user_message":
             found.append(told["text"])
     return found
