@@ -128,7 +128,7 @@ class Measured:
 
     async def rest(self) -> None:
         """Memory of a conversation that nothing happens in."""
-        async with Chat(_silent, ChatSettings(linger=inf), self._log) as chat:
+        async with Chat(_silent, ChatSettings(linger=inf, abandon_after=inf), self._log) as chat:
             tracemalloc.start()
             held = [chat.conversation(f"bench/{self._run}-rest-{n}") for n in range(RESTING)]
             for conversation in held:

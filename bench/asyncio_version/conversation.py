@@ -210,7 +210,7 @@ class Conversation:
         timer = self._loop.call_later(self._settings.run_timeout, self._end_run, "timeout")
         try:
             if run.asked.seq <= self._given_up:
-                self._end_run("cancelled")
+                self._end_run("abandoned")
             await perform(run, self._agent)
         except Exception as error:  # a bug of ours: it ends this run and nothing else
             report_error(error, conversation=self.key, run=run.id)
@@ -229,16 +229,16 @@ class Conversation:
                 task.cancel()
 
     def _linger(self) -> None:
-        """Give what is being answered `linger` more seconds, or as long as somebody follows."""
+        """Give what is being answered `abandon_after` more seconds, or as long as somebody follows."""
         if self._lingering is not None:
             self._lingering.cancel()
             self._lingering = None
         if self._posts and not self._cursors:
-            self._lingering = self._loop.call_later(self._settings.linger, self._give_up)
+            self._lingering = self._loop.call_later(self._settings.abandon_after, self._give_up)
 
     def _give_up(self) -> None:
         self._given_up = self.head
-        self._end_run("cancelled")
+        self._end_run("abandoned")
 
 
 def batches(lines: list[bytes]) -> Iterator[list[bytes]]:

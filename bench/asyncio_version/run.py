@@ -30,7 +30,7 @@ SAID_AT_ONCE = 64  # events; then others have a turn, and a cancellation is hear
 
 _encode = Encoder().encode
 
-Cause = Literal["cancelled", "interrupted", "timeout"]
+Cause = Literal["cancelled", "abandoned", "interrupted", "timeout"]
 
 
 class Asked(NamedTuple):

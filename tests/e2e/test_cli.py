@@ -260,7 +260,7 @@ async def test_a_post_that_is_refused(cli: Cli) -> None:
 @pytest.mark.any_server
 async def test_a_run_that_the_end_of_the_server_interrupts(cli: Cli) -> None:
     server = await cli.serve()
-    chat = [*TRICORN, "chat", server.url, "--json", "--message", "slow 3"]
+    chat = [*TRICORN, "chat", server.url, "--json", "--message", "slow 30"]
     process = await cli.nursery.start(partial(trio.run_process, chat, stdout=subprocess.PIPE, check=False))
     with trio.fail_after(TIMEOUT):
         await read_until(process.stdout, b'"tool_executing"')

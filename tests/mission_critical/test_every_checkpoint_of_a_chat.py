@@ -91,7 +91,7 @@ class ChatScenario(Scenario):
         async def answer(run: Run) -> None:
             await run.say("late")
 
-        past = log.store.conversations["local/c"]
+        past = log.store.find("local/c")
         if past.is_unanswered:
             async with Chat(answer, self.settings, log):
                 with trio.move_on_after(self.settings.lease):
@@ -188,7 +188,7 @@ RUN_CANCELLED = Fault(
 )
 
 CHAT: dict[str, Any] = {
-    "settings": ChatSettings(linger=1.0, run_timeout=60.0),
+    "settings": ChatSettings(linger=1.0, abandon_after=1.0, run_timeout=60.0),
     "handler": do_nothing,  # the session of the chat is
     "subprotocol": SUBPROTOCOL,
     "payload": json.loads,

@@ -87,7 +87,9 @@ def run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False, timeout=60)
 
 
-@pytest.mark.parametrize("command", [["serve"], ["chat"], ["token", "--user", "ada"], ["drill"], ["audit"]])
+@pytest.mark.parametrize(
+    "command", [["serve"], ["chat"], ["token", "--user", "ada"], ["drill"], ["audit"], ["log", "check"]]
+)
 def test_a_command_of_the_chat_says_what_to_install(tmp_path: Path, command: list[str]) -> None:
     done = run(tmp_path, *command)
     missing = "jwt" if command[0] == "token" else "msgspec"

@@ -8,11 +8,21 @@ from random import random
 from types import TracebackType
 from typing import Self
 
-from trio import CancelScope, current_time, move_on_after, open_nursery, sleep, sleep_until
+from trio import (
+    CancelScope,
+    current_effective_deadline,
+    current_time,
+    move_on_at,
+    open_nursery,
+    sleep,
+    sleep_until,
+)
 from trio.lowlevel import checkpoint
 
 from tricorn.chat.conversation.conversation import Conversation
+from tricorn.chat.conversation.idle import IdleConversations
 from tricorn.chat.conversation.log_view import patience
+from tricorn.chat.conversation.tails import Tails
 from tricorn.chat.delivery import Teller
 from tricorn.chat.execution import Runs
 from tricorn.chat.identity import Gate, ThisMachine
@@ -20,6 +30,7 @@ from tricorn.chat.logs.base import Log, Unavailable
 from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.metrics import ChatMetrics
 from tricorn.chat.quota import Quotas
+from tricorn.chat.readiness import Readiness
 from tricorn.chat.run import Agent
 from tricorn.chat.session import Session
 from tricorn.chat.settings import ChatSettings
@@ -29,7 +40,6 @@ from tricorn.websocket import WebSocket
 LOOKS_PER_LEASE = 4
 EARLY = 0.1  # of the time of a heartbeat
 LOOK_AT_ONCE, SOON = 100, 0.25  # conversations, and seconds until the next look if there may be more
-LOG_PATIENCE = 1.0  # seconds; probes wait as long by default
 RETRY_AFTER = 1.0  # seconds until the first clients may come back
 RETURNS_PER_SECOND = 500  # clients that come back in a second, on average
 
@@ -60,8 +70,11 @@ class Chat:
         self.drain_by = inf
         self._agent = agent
         self._log = log or MemoryLog()
+        self._readiness = Readiness(self._log)
         self._opening = open_nursery()
         self._conversations: dict[str, Conversation] = {}
+        self._idle = IdleConversations(self.settings.open_conversations)
+        self._tails = Tails()
         self._sessions: set[Session] = set()
         self._teller = Teller()
         self._tending = CancelScope()
@@ -82,7 +95,7 @@ class Chat:
 
     async def session(self, ws: WebSocket) -> None:
         """Talk the wire protocol with one client until it is gone. However that ends, its runs go on."""
-        session = Session(ws, self.conversation, self._teller, self.gate, self.quotas, self.settings, self.metrics)
+        session = Session(ws, self, self._teller, self.gate, self.quotas, self.settings, self.metrics)
         self._sessions.add(session)
         try:
             await session.arrive()
@@ -94,15 +107,25 @@ class Chat:
             self._sessions.discard(session)
 
     async def drain(self) -> None:
-        """Take no more posts, interrupt all runs, and return when every session has sent all that is in the log.
+        """Take no more posts, let runs finish, and return when every session has sent all that is in the log.
 
-        How long that takes depends on the peers: put a deadline around it. Cancelling it ends only the waiting.
+        Runs that are still in progress when `close_timeout`, or half of the time if that is less, is left until the
+        deadline around this are interrupted: so there is time for their last events. Without a deadline it counts as
+        `drain_timeout` less `close_timeout`. What waits for an answer is left to whoever opens the log next.
+
+        How long the sending takes depends on the peers. Cancelling this ends only the waiting.
         """
+        self.closing = True
         conversations = list(self._conversations.values())
-        self._end_conversations()
+        interrupt_at = self._interrupt_at()
         for session in self._sessions:
             session.closing(self._retry_after())
         await checkpoint()
+        with move_on_at(interrupt_at):
+            async with open_nursery() as nursery:
+                for conversation in conversations:
+                    nursery.start_soon(conversation.finish)
+        self._end_conversations()
         for conversation in conversations:
             await conversation.ended.wait()
         async with open_nursery() as nursery:
@@ -112,19 +135,12 @@ class Chat:
     async def why_not_ready(self) -> str | None:
         """Return why no more clients should be sent here, in words that anybody may read; None if they may come.
 
-        Asks the log, and waits for it for `LOG_PATIENCE` seconds. What it raises is reported. A checkpoint.
+        Asks the log at most once a second, and waits for it for a second. What it raises is reported. A checkpoint.
         """
         if self.closing:
             await checkpoint()
             return "draining"
-        with move_on_after(LOG_PATIENCE):
-            try:
-                await self._log.check()
-            except Exception as error:
-                report_error(error, phase="readiness")
-                return "the log fails"
-            return None
-        return "the log does not answer"
+        return await self._readiness.why_not()
 
     def _retry_after(self) -> float:
         """Return in how many seconds a client should come back: the more there are, the more they are spread."""
@@ -134,7 +150,7 @@ class Chat:
         """Return the conversation of this key, and bring it to life if it is not alive. Hold it, or it lingers out."""
         conversation = self._conversations.get(key)
         if conversation is None or (conversation.over and not self.closing):
-            conversation = Conversation(key, self._agent, self._log, self.settings, self.metrics, self._runs)
+            conversation = self._make(key)
             if self.closing:
                 conversation.end()  # it can be read, but has no task
             else:
@@ -142,6 +158,21 @@ class Chat:
                 # In the chat's context: that of whoever came first is not the agent's to see.
                 self._context.run(self._nursery.start_soon, self._live, conversation, before)
         return conversation
+
+    def glance(self, key: str) -> Conversation:
+        """Return the conversation of this key; if it is not alive, one without a task, which can ask the log."""
+        conversation = self._conversations.get(key)
+        return self._make(key) if conversation is None or (conversation.over and not self.closing) else conversation
+
+    def _make(self, key: str) -> Conversation:
+        return Conversation(key, self._agent, self._log, self.settings, self.metrics, self._runs)
+
+    def _interrupt_at(self) -> float:
+        """Return until when runs may finish, in Trio's time, and set when everything must be over."""
+        now, settings = current_time(), self.settings
+        self.drain_by = min(self.drain_by, now + settings.drain_timeout)
+        end = min(current_effective_deadline(), self.drain_by - settings.close_timeout)
+        return end - min(settings.close_timeout, max(0.0, end - now) / 2)
 
     def _end_conversations(self) -> None:
         self.closing = True
@@ -191,7 +222,7 @@ class Chat:
     async def _live(self, conversation: Conversation, before: Conversation | None) -> None:
         self.metrics.conversations.add()
         try:
-            await conversation.live(before)
+            await conversation.live(before, self._idle, self._tails)
         finally:
             self.metrics.conversations.add(amount=-1)
             if self._conversations.get(conversation.key) is conversation:

@@ -72,7 +72,7 @@ _decode_asked = Decoder(AgentAsked).decode
 # How questions end that are open at the end of a run, by its outcome, if not as cancelled.
 ASK_ENDED: dict[Outcome | None, AskOutcome] = {"timeout": "timeout", "interrupted": "interrupted"}
 
-Cause = Literal["cancelled", "interrupted"]
+Cause = Literal["cancelled", "abandoned", "interrupted"]
 R = TypeVar("R")
 
 

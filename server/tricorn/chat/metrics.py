@@ -19,6 +19,7 @@ LIMITS = (
     "open_conversations",
     "text_characters",
     "event_bytes",
+    "messages_per_second",
 )
 
 

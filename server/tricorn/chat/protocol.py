@@ -6,7 +6,8 @@ same objects: `tricorn.v1`, one JSON object per message, and `tricorn.v1.batch`,
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, dataclass_transform
+from re import match
+from typing import Annotated, Any, Literal, TypeGuard, dataclass_transform
 
 import msgspec
 
@@ -28,12 +29,18 @@ ErrorCode = Literal[
     "unavailable",
     "internal",
 ]
-Outcome = Literal["success", "failed", "cancelled", "timeout", "interrupted"]
+Outcome = Literal["success", "failed", "cancelled", "abandoned", "timeout", "interrupted"]
 AskOutcome = Literal["answered", "timeout", "cancelled", "interrupted"]
 
 # Printable without separators or control characters: an id can stand in a log line, a key or a URL as it is.
-Id = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9._:~-]{1,128}\Z")]
+_ID = r"\A[A-Za-z0-9._:~-]{1,128}\Z"
+Id = Annotated[str, msgspec.Meta(pattern=_ID)]
 Seq = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]  # a JSON number that JavaScript holds exactly
+
+
+def is_id(value: object) -> TypeGuard[str]:
+    """Return whether a value is an id."""
+    return isinstance(value, str) and match(_ID, value) is not None
 
 
 @dataclass_transform(frozen_default=True)  # subclasses are frozen too, which type checkers cannot know
@@ -151,13 +158,15 @@ class Posted(WireObject, tag="posted"):
 class Error(WireObject, tag="error"):
     """A request was refused: `code` for programs, `message` for people.
 
-    `ref` is the post, question or conversation that it is about.
+    `ref` is the post, question or conversation that it is about. With `retry_after`, the same request may succeed after
+    so many seconds.
     """
 
     code: ErrorCode
     message: str
     ref: str | None = None
     error_id: str | None = None
+    retry_after: float | None = None
 
 
 class Heartbeat(WireObject, tag="heartbeat"):

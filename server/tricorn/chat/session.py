@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from math import inf
+from math import ceil, inf
 from time import time
-from typing import get_args
+from typing import Protocol, get_args
 
 from msgspec import DecodeError, Struct, ValidationError
 from msgspec.json import Decoder, Encoder
@@ -24,6 +23,7 @@ from tricorn.chat.delivery import PAST_LOST, Delivery, Teller, opened
 from tricorn.chat.identity import Gate, Identity, NotAdmitted, handshake_token
 from tricorn.chat.logs.base import PastLost, Unavailable
 from tricorn.chat.metrics import ChatMetrics
+from tricorn.chat.post_order import PostOrder
 from tricorn.chat.protocol import (
     BATCH_SUBPROTOCOL,
     ENVELOPE,
@@ -43,17 +43,21 @@ from tricorn.chat.protocol import (
     Posted,
     Reply,
     Welcome,
+    is_id,
 )
 from tricorn.chat.quota import Quota, Quotas
 from tricorn.chat.settings import ChatSettings
 from tricorn.errors.report import report_error, trace_id
 from tricorn.protocol.close import TOO_FAST
+from tricorn.transport.rate_limit import BURST, TokenBucket
 from tricorn.waiter import Waiter
 from tricorn.websocket import WebSocket
 
 AUTHENTICATE_MAX = 16384  # bytes of a message from a client without a token: as much as a handshake may bring
 
 NO_ADDRESS = "unknown"  # of a peer on a Unix socket: no rule takes it for this machine's
+ROOM_RETRY = 5.0  # seconds after which a client posts again what found no room; it may be refused again
+LOG_RETRY = 1.0  # seconds after which a client asks again what the log could not do
 EXPIRY_NOTICE = 30.0  # seconds from the notice to the end
 
 
@@ -71,13 +75,23 @@ _decode_envelope = Decoder(_Envelope).decode
 _KNOWN_TYPES = {request.__struct_config__.tag for request in get_args(ClientRequest)}
 
 
+class Conversations(Protocol):
+    """Where a session finds conversations, by their keys."""
+
+    def conversation(self, key: str) -> Conversation:
+        """Return a conversation that lives, or will as long as somebody holds it and for a while."""
+
+    def glance(self, key: str) -> Conversation:
+        """Return a conversation that may not live: it can be asked, and costs nothing afterwards."""
+
+
 class Session:
     """What one client is told: replies through a bounded outbox, events of the conversations it follows by cursors."""
 
     def __init__(
         self,
         ws: WebSocket,
-        conversation: Callable[[str], Conversation],
+        conversations: Conversations,
         teller: Teller,
         gate: Gate,
         quotas: Quotas,
@@ -86,7 +100,7 @@ class Session:
     ) -> None:
         self.delivery = Delivery(ws, teller, metrics)
         self._ws = ws
-        self._conversation = conversation
+        self._conversations = conversations
         self._gate = gate
         self._quotas = quotas
         self._settings = settings
@@ -95,6 +109,8 @@ class Session:
         self._quota: Quota | None = None
         self._ends = current_time() + settings.auth_timeout  # when the token must have come, then when it expires
         self._renewed = Waiter()
+        self._order = PostOrder()
+        self._requests = TokenBucket(BURST * settings.messages_per_second, BURST)  # a batch has many in one message
         self._batch = ws.subprotocol == BATCH_SUBPROTOCOL
 
     async def arrive(self) -> None:
@@ -116,7 +132,11 @@ class Session:
     async def serve(self) -> None:
         """Serve the client's requests until it is gone."""
         async for message in self._ws:
-            for line in self._lines(message):
+            lines = self._lines(message)
+            if self._requests.take(len(lines)):
+                self._metrics.limit_hits.add("messages_per_second")
+                await self._ws.close(TOO_FAST, f"more than {self._settings.messages_per_second:,.0f} requests a second")
+            for line in lines:
                 # No checkpoint since a request was served: what it set off cannot be sent before the reply.
                 await self._answer(decode(line))
                 if self.delivery.waiting > self._settings.outbox:
@@ -246,7 +266,7 @@ class Session:
                 case Ping():
                     return Pong()
         except Unavailable:
-            return Error(code="unavailable", message="the log does not answer; try again later", ref=ref)
+            return _unavailable("the log does not answer; try again later", ref)
         except PastLost:
             await self._ws.close(*PAST_LOST)
             return None
@@ -268,7 +288,7 @@ class Session:
         if id not in self.delivery.cursors and len(self.delivery.cursors) >= limit:
             self._metrics.limit_hits.add("open_conversations")
             return Error(code="too_many", message=f"{limit} conversations are open; leave one first", ref=id)
-        conversation = self._conversation(who.key(id))
+        conversation = self._conversations.conversation(who.key(id))
         with conversation.held():
             view = conversation.view
             await view.open()
@@ -290,21 +310,32 @@ class Session:
             return unfit
         seconds = quota.posts.take()
         if seconds:
+            seq = await self._conversations.glance(who.key(request.conversation)).find(id, quota)
+            if seq is not None:
+                return Posted(id=id, conversation=request.conversation, seq=seq)
             self._metrics.limit_hits.add("posts_per_minute")
             if quota.refusals.take():
                 await self._ws.close(TOO_FAST, f"more than {settings.posts_per_minute} posts a minute")
-            return Error(code="too_fast", message=f"too many posts; post again in {seconds:.1f} s", ref=id)
+            message = f"too many posts; post again in {seconds:.1f} s"
+            return Error(code="too_fast", message=message, ref=id, retry_after=ceil(seconds * 10) / 10)
+        if self._order.must_wait(request.conversation, id):
+            self._order.refuse(request.conversation, id)
+            return _unavailable("the log did not take an earlier post, which comes first; try again later", id)
         try:
-            seq = await self._conversation(who.key(request.conversation)).post(id, text, quota)
+            seq = await self._conversations.conversation(who.key(request.conversation)).post(id, text, quota)
+        except Unavailable:
+            self._order.refuse(request.conversation, id)
+            raise
         except TooManyPosts as refusal:
             self._metrics.limit_hits.add(refusal.limit)
-            return Error(code="too_many", message=str(refusal), ref=id)
+            return Error(code="too_many", message=str(refusal), ref=id, retry_after=ROOM_RETRY)
         except ConversationClosed:
             return Error(code="closing", message="the server is shutting down; post again later", ref=id)
+        self._order.settle(request.conversation, id)
         return Posted(id=id, conversation=request.conversation, seq=seq)
 
     async def _cancel(self, request: Cancel, who: Identity) -> Error | None:
-        if await self._conversation(who.key(request.conversation)).cancel(request.run):
+        if await self._conversations.glance(who.key(request.conversation)).cancel(request.run):
             return None
         message = f"no run {request.run} is in progress in this conversation"
         return Error(code="not_found", message=message, ref=request.conversation)
@@ -315,7 +346,7 @@ class Session:
         if unfit is not None:
             return unfit
         try:
-            problem = await self._conversation(who.key(request.conversation)).answer(ask, text, who.user)
+            problem = await self._conversations.glance(who.key(request.conversation)).answer(ask, text, who.user)
         except NotAChoice as refusal:
             return Error(code="malformed", message=str(refusal), ref=ask)
         return None if problem is None else Error(code="not_found", message=problem, ref=ask)
@@ -347,6 +378,10 @@ def _ref(request: Open | Post | Cancel | Answer | Leave | Ping) -> str | None:
     return request.conversation
 
 
+def _unavailable(message: str, ref: str | None) -> Error:
+    return Error(code="unavailable", message=message, ref=ref, retry_after=LOG_RETRY)
+
+
 def decode(message: str | bytes) -> ClientRequest | Error:
     """Decode one object that a client sent, or say what is wrong with it."""
     if isinstance(message, bytes):
@@ -365,7 +400,8 @@ def _explain(message: str, error: ValidationError) -> Error:
         envelope = _decode_envelope(message)
     except (DecodeError, RecursionError):
         return Error(code="malformed", message=str(error))
-    ref = next((ref for ref in (envelope.id, envelope.conversation) if isinstance(ref, str)), None)
+    # What is no id is not repeated: it may be as long as a message, and many replies may wait for a client to read.
+    ref = next(filter(is_id, (envelope.id, envelope.conversation)), None)
     if isinstance(envelope.type, str) and envelope.type not in _KNOWN_TYPES:
         return Error(code="unknown_type", message=f"no request has the type {envelope.type[:64]!r}", ref=ref)
     return Error(code="malformed", message=str(error), ref=ref)

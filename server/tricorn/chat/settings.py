@@ -54,11 +54,15 @@ class ChatSettings(Settings):
     retention_seconds: Seconds = inf
     """Seconds for which the log keeps an event. What is not answered yet stays."""
 
-    linger: Linger = 30.0
-    """Seconds for which a conversation, and what is answered in it, goes on with nobody attached.
+    abandon_after: Linger = 600.0
+    """Seconds for which a run goes on with nobody attached; then it ends, and its outcome is `abandoned`.
 
-    0 cancels at once, and `inf` runs to the end. By default a client has time to come back after a lost connection.
+    0 ends it at once, and `inf` lets it run to the end. By default there is an answer for somebody whose phone was
+    locked or had no network for up to ten minutes.
     """
+
+    linger: Linger = 30.0
+    """Seconds for which a conversation stays in memory with nobody attached and nothing to answer."""
 
     heartbeat: Heartbeat = 20.0
     """Seconds between two messages to a client that has nothing else to hear."""
@@ -67,7 +71,7 @@ class ChatSettings(Settings):
     """Characters (Unicode code points) of one post."""
 
     open_conversations: Count = 100
-    """Conversations that one connection may have open."""
+    """Conversations that one connection may have open. As many that a user has left stay in memory for `linger`."""
 
     user_connections: Count = 20
     """Connections of one user; the next is closed with 4503."""

@@ -11,7 +11,7 @@ TOOL_NAME_MAX = 128  # characters
 
 TOOL_FAILED = "the tool failed"
 TOOL_LEFT_OPEN = "not finished"
-TOOL_ENDED = {"cancelled": "cancelled", "timeout": "timed out", "interrupted": "interrupted"}
+TOOL_ENDED = {"cancelled": "cancelled", "abandoned": "abandoned", "timeout": "timed out", "interrupted": "interrupted"}
 
 
 class NotAnswered(AgentError):

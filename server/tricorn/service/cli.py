@@ -74,7 +74,7 @@ class _Parser(ArgumentParser):
 
 def _parser() -> ArgumentParser:
     parser = _Parser(prog="tricorn", description="Serve WebSockets, and chat with agents over them.")
-    commands = parser.add_subparsers(required=True, metavar="run | serve | chat | check | token | audit | drill")
+    commands = parser.add_subparsers(required=True, metavar="run | serve | chat | check | token | log | audit | drill")
 
     run = commands.add_parser(
         "run",
@@ -141,6 +141,20 @@ def _parser() -> ArgumentParser:
         default=[],
         help="opens the shared conversations like team-*, too",
     )
+
+    log = commands.add_parser(
+        "log",
+        help="check a log, or have its clients start over",
+        description="Look after the log that conversations are kept in.",
+    )
+    log.set_defaults(command="log")
+    actions = log.add_subparsers(required=True, dest="action", metavar="check | epoch")
+    for action, what in (
+        ("check", "see whether every conversation has all its entries; exit 0 if so, else 1"),
+        ("epoch", "after entries were lost, as in a restored backup: have every client start over"),
+    ):
+        acts = actions.add_parser(action, help=what, description=f"{what[0].upper()}{what[1:]}.")
+        acts.add_argument("log", metavar="URL", nargs="?", help="where conversations are kept (sqlite:///tricorn.db)")
 
     auditor = commands.add_parser(
         "audit",

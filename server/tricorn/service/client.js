@@ -36,8 +36,9 @@ export class Client extends EventTarget {
   #openedAt = null; // when the server attached this socket to the conversation; null: not yet
   #epoch; // with #seq: how far in which log we are
   #seq = 0;
-  #posts = new Map(); // id → text, of what the log is not known to have
+  #posts = new Map(); // id → text, of what the log is not known to have, in order
   #answers = new Map(); // question → text, of those that the log is not known to have
+  #held = null; // until it fires nothing is posted: what the server refused for now comes first
   #heartbeat = FIRST_HEARTBEAT;
   #textCharacters = Infinity;
   #watchdog;
@@ -75,7 +76,7 @@ export class Client extends EventTarget {
   /** Say `text`, now or when the connection is back. `id` names the post; the same id is never said twice. */
   post(id, text) {
     this.#posts.set(id, text);
-    if (this.#openedAt !== null) this.#deliver(id, text);
+    if (this.#openedAt !== null && this.#held === null) this.#deliver(id, text);
   }
 
   /** Answer the question `ask`, now or when the connection is back. */
@@ -120,8 +121,7 @@ export class Client extends EventTarget {
     this.#epoch = epoch;
     this.#openedAt = performance.now();
     this.#tell("state", { state: "connected", reason: "" });
-    this.#posts.forEach((text, id) => this.#deliver(id, text));
-    this.#answers.forEach((text, ask) => this.#reply(ask, text));
+    this.#deliverAll();
   }
 
   #forget(reason, seq = 0) {
@@ -136,8 +136,8 @@ export class Client extends EventTarget {
       if (error.code === "not_found") this.#forget("lost");
       this.#reason = error.message;
       this.#socket.close();
-    } else if (error.code === "unavailable") {
-      setTimeout(() => this.#again(error.ref), 1000 * (FIRST_BACKOFF + Math.random()));
+    } else if (error.retry_after !== undefined || error.code === "unavailable") {
+      this.#hold(error.retry_after ?? FIRST_BACKOFF);
     } else if (error.code !== "closing" && error.code !== "not_found") {
       this.#posts.delete(error.ref);
       this.#answers.delete(error.ref);
@@ -147,11 +147,17 @@ export class Client extends EventTarget {
     } // else: a post that is kept for the next connection, or a run that ended before it was cancelled
   }
 
-  /** Post or answer what the log could not take, if that is still of use. */
-  #again(id) {
-    if (this.#openedAt === null) return;
-    if (this.#posts.has(id)) this.#deliver(id, this.#posts.get(id));
-    if (this.#answers.has(id)) this.#reply(id, this.#answers.get(id));
+  /** Post again, in order, what the server has refused for now. */
+  #hold(seconds) {
+    clearTimeout(this.#held);
+    this.#held = setTimeout(() => this.#deliverAll(), 1000 * (seconds + Math.random()));
+  }
+
+  #deliverAll() {
+    clearTimeout(this.#held);
+    this.#held = null;
+    this.#posts.forEach((text, id) => this.#deliver(id, text));
+    this.#answers.forEach((text, ask) => this.#reply(ask, text));
   }
 
   #advance(event) {
@@ -199,6 +205,7 @@ export class Client extends EventTarget {
     // Only a connection that lasted proves that the next may come at once.
     if (this.#openedAt !== null && performance.now() - this.#openedAt > 1000 * LONGEST_BACKOFF) this.#attempts = 1;
     this.#openedAt = null;
+    clearTimeout(this.#held); // the next connection begins with all posts
     reason = this.#reason || reason;
     if (code >= FINAL_CODE) {
       this.#tell("state", { state: "closed", reason: reason || `code ${code}` });
@@ -225,6 +232,7 @@ const RESETS = {
 const OUTCOMES = {
   failed: "The agent failed",
   cancelled: "Stopped",
+  abandoned: "Stopped, because nobody was here",
   timeout: "The agent ran out of time",
   interrupted: "The server stopped before the agent was done",
 };

@@ -109,7 +109,8 @@ async def test_what_a_tool_refuses_is_told(chatting: Chatting, capfd: pytest.Cap
 
 async def test_drain(chatting_anywhere: Chatting) -> None:
     """`closing`, the end of every run in the log and on the wire, 1012: in the same block for everybody."""
-    async with chatting_anywhere() as server, server.connect() as busy, server.connect() as idle:
+    settings = {"drain_timeout": 2.0, "close_timeout": 0.5}  # after a second the run is interrupted
+    async with chatting_anywhere(**settings) as server, server.connect() as busy, server.connect() as idle:
         await busy.send("open", conversation="c")
         await busy.post("wait")
         await busy.until("tool_executing")
@@ -128,8 +129,28 @@ async def test_drain(chatting_anywhere: Chatting) -> None:
         assert code == 1012
 
 
+async def test_a_run_may_finish_while_the_server_drains(chatting_anywhere: Chatting) -> None:
+    go = trio.Event()
+
+    async def patient(run: Run) -> None:
+        await go.wait()
+        await run.say("done")
+
+    async with chatting_anywhere(patient) as server, server.connect() as client:
+        await client.send("open", conversation="c")
+        await client.post("hello")
+        await client.until("agent_started")
+        server.scope.cancel()
+        await client.until("closing")
+        go.set()
+        seen, code = await client.until_closed()
+        assert seen.types == ["agent_message", "agent_completed"]
+        assert seen[-1]["outcome"] == "success"
+        assert code == 1012
+
+
 async def test_drain_ends_runs_that_nobody_watches(chatting: Chatting) -> None:
-    async with chatting() as server:
+    async with chatting(drain_timeout=1.0, close_timeout=0.2) as server:
         async with server.connect() as client:
             await client.send("open", conversation="c")
             await client.post("wait twice")
@@ -186,7 +207,7 @@ async def test_nothing_begins_while_the_server_drains(chatting: Chatting) -> Non
 
     release = trio.Event()
     async with (
-        chatting(tidy) as server,
+        chatting(tidy, drain_timeout=4.0, close_timeout=1.0) as server,
         server.connect() as client,
         await trio.open_tcp_stream("127.0.0.1", server.port) as probe,
     ):

@@ -46,9 +46,21 @@ async def test_posts_that_come_too_fast_are_refused_and_then_the_connection(chat
             refused = await client.answer("error")
             assert refused["code"] == "too_fast"
             assert "post again in" in refused["message"]
+            assert 0 < refused["retry_after"] <= 30.0
         await client.post("hello")
         assert await client.until_closed() == ([], 4003)
     assert server.hits() == {"posts_per_minute": 3}
+
+
+async def test_a_repeated_post_gets_its_first_answer_again_also_at_the_limit(chatting: Chatting) -> None:
+    async with chatting(posts_per_minute=1) as server, server.connect() as client:
+        first = await client.post("hello")
+        posted = await client.answer("posted")
+        for _ in range(5):  # more than may be refused
+            await client.post("hello", id_=first)
+            assert await client.answer("posted") == posted
+        assert "error" not in client.received.types
+    assert server.hits() == {}
 
 
 async def test_connections_of_one_user_share_how_fast_they_may_post(chatting: Chatting, gate: Tokens) -> None:
@@ -116,7 +128,7 @@ async def test_posts_of_a_user_that_wait_for_answers_are_bounded(chatting: Chatt
         await client.answer("posted")
         third = await client.post("hello", "c2")
         error = await client.answer("error")
-        assert (error["code"], error["ref"]) == ("too_many", third)
+        assert (error["code"], error["ref"], error["retry_after"]) == ("too_many", third, 5.0)
         await client.post("wait", "c1", first)
         assert await client.answer("posted") == posted
         await client.send("open", conversation="c1")

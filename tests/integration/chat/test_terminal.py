@@ -17,7 +17,7 @@ from trio_websocket import WebSocketRequest, serve_websocket
 from fixtures.cutting_proxy import CuttingProxy, cutting_proxy
 from tricorn.chat import Run
 from tricorn.chat.client import connect, terminal
-from tricorn.chat.protocol import Closing, Open, Opened, Welcome
+from tricorn.chat.protocol import AgentCompleted, AgentStarted, Closing, Error, Open, Opened, UserMessage, Welcome
 
 PATIENCE = 30  # seconds, for a whole test
 
@@ -171,6 +171,48 @@ async def test_it_does_not_come_back_where_that_would_change_nothing(
     *told, last = capfd.readouterr().err.splitlines()
     assert last.endswith(f"{code if tries == 1 else 4500} because")
     assert [line.partition(": busy; ")[2] for line in told] == ["trying again in 0 s"] * (tries - 1)
+
+
+@pytest.mark.parametrize("code", ["too_fast", "too_many", "unavailable"])
+async def test_a_post_that_is_refused_for_now_is_posted_again(code: str, capsys: pytest.CaptureFixture[str]) -> None:
+    posts: list[dict[str, Any]] = []
+    limits = dict.fromkeys(
+        ["message_bytes", "event_bytes", "text_characters", "open_conversations", "user_runs", "posts_per_minute"], 9
+    )
+
+    async def server(request: Any) -> None:
+        ws = await request.accept(subprotocol="tricorn.v1")
+
+        async def say(*told: Any) -> None:
+            for each in told:
+                await ws.send_message(msgspec.json.encode(each).decode())
+
+        await say(
+            Welcome(connection="x", user="u", heartbeat=9.0, limits=limits), Opened(conversation="c", epoch="e", head=0)
+        )
+        while len(posts) < 2:
+            asked = json.loads(await ws.get_message())
+            if asked["type"] == "post":
+                posts.append(asked)
+                if len(posts) == 1:
+                    await say(Error(code=code, message="not now", ref=asked["id"], retry_after=0.01))
+        post, about = posts[0]["id"], {"conversation": "c", "at": 0.0}
+        await say(
+            UserMessage(**about, seq=1, id=post, user="u", text="x"),
+            AgentStarted(**about, seq=2, run="r", agent="a", post=post, post_seq=1),
+            AgentCompleted(**about, seq=3, run="r", outcome="success", seconds=0.0),
+        )
+        await trio.sleep_forever()
+
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery:
+            serving = await nursery.start(partial(serve_websocket, server, "127.0.0.1", 0, None))
+            url = f"ws://127.0.0.1:{serving.port}/ws"
+            status = await terminal.chat(url, conversation="c", message="x", raw=True, token=None)
+            nursery.cancel_scope.cancel()
+    assert status == 0
+    assert posts[0] == posts[1]
+    assert capsys.readouterr().err == ""
 
 
 async def test_what_was_being_cancelled_is_cancelled_on_the_next_connection(chatting: Chatting) -> None:

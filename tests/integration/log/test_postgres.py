@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from json import loads
+from secrets import token_hex
 from typing import Any
 
 import psycopg
@@ -15,6 +16,8 @@ import trio.testing
 from fixtures.cutting_proxy import CuttingProxy, cutting_proxy
 from fixtures.logs import PATIENCE, Told, texts
 from fixtures.real_services import PostgresServer
+from fixtures.records import Records
+from tricorn.chat import Chat, Run
 from tricorn.chat.logs import conformance
 from tricorn.chat.logs.base import KEEP_EVERYTHING, Append, Log, PastLost, Retention, Unavailable
 from tricorn.chat.logs.conformance import LEASE, completed, post, thought
@@ -32,6 +35,10 @@ def sql(server: PostgresServer, *statements: str) -> list[tuple[Any, ...]]:
         for statement in statements:
             cursor = connection.execute(statement)  # type: ignore[call-overload]
         return cursor.fetchall() if cursor.description else []
+
+
+async def echo(run: Run) -> None:
+    await run.say(run.message)
 
 
 async def vanish(log: Log) -> None:
@@ -190,6 +197,66 @@ async def test_an_empty_database_is_another_past(server: PostgresServer) -> None
         assert (await log.open("c")).epoch != epoch
 
 
+async def test_a_restored_dump_is_another_past(server: PostgresServer, capfd: pytest.CaptureFixture[str]) -> None:
+    async with log_at(server.url) as log:
+        epoch = (await log.open("c")).epoch
+        await log.append("c", epoch, Append(post("1")))
+        dump = server.dump("tricorn")
+        await log.append("c", epoch, Append(post("2")))
+    async with log_at(server.url) as log:
+        assert (await log.open("c")).epoch == epoch
+    records = Records(capfd)
+    assert not records.read("WARNING")
+    sql(server, "DROP SCHEMA tricorn CASCADE")
+    server.restore(dump)
+    async with log_at(server.url) as log:
+        state = await log.open("c")
+        assert state.head == 1
+        assert state.epoch != epoch
+        assert (await log.open("new")).epoch
+        with pytest.raises(PastLost):
+            await log.append("c", epoch, Append(post("3")))
+    assert "it was restored from a copy" in records.read("WARNING")[0]["message"]
+    async with log_at(server.url) as log:
+        assert (await log.open("c")).epoch == state.epoch
+    assert not records.read("WARNING")
+
+
+async def test_a_role_that_does_not_own_the_schema_can_still_use_it(server: PostgresServer) -> None:
+    async with log_at(server.url):
+        pass
+    sql(server, "ALTER TABLE tricorn.store DROP COLUMN made_as")  # as made by an earlier version
+    role = f"user_{token_hex(4)}"
+    sql(
+        server,
+        f"CREATE ROLE {role} LOGIN",
+        f"GRANT USAGE ON SCHEMA tricorn TO {role}",
+        f"GRANT ALL ON ALL TABLES IN SCHEMA tricorn TO {role}",
+        f"GRANT ALL ON ALL SEQUENCES IN SCHEMA tricorn TO {role}",
+    )
+    async with log_at(server.url.replace("postgres@", f"{role}@")) as log:
+        epoch = (await log.open("c")).epoch
+        await log.append("c", epoch, Append(post("1")))
+    async with log_at(server.url) as log:
+        assert (await log.open("c")).epoch == epoch
+
+
+async def test_an_examination_tells_what_is_missing_and_epochs_can_be_renewed(server: PostgresServer) -> None:
+    async with log_at(server.url) as log:
+        for key in ("a", "b"):
+            epoch = (await log.open(key)).epoch
+            for n in range(3):
+                await log.append(key, epoch, Append(post(str(n))))
+        assert await log_at(server.url).examine() == (2, 6, [])
+        await log_at(server.url).renew_epochs()
+        assert (await log.open("b")).head == 3
+        with pytest.raises(PastLost):
+            await log.append("b", epoch, Append(post("late")))
+        sql(server, "DELETE FROM tricorn.entry WHERE seq = 2 AND conversation = 1")
+        problem = "conversation 'a' should have the entries 1 to 3, and has 2 from 1 to 3"
+        assert await log_at(server.url).examine() == (2, 5, [problem])
+
+
 async def test_a_standby_is_waited_for_until_it_is_promoted(server: PostgresServer) -> None:
     async with log_at(server.url) as log:
         epoch = (await log.open("c")).epoch
@@ -225,6 +292,28 @@ async def test_one_that_cannot_be_served_does_not_hold_up_the_others(server: Pos
         assert (results["a"], results["c"]) == (1, 1)
         assert "violates check constraint" in str(results["b"])
         assert "\n" not in str(results["b"])
+
+
+async def test_at_the_connection_limit_of_its_role_it_is_not_ready_and_says_why(
+    server: PostgresServer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    records = Records(capfd)
+    role = f"few_{token_hex(4)}"
+    sql(server, f"CREATE ROLE {role} LOGIN CONNECTION LIMIT 3", f"GRANT CREATE ON DATABASE postgres TO {role}")
+    url = server.url.replace("postgres@", f"{role}@")
+    async with log_at(url) as log, Chat(echo, log=log) as chat:
+        with trio.fail_after(PATIENCE):
+            while await chat.why_not_ready() != "the log does not answer":  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        said = records.read_all()
+        assert [each["severity"] for each in said if "too many connections for role" in each["message"]] == [
+            "WARNING",  # once, however often it tries
+            "ERROR",
+        ]
+        sql(server, f"ALTER ROLE {role} CONNECTION LIMIT -1")
+        with trio.fail_after(PATIENCE):
+            while await chat.why_not_ready() is not None:  # noqa: ASYNC110
+                await trio.sleep(0.01)
 
 
 async def test_a_lock_that_somebody_holds_is_not_waited_for_for_ever(server: PostgresServer) -> None:

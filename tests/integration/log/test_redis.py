@@ -231,6 +231,44 @@ async def test_no_memory_is_told_at_once_and_over_when_there_is_some(server: Red
         assert (await log.append("c", epoch, Append(post("1"))))[0].seq == 1
 
 
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
+async def test_a_redis_that_evicts_keys_is_refused_until_it_does_not(server: RedisServer, policy: str) -> None:
+    server.ask("CONFIG", "SET", "maxmemory-policy", policy)
+    with pytest.raises(Unavailable) as refused:
+        async with log_at(server.path, log_timeout=0.5):
+            pass
+    assert str(refused.value) == (
+        f"Redis at {server.path}: its maxmemory-policy is {policy}, which loses entries; it must be noeviction"
+    )
+    server.ask("CONFIG", "SET", "maxmemory-policy", "noeviction")
+    async with log_at(server.path) as log:
+        await log.check()
+
+
+async def test_an_examination_tells_what_is_missing_and_epochs_can_be_renewed(server: RedisServer) -> None:
+    async with log_at(server.path) as log:
+        for key in ("a", "b"):
+            epoch = (await log.open(key)).epoch
+            for n in range(3):
+                await log.append(key, epoch, Append(post(str(n))))
+        assert await log_at(server.path).examine() == (2, 6, [])
+        epochs = [(await log.open(key)).epoch for key in "ab"]
+        await log_at(server.path).renew_epochs()
+        state = await log.open("a")
+        assert state.head == 3
+        assert state.epoch != epochs[0]
+        with pytest.raises(PastLost):
+            await log.append("b", epochs[1], Append(post("late")))
+        server.ask("XDEL", "tricorn:entries:a", "2-0")
+        server.ask("DEL", "tricorn:entries:b")
+        examined = await log_at(server.path).examine()
+        assert examined[:2] == (2, 2)
+        assert sorted(examined.problems) == [
+            "conversation 'a' should have the entries 1 to 3, and has 2 from 1 to 3",
+            "conversation 'b' should have the entries 1 to 3, and has none",
+        ]
+
+
 async def test_who_gives_up_waits_no_longer(server: RedisServer) -> None:
     async with log_at(server.path) as log:
         epoch = (await log.open("c")).epoch

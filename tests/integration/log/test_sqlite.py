@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import trio
 
+from fixtures.records import Records
 from tricorn.chat.logs import conformance
 from tricorn.chat.logs.base import KEEP_EVERYTHING, Append, LeaseLost, Log, PastLost, Retention, Unavailable
 from tricorn.chat.logs.conformance import completed, post
@@ -39,6 +40,11 @@ def log_at(path: Path | str, **settings: Any) -> SQLiteLog:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "a log?#%20.db"
+
+
+@pytest.fixture
+def records(capfd: pytest.CaptureFixture[str]) -> Records:
+    return Records(capfd)
 
 
 class Stores:
@@ -134,6 +140,38 @@ async def test_a_file_that_cannot_be_written_to_is_refused() -> None:
             os.seteuid(user)
 
 
+def modes(path: Path) -> dict[str, int]:
+    return {each.name.removeprefix(path.name): each.stat().st_mode & 0o777 for each in path.parent.iterdir()}
+
+
+async def test_only_its_owner_can_open_a_new_file_and_the_files_beside_it(path: Path, records: Records) -> None:
+    before = os.umask(0)
+    try:
+        async with log_at(path) as log:
+            await append(log, "1")
+            found = modes(path)
+    finally:
+        os.umask(before)
+    assert {"", "-wal"} <= found.keys()
+    assert set(found.values()) == {0o600}
+    assert not records.read("WARNING")
+
+
+@pytest.mark.parametrize(("mode", "warnings"), [(0o640, 0), (0o644, 1)])
+async def test_the_mode_of_a_file_that_exists_stays_and_one_for_everybody_is_warned_of(
+    path: Path, records: Records, mode: int, warnings: int
+) -> None:
+    async with log_at(path):
+        pass
+    path.chmod(mode)  # noqa: ASYNC240
+    async with log_at(path) as log:
+        await append(log, "1")
+        assert {modes(path)[name] for name in ("", "-wal")} == {mode}
+    said = records.read("WARNING")
+    assert len(said) == warnings
+    assert all("chmod 600" in each["message"] for each in said)
+
+
 async def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match=r"nowhere/x\.db: unable to open database file"):
         async with log_at(tmp_path / "nowhere/x.db"):
@@ -163,6 +201,21 @@ async def test_a_file_that_was_moved_away_takes_nothing_until_it_is_back(path: P
         os.rename(f"{path}.away", path)
         await log.check()
         assert await append(log, "2") == 2
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+async def test_without_its_wal_file_it_takes_nothing_and_loses_nothing(path: Path, replaced: bool) -> None:
+    wal = f"{path}-wal"
+    async with log_at(path) as log:
+        await append(log, "1")
+        os.unlink(wal)
+        if replaced:
+            shutil.copy(path, wal)
+        for call in (log.check, lambda: append(log, "2")):
+            with pytest.raises(Unavailable, match="-wal file has been removed"):
+                await call()
+    async with log_at(path) as log:
+        assert await append(log, "3") == 2
 
 
 async def test_a_damaged_file_is_told(path: Path) -> None:
@@ -252,6 +305,91 @@ async def test_another_file_is_another_past(path: Path) -> None:
     async with log_at(path) as log:
         with pytest.raises(PastLost):
             await log.append("c", epoch, Append(post()))
+
+
+@pytest.mark.parametrize("while_open", [False, True])
+async def test_a_file_that_was_put_back_from_a_copy_is_another_past(
+    path: Path, records: Records, while_open: bool
+) -> None:
+    copies = {each: Path(f"{each}.copy") for each in (path, Path(f"{path}-wal"))}
+
+    def copy() -> None:
+        for each, to in copies.items():
+            if each.exists():
+                shutil.copy(each, to)
+
+    async with log_at(path) as log:
+        epoch = (await log.open("c")).epoch
+        await append(log, "1")
+        if while_open:  # as a snapshot of the file system
+            log._file._noted = 0.0
+            await append(log, "2")
+            copy()
+            log._file._noted = 0.0
+            await append(log, "3")
+    if not while_open:
+        copy()
+    async with log_at(path) as log:
+        assert (await log.open("c")).epoch == epoch
+        await append(log, "4")
+    assert not records.read("WARNING")
+    for each, to in copies.items():
+        if to.exists():
+            shutil.copy(to, each)
+    async with log_at(path) as log:
+        state = await log.open("c")
+        assert state.epoch != epoch
+        assert state.head == (2 if while_open else 1)
+        with pytest.raises(PastLost):
+            await log.append("c", epoch, Append(post()))
+    (warning,) = records.read("WARNING")
+    assert "it was restored from a copy" in warning["message"]
+    async with log_at(path) as log:
+        assert (await log.open("c")).epoch == state.epoch
+    assert not records.read("WARNING")
+
+
+@pytest.mark.parametrize("content", [b"", b"anything", b"\xff" * 100, None])
+async def test_without_the_note_beside_it_a_file_is_taken_as_it_is(
+    path: Path, records: Records, content: bytes | None
+) -> None:
+    async with log_at(path) as log:
+        epoch = (await log.open("c")).epoch
+    seen = Path(f"{path}-seen")
+    if content is None:
+        os.unlink(seen)
+        os.mkdir(seen)  # it cannot be written
+    else:
+        seen.write_bytes(content)  # noqa: ASYNC240
+    async with log_at(path) as log:
+        assert (await log.open("c")).epoch == epoch
+    assert not records.read("WARNING")
+
+
+async def test_an_examination_tells_what_is_missing_and_epochs_can_be_renewed(path: Path) -> None:
+    log = log_at(path)
+    with pytest.raises(Unavailable, match="there is no such file"):
+        await log.examine()
+    async with log_at(path) as log:
+        for n in range(3):
+            await append(log, str(n))
+            await append(log, str(n), "u/complete")
+        epoch = (await log.open("c")).epoch
+        with pytest.raises(Unavailable, match="another process has it"):
+            await log_at(path).examine()
+    log = log_at(path)
+    assert await log.examine() == (2, 6, [])
+    await log.renew_epochs()
+    async with log_at(path) as log:
+        assert (await log.open("c")).epoch != epoch
+        assert (await log.open("c")).head == 3
+    with sqlite3.connect(path) as other:
+        other.execute(
+            "DELETE FROM entry WHERE seq = 2 AND conversation = (SELECT id FROM conversation WHERE key = 'c')"
+        )
+    other.close()
+    problem = "conversation 'c' should have the entries 1 to 3, and has 2 from 1 to 3"
+    assert await log_at(path).examine() == (2, 5, [problem])
 
 
 async def test_no_lease_outlives_the_process(path: Path) -> None:

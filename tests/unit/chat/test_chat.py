@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,9 +15,9 @@ import trio.testing
 
 from fixtures.clock import seconds
 from tricorn.chat import Chat, Run
-from tricorn.chat.chat import LOG_PATIENCE
 from tricorn.chat.logs.memory import MemoryLog
 from tricorn.chat.quota import Quota
+from tricorn.chat.readiness import BELIEVED, LOG_PATIENCE
 from tricorn.chat.settings import ChatSettings
 
 Connect = Callable[..., Awaitable[Any]]
@@ -114,10 +116,48 @@ async def test_a_conversation_whose_time_has_just_run_out_goes_on_for_who_comes(
             await second.post("p", "x", Quota("local", ChatSettings()))
 
 
+async def test_cancelling_in_conversations_that_are_not_there_creates_nothing(connect: Connect) -> None:
+    log = MemoryLog()
+    async with Chat(echo, log=log) as chat:
+        client = await connect(chat)
+        for n in range(100):
+            client.say("cancel", conversation=f"c{n}", run="r")
+        errors = await client.hear_all()
+        assert [error["code"] for error in errors] == ["not_found"] * 100
+        assert chat._conversations == {}
+        assert log.store.conversations == {}
+
+
+async def test_of_conversations_that_a_user_has_left_so_many_stay_in_memory(
+    connect: Connect, autojump_clock: trio.testing.MockClock
+) -> None:
+    log = MemoryLog()
+    async with Chat(in_tool, ChatSettings(open_conversations=3), log) as chat:
+        client = await connect(chat)
+        client.say("post", id="p", conversation="running", text="x")
+        for n in range(1000):
+            client.say("open", conversation=f"c{n}")
+            client.say("leave", conversation=f"c{n}")
+        assert (await client.hear_until("posted"))[-1]["id"] == "p"
+        await client.hear_all()
+        assert sorted(chat._conversations) == ["local/c997", "local/c998", "local/c999", "local/running"]
+        client.say("open", conversation="c997")  # used again: the others are older
+        client.say("leave", conversation="c997")
+        client.say("open", conversation="new")
+        client.say("leave", conversation="new")
+        await client.hear_all()
+        assert sorted(chat._conversations) == ["local/c997", "local/c999", "local/new", "local/running"]
+        client.say("open", conversation="running")
+        assert "agent_completed" not in types(await client.hear_all())
+    assert list(log.store.conversations) == ["local/running"]
+
+
 # Drain
 
 
-async def test_drain_says_closing_interrupts_runs_and_sends_all_that_is_in_the_log(connect: Connect) -> None:
+async def test_drain_says_closing_interrupts_runs_and_sends_all_that_is_in_the_log(
+    connect: Connect, autojump_clock: trio.testing.MockClock
+) -> None:
     async with Chat(in_tool) as chat:
         client, other = await connect(chat), await connect(chat)
         client.say("open", conversation="c")
@@ -134,6 +174,59 @@ async def test_drain_says_closing_interrupts_runs_and_sends_all_that_is_in_the_l
     assert closing["reason"]
     assert (completed["type"], completed["error"]) == ("tool_completed", "interrupted")
     assert (last["type"], last["outcome"]) == ("agent_completed", "interrupted")
+
+
+async def test_runs_that_need_less_than_there_is_finish_during_the_drain_and_what_waits_is_not_begun(
+    connect: Connect, autojump_clock: trio.testing.MockClock
+) -> None:
+    async def needs(run: Run) -> None:
+        await trio.sleep(float(run.message))
+        await run.say("done")
+
+    log = MemoryLog()
+    async with Chat(needs, ChatSettings(drain_timeout=8.0, close_timeout=2.0), log) as chat:
+        client = await connect(chat)
+        for conversation, text in (("two", "2"), ("two", "0"), ("three", "3.9"), ("long", "100")):
+            client.say("open", conversation=conversation)
+            client.say("post", id=f"{conversation}-{text}", conversation=conversation, text=text)
+        await client.hear_all()
+        with trio.move_on_after(6) as scope:  # as the server gives it
+            await chat.drain()
+        assert not scope.cancelled_caught
+        assert trio.current_time() == pytest.approx(4)  # with 2 seconds left for last words
+        heard = [each for each in await client.hear_all() if each["type"] == "agent_completed"]
+        assert {each["conversation"]: each["outcome"] for each in heard} == {
+            "two": "success",
+            "three": "success",
+            "long": "interrupted",
+        }
+        assert [each.get("text") for each in heard] == ["done", "done", None]
+        assert await log.unanswered(10) == ["local/two"]
+
+
+async def test_a_drain_without_runs_takes_no_time(connect: Connect, autojump_clock: trio.testing.MockClock) -> None:
+    async with Chat(echo) as chat:
+        client = await connect(chat)
+        client.say("open", conversation="c")
+        client.say("post", id="p", conversation="c", text="x")
+        await client.hear_until("agent_completed")
+        await chat.drain()
+        assert trio.current_time() == 0
+
+
+async def test_a_run_can_be_cancelled_while_the_chat_drains(
+    connect: Connect, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with Chat(in_tool) as chat, trio.open_nursery() as nursery:
+        client = await connect(chat)
+        client.say("open", conversation="c")
+        client.say("post", id="p", conversation="c", text="x")
+        run = (await client.hear_until("tool_executing"))[-1]["run"]
+        nursery.start_soon(chat.drain)
+        await client.hear_until("closing")
+        client.say("cancel", conversation="c", run=run)
+        assert (await client.hear_until("agent_completed"))[-1]["outcome"] == "cancelled"
+        assert trio.current_time() == 0
 
 
 async def test_who_is_alone_may_come_back_at_once_and_many_are_spread(
@@ -155,7 +248,9 @@ async def test_who_is_alone_may_come_back_at_once_and_many_are_spread(
     assert busiest <= 20  # in one second; all in all it is ten times as many
 
 
-async def test_while_it_is_closing_a_chat_can_be_read_but_not_posted_to(connect: Connect) -> None:
+async def test_while_it_is_closing_a_chat_can_be_read_but_not_posted_to(
+    connect: Connect, autojump_clock: trio.testing.MockClock
+) -> None:
     async with Chat(in_tool) as chat:
         client = await connect(chat)
         client.say("post", id="p", conversation="c", text="x")
@@ -172,7 +267,9 @@ async def test_while_it_is_closing_a_chat_can_be_read_but_not_posted_to(connect:
         assert types(await late.hear_all()) == ["closing"]
 
 
-async def test_who_opens_while_runs_are_ending_hears_the_end(connect: Connect) -> None:
+async def test_who_opens_while_runs_are_ending_hears_the_end(
+    connect: Connect, autojump_clock: trio.testing.MockClock
+) -> None:
     ending, end = trio.Event(), trio.Event()
 
     async def stubborn(run: Run) -> None:
@@ -268,6 +365,50 @@ async def test_a_chat_whose_log_says_nothing_is_not_ready(autojump_clock: trio.t
     async with Chat(echo, log=UselessLog(trio.sleep_forever)) as chat:
         async with seconds(LOG_PATIENCE):
             assert await chat.why_not_ready() == "the log does not answer"
+            assert await chat.why_not_ready() == "the log does not answer"  # at once: it was asked just now
+        await trio.sleep(BELIEVED)
         with trio.move_on_after(LOG_PATIENCE / 2) as scope:
             await chat.why_not_ready()
         assert scope.cancelled_caught
+
+
+async def test_the_log_is_checked_once_a_second_for_any_number_of_probes(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    checks: list[float] = []
+
+    async def check() -> None:
+        checks.append(trio.current_time())
+        await trio.sleep(0.25)
+
+    answers: list[str | None] = []
+
+    async def probe() -> None:
+        answers.append(await chat.why_not_ready())
+
+    async with Chat(echo, log=UselessLog(check)) as chat, trio.open_nursery() as nursery:
+        for _ in range(101):
+            nursery.start_soon(probe)
+        for _ in range(40):
+            await trio.sleep(0.1)
+            await probe()
+    assert answers == [None] * 141
+    assert len(checks) == 4
+    assert all(later - earlier >= BELIEVED for earlier, later in pairwise(checks))
+
+
+async def test_whoever_waits_checks_the_log_if_the_one_who_did_is_cancelled(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with Chat(echo, log=UselessLog(partial(trio.sleep, 0.25))) as chat, trio.open_nursery() as nursery:
+        scope = trio.CancelScope()
+
+        async def leave() -> None:
+            with scope:
+                await chat.why_not_ready()
+
+        nursery.start_soon(leave)
+        await trio.testing.wait_all_tasks_blocked()
+        async with seconds(0.25):
+            scope.cancel()
+            assert await chat.why_not_ready() is None

@@ -187,6 +187,35 @@ def test_what_the_log_cannot_take_is_posted_again(page: Page, server: Server) ->
     expect(page.locator(".message .note")).to_have_count(0)
 
 
+def test_a_post_that_came_too_fast_is_posted_again_when_the_server_says(page: Page, server: Server) -> None:
+    write(page, "hello")
+    [post] = server.asked("post")
+    server.say("error", code="too_fast", message="too many posts", ref=post["id"], retry_after=7.5)
+    server.wait(7.4)
+    assert server.asked("post") == [post]
+    server.wait(1.2)
+    assert server.asked("post") == [post, post]
+    server.say("posted", id=post["id"], conversation="home", seq=1)
+    expect(page.locator(".message .note")).to_have_count(0)
+
+
+def test_what_the_log_cannot_take_keeps_its_place_before_what_is_said_after_it(page: Page, server: Server) -> None:
+    page.evaluate("Math.random = () => 0.5")
+    write(page, "one")
+    write(page, "two")
+    one, two = server.asked("post")
+    server.say("error", code="unavailable", message="the log does not answer", ref=one["id"], retry_after=1.0)
+    server.wait(1)
+    server.say("error", code="unavailable", message="an earlier post comes first", ref=two["id"], retry_after=1.0)
+    write(page, "three")
+    server.wait(1.4)
+    assert server.asked("post") == [one, two]
+    server.wait(0.2)
+    assert [post["text"] for post in server.asked("post")] == ["one", "two", "one", "two", "three"]
+    server.wait(10)
+    assert len(server.asked("post")) == 5
+
+
 def test_a_post_is_repeated_until_the_log_has_it(page: Page, server: Server) -> None:
     write(page, "first")
     server.close(1001)
@@ -315,6 +344,7 @@ def test_a_run_stands_under_the_message_that_it_answers(page: Page, server: Serv
     ("fields", "text"),
     [
         ({"outcome": "cancelled", "seconds": 0.25}, "Stopped · 250 ms"),
+        ({"outcome": "abandoned", "seconds": 600.0}, "Stopped, because nobody was here · 600.0 s"),
         ({"outcome": "timeout", "seconds": 300.0}, "The agent ran out of time · 300.0 s"),
         ({"outcome": "failed", "seconds": 1.0, "error_id": "e1"}, "The agent failed · 1.0 s · error e1"),
         (

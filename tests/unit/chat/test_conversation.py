@@ -205,19 +205,23 @@ async def test_it_lingers_and_ends(begin: Begin, log: WatchedLog, autojump_clock
     assert conversation.over
 
 
-@pytest.mark.parametrize(("linger", "outcome"), [(0.0, "cancelled"), (30.0, "cancelled"), (math.inf, "success")])
+@pytest.mark.parametrize(
+    ("abandon_after", "outcome"), [(0.0, "abandoned"), (600.0, "abandoned"), (math.inf, "success")]
+)
 async def test_runs_go_on_for_so_long_with_nobody_there(
-    begin: Begin, log: WatchedLog, autojump_clock: trio.testing.MockClock, linger: float, outcome: str
+    begin: Begin, log: WatchedLog, autojump_clock: trio.testing.MockClock, abandon_after: float, outcome: str
 ) -> None:
     async def long(run: Run) -> None:
-        await trio.sleep(100)
+        await trio.sleep(1000)
 
-    conversation = begin(long, linger=linger)
+    conversation = begin(long, abandon_after=abandon_after, run_timeout=math.inf)
     for n in range(2):
         await conversation.post(f"p{n}", "x", local())
-    await trio.sleep(250)
+    await trio.sleep(max(0, min(abandon_after, 2000) - 1))
+    assert not conversation.over
+    await trio.sleep(62)  # and then two times `linger`
     assert [event["outcome"] for event in await events(log) if event["type"] == "agent_completed"] == [outcome] * 2
-    assert conversation.ended.is_set() == (linger < math.inf)
+    assert conversation.ended.is_set()
 
 
 async def test_who_comes_back_in_time_cancels_nothing(
@@ -226,7 +230,7 @@ async def test_who_comes_back_in_time_cancels_nothing(
     async def long(run: Run) -> None:
         await trio.sleep(100)
 
-    conversation = begin(long, linger=30.0)
+    conversation = begin(long, abandon_after=30.0)
     await conversation.post("p", "x", local())
     await trio.sleep(29)
     follower = Waiter()
@@ -413,7 +417,7 @@ async def test_a_follower_that_has_read_everything_is_woken_when_the_log_has_los
         conversation.attach(follower)
     await conversation.view.append(event())
     conversation.view.rest(followers[0])  # the other one is reading, and finds out when it looks for more
-    log.store.conversations.clear()
+    log.store.lose("c")
     with pytest.raises(PastLost):
         await conversation.look()
     await conversation.ended.wait()
@@ -425,7 +429,7 @@ async def test_followers_are_told_of_a_loss_that_a_run_finds_while_the_log_canno
     begin: Begin, log: WatchedLog
 ) -> None:
     async def agent(run: Run) -> None:
-        log.store.conversations.clear()
+        log.store.lose("c")
         log.hangs = True
         await run.say("into another epoch")
 

@@ -94,7 +94,7 @@ async def test_an_instance_that_died_in_a_run_is_replaced_within_the_lease(
         client.say("post", id="p0", conversation="c", text="0")
         client.say("post", id="p1", conversation="c", text="1")
         await client.hear_until("tool_executing")
-        async with Chat(echo, ChatSettings(lease=LEASE, linger=inf), beside(log)) as heir:
+        async with Chat(echo, ChatSettings(lease=LEASE, linger=inf, abandon_after=inf), beside(log)) as heir:
             log.vanish()
             died = trio.current_time()
             follower = await connect(heir)
@@ -120,13 +120,13 @@ async def test_who_was_thought_dead_says_nothing_more(
         went_on.set()
 
     log = MemoryLog(lease=LEASE * 2 / 3)
-    async with Chat(slow, ChatSettings(lease=LEASE, linger=inf), log) as away:
+    async with Chat(slow, ChatSettings(lease=LEASE, linger=inf, abandon_after=inf), log) as away:
         client = await connect(away)
         client.say("open", conversation="c")
         client.say("post", id="p", conversation="c", text="x")
         await client.hear_until("agent_started")
         log.vanish()
-        async with Chat(echo, ChatSettings(lease=LEASE, linger=inf), beside(log)):
+        async with Chat(echo, ChatSettings(lease=LEASE, linger=inf, abandon_after=inf), beside(log)):
             await trio.sleep(2 * LEASE)
             go_on.set()
             await trio.testing.wait_all_tasks_blocked()
@@ -159,7 +159,7 @@ async def test_who_moves_to_another_instance_keeps_the_run_going(
         await run.say("done")
 
     log = MemoryLog()
-    settings = ChatSettings(linger=10.0)
+    settings = ChatSettings(linger=10.0, abandon_after=10.0)
     async with Chat(long, settings, log) as one, Chat(long, settings, beside(log)) as other:
         here = await connect(one)
         here.say("open", conversation="c")
@@ -174,13 +174,13 @@ async def test_who_moves_to_another_instance_keeps_the_run_going(
         await there.hear_until("agent_started")
         await there.leave()
         await trio.sleep(50)
-        assert (await logged(log))[-1]["outcome"] == "cancelled"
+        assert (await logged(log))[-1]["outcome"] == "abandoned"
         check(await logged(log))
 
 
 async def test_a_drain_leaves_what_waits_to_others(connect: Connect, autojump_clock: trio.testing.MockClock) -> None:
     log = MemoryLog()
-    async with Chat(echo, ChatSettings(linger=inf), beside(log)):
+    async with Chat(echo, ChatSettings(linger=inf, abandon_after=inf), beside(log)):
         async with Chat(stuck, log=log) as drained:
             client = await connect(drained)
             client.say("open", conversation="c")
@@ -210,7 +210,9 @@ async def test_what_a_process_left_is_answered_by_the_next(
     check(await logged(log))
 
 
-async def test_a_drain_hands_over_at_once_to_who_follows(connect: Connect) -> None:
+async def test_a_drain_hands_over_at_once_to_who_follows(
+    connect: Connect, autojump_clock: trio.testing.MockClock
+) -> None:
     log = MemoryLog()
     async with Chat(echo, log=beside(log)) as heir, Chat(stuck, log=log) as drained:
         client, follower = await connect(drained), await connect(heir)
@@ -248,7 +250,7 @@ async def test_who_left_elsewhere_has_the_time_to_come_back(
     connect: Connect, autojump_clock: trio.testing.MockClock
 ) -> None:
     log = MemoryLog()
-    settings = ChatSettings(linger=10.0)
+    settings = ChatSettings(linger=10.0, abandon_after=10.0)
     async with Chat(stuck, settings, log) as one, Chat(stuck, settings, beside(log)) as other:
         here, there = await connect(one), await connect(other)
         here.say("post", id="p", conversation="c", text="x")
@@ -259,14 +261,14 @@ async def test_who_left_elsewhere_has_the_time_to_come_back(
         await trio.sleep(9.5)
         assert (await logged(log))[-1]["type"] == "tool_executing"
         await trio.sleep(11)
-        assert (await logged(log))[-1]["outcome"] == "cancelled"
+        assert (await logged(log))[-1]["outcome"] == "abandoned"
 
 
 async def test_without_lingering_a_run_ends_soon_after_the_last_has_left_anywhere(
     connect: Connect, autojump_clock: trio.testing.MockClock
 ) -> None:
     log = MemoryLog()
-    settings = ChatSettings(linger=0.0)
+    settings = ChatSettings(linger=0.0, abandon_after=0.0)
     async with Chat(stuck, settings, log) as one, Chat(stuck, settings, beside(log)) as other:
         here, there = await connect(one), await connect(other)
         here.say("open", conversation="c")
@@ -279,14 +281,14 @@ async def test_without_lingering_a_run_ends_soon_after_the_last_has_left_anywher
         assert (await logged(log))[-1]["type"] == "tool_executing"
         await there.leave()
         await trio.sleep(1.5)
-        assert (await logged(log))[-1]["outcome"] == "cancelled"
+        assert (await logged(log))[-1]["outcome"] == "abandoned"
 
 
 async def test_a_post_elsewhere_counts_from_when_it_came(
     connect: Connect, autojump_clock: trio.testing.MockClock
 ) -> None:
     log = MemoryLog()
-    settings = ChatSettings(linger=10.0)
+    settings = ChatSettings(linger=10.0, abandon_after=10.0)
     async with Chat(stuck, settings, log) as one, Chat(stuck, settings, beside(log)) as other:
         here, there = await connect(one), await connect(other)
         here.say("post", id="p", conversation="c", text="x")
@@ -295,7 +297,7 @@ async def test_a_post_elsewhere_counts_from_when_it_came(
         await trio.sleep(9)
         assert not [event for event in await logged(log) if "outcome" in event]
         await trio.sleep(2)
-        assert [event["outcome"] for event in await logged(log) if "outcome" in event] == ["cancelled"] * 2
+        assert [event["outcome"] for event in await logged(log) if "outcome" in event] == ["abandoned"] * 2
         check(await logged(log))
 
 
@@ -303,7 +305,7 @@ async def test_what_was_not_heard_of_is_answered_before_the_lease_is_let_go(
     connect: Connect, autojump_clock: trio.testing.MockClock
 ) -> None:
     log = MemoryLog()
-    settings = ChatSettings(linger=5.0)
+    settings = ChatSettings(linger=5.0, abandon_after=5.0)
     async with Chat(echo, settings, log) as one, Chat(echo, settings, other_log := beside(log)) as other:
         here, there = await connect(one), await connect(other)
         here.say("post", id="p", conversation="c", text="x")
@@ -349,7 +351,7 @@ async def test_who_follows_a_new_conversation_hears_while_the_lost_one_still_end
         client.say("open", conversation="c")
         client.say("post", id="p", conversation="c", text="lost")
         await client.hear_all()
-        del log.store.conversations["local/c"]
+        log.store.lose("local/c")
         client.say("post", id="q", conversation="c", text="x")
         await client.ended.wait()
         client = await connect(one)
@@ -369,7 +371,7 @@ async def test_who_has_a_lease_of_before_the_loss_finds_out_when_others_answer(c
         here.say("open", conversation="c")
         here.say("post", id="p", conversation="c", text="x")
         await here.hear_all()
-        del log.store.conversations["local/c"]
+        log.store.lose("local/c")
         for id in "qr":  # more than it had, so that it looks like the rest
             there.say("post", id=id, conversation="c", text="x")
         await there.hear_all()
@@ -489,7 +491,7 @@ async def test_a_question_that_is_not_answered_for_a_while_delays_and_loses_noth
     question: str, does: bool, connect: Connect, autojump_clock: trio.testing.MockClock
 ) -> None:
     log = Refusing(lease=LEASE * 2 / 3)
-    settings = ChatSettings(lease=LEASE, linger=5.0)
+    settings = ChatSettings(lease=LEASE, linger=5.0, abandon_after=5.0)
     async with Chat(echo, settings, log) as one, Chat(echo, settings, other_log := beside(log)) as other:
         here, there = await connect(one), await connect(other)
         log.refused, log.does = question, does
@@ -607,7 +609,7 @@ async def test_who_follows_a_lost_conversation_starts_over(connect: Connect) -> 
         client.say("open", conversation="c")
         client.say("post", id="p", conversation="c", text="x")
         await client.hear_until("agent_completed")
-        del log.store.conversations["local/c"]
+        log.store.lose("local/c")
         client.say("post", id="q", conversation="c", text="x")
         await client.ended.wait()
         assert client.closed == (1012, "the log has lost its past")
@@ -625,7 +627,7 @@ async def test_a_conversation_that_is_lost_while_nobody_posts(connect: Connect) 
         client.say("open", conversation="c")
         client.say("post", id="p", conversation="c", text="x")
         await client.hear_until("agent_completed")
-        del log.store.conversations["local/c"]
+        log.store.lose("local/c")
         log._watchers["local/c"](0, "")  # what an engine tells after a restart
         await client.ended.wait()
     assert client.closed == (1012, "the log has lost its past")

@@ -111,7 +111,9 @@ def test_who_offers_both_subprotocols_gets_the_batch() -> None:
         ('{"type":"ping","x":' + "[" * 100_000, "malformed", "recursion", None),
         ('{"type":"leave","conversation":5,"x":' + "[" * 100_000, "malformed", "$.conversation", None),
         ('{"type":"post","id":"p","conversation":"c"}', "malformed", "text", "p"),
-        ('{"type":"open","conversation":"a b"}', "malformed", "regex", "a b"),
+        ('{"type":"open","conversation":"a b"}', "malformed", "regex", None),
+        ('{"type":"post","id":"a b","conversation":"c"}', "malformed", "", "c"),
+        (f'{{"type":"post","id":"{"x" * 129}"}}', "malformed", "", None),
         ('{"type":"open","conversation":"c","after":-1}', "malformed", "$.after", "c"),
         ('{"type":"post","id":"p","conversation":"c","text":"\\ud800"}', "malformed", "truncated", None),
         ('{"type":"dance","id":"p"}', "unknown_type", "'dance'", "p"),
@@ -385,7 +387,7 @@ async def test_a_run_goes_on_without_its_user(connect: Connect, autojump_clock: 
         await trio.sleep(100)
         await run.say("done")
 
-    async with Chat(slow, ChatSettings(linger=inf)) as chat:
+    async with Chat(slow, ChatSettings(abandon_after=inf)) as chat:
         client = await connect(chat)
         client.say("open", conversation="c")
         client.say("post", id="p", conversation="c", text="hello")
@@ -561,6 +563,39 @@ async def test_asking_without_reading_closes_with_4004(connect: Connect) -> None
         client.say("ping")
         await client.ended.wait()
     assert client.closed == (4004, "outbox overflow")
+
+
+async def test_what_waits_for_a_client_that_does_not_read_is_small_whatever_it_asked(connect: Connect) -> None:
+    long = "x" * 1_000_000
+    asked = [
+        *({"type": "post", "id": long}, {"type": "open", "conversation": long}, {"type": "cancel", "run": long}),
+        *({"type": long}, {"type": "\0" * 1000}, {"type": "😀" * 1000, "id": "y" * 128}, {long: long}, [long], long),
+    ]
+    async with Chat(echo, ChatSettings(outbox=256)) as chat:
+        client = await connect(chat)
+        client.stop_reading()
+        for n in range(250):
+            client.say("ping") if n == 0 else client.send(json.dumps(asked[n % len(asked)]))
+        await trio.testing.wait_all_tasks_blocked()
+        assert client.closed is None
+        client.readable.set()
+        replies = await client.hear_all()
+    assert len(replies) == 250
+    assert max(map(len, client.messages)) < 1024
+
+
+async def test_each_request_of_a_batch_counts(connect: Connect, autojump_clock: trio.testing.MockClock) -> None:
+    async with Chat(echo, ChatSettings(messages_per_second=10, outbox=1000)) as chat:
+        client = await connect(chat, "tricorn.v1.batch")
+        client.send('{"type":"ping"}\n' * 100)
+        assert len(await client.hear_all()) == 100
+        await trio.sleep(1)
+        client.send('{"type":"ping"}\n' * 10)
+        assert len(await client.hear_all()) == 10
+        client.send('{"type":"ping"}\n' * 2)
+        await client.ended.wait()
+    assert client.closed == (4003, "more than 10 requests a second")
+    assert chat.metrics.limit_hits.values["messages_per_second"] == 1
 
 
 class SlowLog(MemoryLog):

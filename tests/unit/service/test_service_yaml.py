@@ -14,7 +14,7 @@ import pytest
 import yaml
 from msgspec import Meta, Struct, field
 
-from tricorn.chat.chat import LOG_PATIENCE
+from tricorn.chat.readiness import LOG_PATIENCE
 from tricorn.service.auth import check_exposure
 from tricorn.service.pages import PAGES, READY
 from tricorn.service.settings import ServiceSettings

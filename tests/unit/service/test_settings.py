@@ -158,7 +158,7 @@ def test_origins_are_a_list() -> None:
 
 
 def test_a_variable_like_no_other_gets_the_list() -> None:
-    names = "TRICORN_AGENT, TRICORN_AUTH, TRICORN_AUTH_TIMEOUT, TRICORN_BASE_URL, TRICORN_BIND, "
+    names = "TRICORN_ABANDON_AFTER, TRICORN_AGENT, TRICORN_AUTH, TRICORN_AUTH_TIMEOUT, TRICORN_BASE_URL, TRICORN_BIND, "
     with pytest.raises(SettingError, match=f"^TRICORN_PORT: no such setting; there are {names}"):
         ServiceSettings.from_environ({"TRICORN_PORT": "1"})
 

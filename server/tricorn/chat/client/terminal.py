@@ -38,7 +38,7 @@ STDIN = 0
 SCHEMES = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
 INTERRUPTED = 130  # the exit status that shells use for Ctrl-C
 PATIENCE = 60.0  # seconds that a script waits for a connection to come back; a person can leave at any time
-SEND_AGAIN = 1.0  # seconds after which what the log could not take is sent again
+SEND_AGAIN = 1.0  # seconds after which what the log could not take is sent again, if the server says nothing
 
 
 def websocket_url(text: str) -> str:
@@ -247,9 +247,9 @@ class TerminalChat:
     async def _post(self, turn: Turn) -> None:
         await self._client.send(Post(id=turn.post, conversation=self._conversation, text=turn.text))
 
-    async def _post_again(self, turn: Turn) -> None:
-        await trio.sleep(SEND_AGAIN)
-        if self._attached:
+    async def _post_again(self, turn: Turn, seconds: float) -> None:
+        await trio.sleep(seconds)
+        if self._attached and not turn.logged:
             await self._post(turn)
 
     async def _answer_again(self, ask: str) -> None:
@@ -356,8 +356,8 @@ class TerminalChat:
                 self._inform(error.message)
                 self._news.set()
         elif turn and not turn.logged and error.ref in {turn.post, None}:
-            if error.code == "unavailable":
-                self._nursery.start_soon(self._post_again, turn)
+            if error.retry_after is not None or error.code == "unavailable":
+                self._nursery.start_soon(self._post_again, turn, error.retry_after or SEND_AGAIN)
             elif error.code == "closing":
                 pass  # the next connection posts it again
             elif self._interactive:

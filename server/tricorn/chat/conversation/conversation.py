@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from math import inf
 from typing import Any
 
-from trio import CancelScope, Event, current_time, move_on_after, open_nursery, sleep, sleep_until
+from trio import CancelScope, Event, current_time, move_on_after, open_nursery, sleep, sleep_forever
 
 from tricorn.chat.backoff import Backoff
+from tricorn.chat.conversation.idle import IdleConversations
 from tricorn.chat.conversation.log_view import LogView, Reader
 from tricorn.chat.conversation.responder import Responder
 from tricorn.chat.conversation.state import OpenAsk
+from tricorn.chat.conversation.tails import Tails
 from tricorn.chat.execution import LAST_WORDS, Runs, completed_key
 from tricorn.chat.logs.base import Append, Log, PastLost, Unavailable
 from tricorn.chat.metrics import ChatMetrics
@@ -42,8 +45,14 @@ class NotAChoice(Exception):
     """This is no answer to the question. The text says what would be, for people."""
 
 
+def _post_key(id: str, by: Quota) -> str:
+    return f"post:{by.user}/{id}"
+
+
 class Conversation:
-    """Lives while somebody follows it, or posts, then for `settings.linger` more seconds; so do its runs.
+    """Lives while somebody follows it, or posts, and for a while after that.
+
+    That is `settings.abandon_after` seconds while something is answered, else `settings.linger`.
 
     Attributes:
         key: tells it from every other, and is what the log knows it as.
@@ -65,8 +74,10 @@ class Conversation:
         self._scope = CancelScope()
         self._followers: set[Reader] = set()
         self._holds = 0
+        self._idle: IdleConversations | None = None  # while it lives
+        self._lingering = CancelScope()
         self._released = Waiter()  # woken when nobody holds it any more
-        self._lingers_until = current_time() + settings.linger
+        self._left_at = current_time()  # when somebody followed last
         self._attending = False  # as the log was told: somebody follows here
         self._attended = False  # as the log said last: somebody follows elsewhere
         self._posting = 0  # posts that are on their way into the log
@@ -74,7 +85,7 @@ class Conversation:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep the conversation and its runs from lingering out."""
-        self._holds += 1
+        self._hold()
         try:
             yield
         finally:
@@ -98,7 +109,7 @@ class Conversation:
     def attach(self, follower: Reader) -> None:
         """Keep the conversation alive, and wake a follower at the next entry, once; `view.rest` has it woken again."""
         self._followers.add(follower)
-        self._holds += 1
+        self._hold()
         self.view.rest(follower)
         self.view.news.wake()
 
@@ -123,7 +134,7 @@ class Conversation:
             Unavailable: the log does not answer.
             PastLost: the log has lost entries.
         """
-        key = f"post:{by.user}/{id}"
+        key = _post_key(id, by)
         with self.held():
             await self.view.open()
             if self.over:
@@ -146,6 +157,12 @@ class Conversation:
                 by.runs -= 1
             self._responder.nudge()
             return entry.seq
+
+    async def find(self, id: str, by: Quota) -> int | None:
+        """Return the seq of the post with this id, or None if there is none. Raises Unavailable and PastLost."""
+        with self.held():
+            found = await self.view.ask(self._log.find, _post_key(id, by))
+            return None if found is None else found.seq
 
     async def cancel(self, run: str) -> bool:
         """Cancel the run of this id, at whichever instance; False if no such run is in progress. Raises Unavailable."""
@@ -190,18 +207,42 @@ class Conversation:
 
     # Its life
 
+    async def finish(self) -> None:
+        """Take no more posts, let the run in progress come to its end, and end. What waits is left to whoever comes.
+
+        If this is cancelled, the run goes on.
+        """
+        self.over = True
+        await self._responder.finish()
+        self.end()
+
     def end(self) -> None:
         """Take no more posts, interrupt the run in progress, and end the task. What waits is left to whoever comes."""
         self.over = True
         self._responder.cancel(cause="interrupted")
         self._scope.cancel()
 
-    async def live(self, before: Conversation | None = None) -> None:
+    def hurry(self) -> None:
+        """Linger no longer, unless there is something to answer."""
+        if not self._responder.is_answering:
+            self._left_at = -inf
+            self._lingering.deadline = self._deadline()
+
+    async def live(
+        self,
+        before: Conversation | None = None,
+        idle: IdleConversations | None = None,
+        tails: Tails | None = None,
+    ) -> None:
         """Follow the log and answer posts until the conversation has lingered out, is ended, or its log is lost.
 
-        `before` is over and has the same key: the log has one watcher, so this begins when that one has ended. If
-        cancelled, the run in progress ends as interrupted; posts that wait are left to whoever comes next.
+        `before` is over and has the same key: the log has one watcher, so this begins when that one has ended. While
+        nobody follows it or posts, it is one of `idle`. What it keeps of its log in memory counts as part of `tails`.
+        If cancelled, the run in progress ends as interrupted; posts that wait are left to whoever comes next.
         """
+        self._idle = idle
+        if tails is not None:
+            self.view.share(tails)
         try:
             with self._scope:
                 if before is not None:
@@ -216,6 +257,10 @@ class Conversation:
         finally:
             self.over = True
             self._log.unwatch(self.key)
+            self.view.unshare()
+            if idle is not None:
+                self._idle = None
+                idle.discard(self)
             with move_on_after(LAST_WORDS, shield=True):
                 await self._leave()
             self._responder.close()
@@ -270,10 +315,12 @@ class Conversation:
             self._attending = attending
 
     async def _linger(self) -> bool:
-        """Wait until nobody has followed or posted for `linger`; True if nobody has at any instance."""
+        """Wait until nobody has followed or posted for long enough; True if nobody has at any instance."""
         while self._holds:
             await self._released.wait()
-        await sleep_until(self._deadline())
+        look_again = current_time() + max(RECHECK, self._settings.linger)  # whether something is still answered
+        with CancelScope(deadline=min(self._deadline(), look_again)) as self._lingering:
+            await sleep_forever()
         if self._holds or current_time() < self._deadline():
             return False
         if self._responder.may_hold:
@@ -282,7 +329,7 @@ class Conversation:
                 return False
             if attended or self._attended:  # they may have left just now
                 self._attended = attended
-                self._lingers_until = current_time() + max(RECHECK if attended else 0.0, self._settings.linger)
+                self._left_at = current_time() + (max(0.0, RECHECK - self._patience()) if attended else 0.0)
                 return False
             await self._responder.give_up()
             if self._holds:
@@ -304,15 +351,26 @@ class Conversation:
         except Exception as error:
             report_error(error, conversation=self.key)
 
+    def _hold(self) -> None:
+        self._holds += 1
+        if self._holds == 1 and self._idle is not None:
+            self._idle.discard(self)
+
     def _release(self) -> None:
         self._holds -= 1
-        self._lingers_until = current_time() + self._settings.linger
+        self._left_at = current_time()
         if not self._holds:
             self._released.wake()
+            if self._idle is not None:
+                self._idle.add(self)
 
     def _deadline(self) -> float:
-        """When it has lingered out, in Trio's time, if nobody comes."""
-        return max(self._lingers_until, self._responder.asked_at + self._settings.linger)
+        """When it ends, in Trio's time, if nobody comes."""
+        return max(self._left_at, self._responder.asked_at) + self._patience()
+
+    def _patience(self) -> float:
+        """For how many seconds it waits for somebody."""
+        return self._settings.abandon_after if self._responder.is_answering else self._settings.linger
 
     def _is_running(self, run: str) -> bool:
         running = self.view.state.run

@@ -11,6 +11,7 @@ from trio import Lock, TooSlowError, WouldBlock, fail_after
 from trio.lowlevel import checkpoint_if_cancelled
 
 from tricorn.chat.conversation.state import ConversationState
+from tricorn.chat.conversation.tails import ENTRY_BYTES, Tails
 from tricorn.chat.logs.base import Append, Entry, ImmediateLog, Log, LogState, PastLost, Unavailable, too_slow
 from tricorn.chat.metrics import EVENT_TYPES, ChatMetrics
 from tricorn.waiter import Waiter
@@ -78,6 +79,8 @@ class LogView:
         self._appended = metrics.appended.values
         self._lock = Lock()  # one task at a time adds entries
         self._tail: list[Entry] = []
+        self._tail_size = 0  # in bytes
+        self._tails: Tails | None = None  # that count it
         self._resting: set[Reader] = set()
 
     @property
@@ -196,6 +199,8 @@ class LogView:
         tail = self._tail
         if self.lost or not tail or after + 1 < tail[0].seq:
             return None
+        if self._tails is not None:
+            self._tails.read(self)
         return tail[after + 1 - tail[0].seq :]
 
     async def read(self, after: int, limit: int) -> list[Entry]:
@@ -225,6 +230,25 @@ class LogView:
     def leave(self, reader: Reader) -> None:
         """Do not wake a reader."""
         self._resting.discard(reader)
+
+    # Memory
+
+    def share(self, tails: Tails) -> None:
+        """Have the entries in memory count as part of `tails`, until `unshare`."""
+        self._tails = tails
+        self._grow(self._tail_size)
+
+    def unshare(self) -> None:
+        """Have them count no longer: they end with this, and with those who still read it."""
+        if self._tails is not None:
+            self._tails.discard(self, self._tail_size)
+            self._tails = None
+
+    def drop_tail(self) -> int:
+        """Forget the entries in memory, and return how many bytes they took. For `Tails`."""
+        size, self._tail_size = self._tail_size, 0
+        self._tail = []
+        return size
 
     # Inside
 
@@ -270,18 +294,32 @@ class LogView:
 
     def _go_on_from(self, state: LogState) -> None:
         self.state = ConversationState(state)
-        self._tail.clear()
+        self._grow(-self.drop_tail())
         self.on_turn()
 
     def _add(self, entry: Entry) -> None:
         tail = self._tail
         tail.append(entry)
+        grown = len(entry.json) + ENTRY_BYTES
         if len(tail) > 2 * TAIL:
+            grown -= sum(len(old.json) + ENTRY_BYTES for old in tail[:-TAIL])
             del tail[:-TAIL]
+        self._tail_size += grown
+        self._grow(grown)
         if self.state.fold(entry):
             self.on_turn()
         if self._resting:
             self._wake_readers()
+
+    def _grow(self, by: int) -> None:
+        """The entries in memory take so many bytes more."""
+        tails = self._tails
+        if tails is not None:
+            if by == self._tail_size:  # it begins
+                tails.read(self)
+            tails.size += by
+            if tails.size > tails.budget:
+                tails.shrink()
 
     def _wake_readers(self) -> None:
         resting, self._resting = self._resting, set()

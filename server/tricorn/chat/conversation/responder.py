@@ -48,6 +48,8 @@ class Responder:
         self._execution: Execution | None = None  # of the run that is in progress here
         self._begun = False  # it is in the log
         self._lost: LeaseLost | PastLost | None = None  # what ended it
+        self._finishing = False  # it answers nothing more
+        self._finished = Waiter()  # where `finish` waits
         self._nudged = False
         self._idle = False  # `answer` waits
         self._work = Waiter()  # where `answer` waits
@@ -61,6 +63,11 @@ class Responder:
         self.append_nowait = view.append_nowait  # for the run in progress
         view.on_turn = self._turned
 
+    @property
+    def is_answering(self) -> bool:
+        """Whether something is answered here, or is about to be."""
+        return self.may_hold and self._view.state.due
+
     async def answer(self) -> None:
         """Answer until nothing is due, if the lease can be had; then wait until there may be more. To be called again.
 
@@ -69,7 +76,7 @@ class Responder:
         """
         self._nudged = False
         try:
-            while await self._is_due():
+            while await self._is_due() and not self._finishing:
                 if self._lease is None:
                     await self._claim()
                     if self._lease is None:
@@ -105,10 +112,17 @@ class Responder:
         self._execution.cancel(cause)
         return True
 
+    async def finish(self) -> None:
+        """Begin no run any more, and wait for the end of the one in progress. A checkpoint."""
+        self._finishing = True
+        await checkpoint()
+        while self._execution is not None:
+            await self._finished.wait()
+
     async def give_up(self) -> None:
-        """Have the run in progress, and those of the posts that wait, end as cancelled. Returns when they have."""
+        """Have the run in progress, and those of the posts that wait, end as abandoned. Returns when they have."""
         self._given_up = self._view.head
-        self.cancel()
+        self.cancel(cause="abandoned")
         while self._nudged or not self._idle:
             await self._done.wait()
 
@@ -180,7 +194,7 @@ class Responder:
     async def _perform(self, post: UserMessage) -> None:
         execution = Execution(post, self._lease, self, self._settings, self._metrics)
         if post.seq <= self._given_up:
-            execution.cancel()
+            execution.cancel("abandoned")
         self._execution, self._begun, self._lost = execution, False, None
         self._metrics.runs.add()
         try:
@@ -189,6 +203,7 @@ class Responder:
             report_error(error, conversation=self._view.key, run=execution.id)
         finally:
             self._execution = None
+            self._finished.wake()
             self._metrics.runs.add(amount=-1)
         if self._lost is not None:
             raise self._lost

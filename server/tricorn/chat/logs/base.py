@@ -17,13 +17,16 @@ from math import inf
 from secrets import token_hex
 from time import time
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 from msgspec import Struct
 from msgspec.json import Encoder
 from msgspec.structs import force_setattr
 
 from tricorn.chat.protocol import AnyEvent, UserMessage
+
+PROBLEMS = 100  # that an examination tells
+RESTORED = "it was restored from a copy: its conversations have got another epoch, so that clients start over"
 
 _encode = Encoder().encode
 
@@ -168,6 +171,10 @@ class Log(Protocol):
     immediate: bool  # it never waits, and is an `ImmediateLog`
     punctual: bool  # `append` raises Unavailable by itself if the store does not answer within `log_timeout`
 
+    @property
+    def problem(self) -> str:
+        """Why the store does not answer, as far as that is known: one line for operators."""
+
     async def __aenter__(self) -> Self: ...
 
     async def __aexit__(
@@ -245,6 +252,34 @@ class Log(Protocol):
 
     async def unanswered(self, limit: int) -> list[str]:
         """Return conversations with an unanswered post whose lease no living instance has, at most `limit`."""
+
+
+class Examined(NamedTuple):
+    """What a store has, and what is wrong with it: one line for each problem, of which not all may be there."""
+
+    conversations: int
+    entries: int
+    problems: list[str]
+
+
+def incomplete(key: str, first: int, head: int, count: int, least: int | None, most: int | None) -> str:
+    """Describe a conversation that has not the entries that it should have."""
+    found = f"{count} from {least} to {most}" if count else "none"
+    return f"conversation {key!r} should have the entries {first} to {head}, and has {found}"
+
+
+@runtime_checkable
+class Maintained(Protocol):
+    """A log whose store outlives the process, for operators. It must not be open; each method opens and closes it.
+
+    Both raise Unavailable if the store cannot be used.
+    """
+
+    async def examine(self) -> Examined:
+        """Look whether each conversation has all the entries that it should have."""
+
+    async def renew_epochs(self) -> None:
+        """Give each conversation another epoch, since entries are lost: whoever knew them starts over."""
 
 
 class ImmediateLog(Log, Protocol):

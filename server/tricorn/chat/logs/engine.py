@@ -11,11 +11,12 @@ from trio import CancelScope, Nursery, move_on_after, open_nursery, sleep
 from tricorn.chat.backoff import Backoff
 from tricorn.chat.logs.base import Retention, Unavailable
 from tricorn.chat.settings import ChatSettings
-from tricorn.errors.report import report_error
+from tricorn.errors.report import report, report_error
 from tricorn.errors.text import title
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0  # seconds between two attempts to reach the store
 FAREWELL = 1.0  # seconds to let go of everything at the end
+SILENCE = "it does not answer"
 SWEEP_PERIOD = 600.0  # seconds between two searches for entries that retention no longer asks to keep
 
 
@@ -27,8 +28,14 @@ class Engine:
         self._where = where
         self._timeout = settings.log_timeout
         self._retention = Retention(settings.retention_events, settings.retention_seconds)
-        self._problem = "it does not answer"  # why the store cannot be reached at the moment
+        self._problem = SILENCE  # why the store cannot be reached at the moment
+        self._reported: set[str] = set()  # problems, since it could be reached last
         self._running = CancelScope(shield=True)
+
+    @property
+    def problem(self) -> str:
+        """Why the store does not answer, as far as that is known: one line for operators."""
+        return f"{self._where}: {self._problem}"
 
     async def __aenter__(self) -> Self:
         """Raises Unavailable if the store cannot be used within `log_timeout`."""
@@ -85,6 +92,18 @@ class Engine:
 
     def _backoff(self) -> Backoff:
         return Backoff(FIRST_PAUSE, LONGEST_PAUSE)
+
+    def _failed(self, problem: str) -> None:
+        """The store cannot be reached. Each problem is reported once, until it can be."""
+        self._problem = problem
+        if problem not in self._reported:
+            self._reported.add(problem)
+            report("WARNING", f"the log is not available: {self.problem}")
+
+    def _works(self) -> None:
+        """The store can be reached."""
+        self._problem = SILENCE
+        self._reported.clear()
 
     def _unavailable(self, problem: str) -> Unavailable:
         return Unavailable(f"{self._where}: {problem}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from itertools import islice
 from math import inf
 from secrets import token_hex
@@ -42,6 +43,7 @@ class MemoryLog:
     shared = False  # with another process
     immediate = True
     punctual = False  # it never waits
+    problem = "this process"
 
     def __init__(
         self, *, retention: Retention = KEEP_EVERYTHING, lease: float = 15.0, beside: MemoryLog | None = None
@@ -73,7 +75,7 @@ class MemoryLog:
 
     async def open(self, conversation: str) -> LogState:
         await checkpoint()
-        stored = self.store.conversations[conversation]
+        stored = self.store.find(conversation)
         stored.forget(self._retention)
         return stored.state()
 
@@ -82,7 +84,7 @@ class MemoryLog:
         return self.append_nowait(conversation, epoch, append)
 
     def append_nowait(self, conversation: str, epoch: str, append: Append) -> tuple[Entry, bool]:
-        stored = self.store.conversations[conversation]
+        stored = self.store.conversations.get(conversation) or self.store.keep(conversation)
         entry, repeated = stored.append(self, epoch, append)
         if not repeated:
             if self._forgets:
@@ -93,11 +95,11 @@ class MemoryLog:
 
     async def find(self, conversation: str, key: str) -> Entry | None:
         await checkpoint()
-        return self.store.conversations[conversation].keys.get(key)
+        return self.store.find(conversation).keys.get(key)
 
     async def read(self, conversation: str, after: int, limit: int) -> list[Entry]:
         await checkpoint()
-        stored = self.store.conversations[conversation]
+        stored = self.store.find(conversation)
         start = max(0, after + 1 - stored.state().first)
         return [kept.entry for kept in islice(stored.entries, start, start + limit)]
 
@@ -110,11 +112,11 @@ class MemoryLog:
 
     async def claim(self, conversation: str) -> Lease | None:
         await checkpoint()
-        return self.store.conversations[conversation].claim(self, self.store.is_alive)
+        return self.store.keep(conversation).claim(self, self.store.is_alive)
 
     async def release(self, conversation: str, lease: Lease, *, unanswered: bool = False) -> bool:
         await checkpoint()
-        stored = self.store.conversations[conversation]
+        stored = self.store.find(conversation)
         released = stored.release(self, lease, unanswered)
         if released:
             self._tell_others(conversation, stored)
@@ -122,22 +124,25 @@ class MemoryLog:
 
     async def cancel(self, conversation: str, run: str) -> None:
         await checkpoint()
-        stored = self.store.conversations[conversation]
+        stored = self.store.keep(conversation)
         stored.cancelled = run
         self._tell_others(conversation, stored)
 
     async def attend(self, conversation: str, attending: bool) -> None:
         await checkpoint()
-        stored = self.store.conversations[conversation]
+        stored = self.store.find(conversation)
         if attending:
+            stored = self.store.keep(conversation)
             stored.attended.add(self)
         else:
             stored.attended.discard(self)
+            if stored.is_new and not stored.attended:
+                self.store.conversations.pop(conversation, None)
         self._tell_others(conversation, stored)
 
     async def attended(self, conversation: str) -> bool:
         await checkpoint()
-        return any(map(self.store.is_alive, self.store.conversations[conversation].attended - {self}))
+        return any(map(self.store.is_alive, self.store.find(conversation).attended - {self}))
 
     async def unanswered(self, limit: int) -> list[str]:
         await checkpoint()
@@ -167,9 +172,26 @@ class MemoryStore:
     """What the instances in a process share."""
 
     def __init__(self) -> None:
-        self.conversations: defaultdict[str, StoredConversation] = defaultdict(StoredConversation)
+        self.conversations: dict[str, StoredConversation] = {}
+        self._id = token_hex(16)
         self.watchers: dict[object, dict[str, OnChange]] = {}  # of each instance that is open
         self.alive_until: dict[object, float] = {}  # as `current_time`; for each instance
+
+    def find(self, key: str) -> StoredConversation:
+        """Return a conversation, also one that is not kept: that costs nothing before something happens in it."""
+        found = self.conversations.get(key)
+        if found is None:
+            found = StoredConversation(blake2b(key.encode(), key=self._id.encode(), digest_size=8).hexdigest())
+        return found
+
+    def keep(self, key: str) -> StoredConversation:
+        """Return a conversation, and keep what happens in it."""
+        return self.conversations.setdefault(key, self.find(key))
+
+    def lose(self, key: str) -> None:
+        """Lose a conversation, as a store does that is gone: what comes next is another past."""
+        del self.conversations[key]
+        self._id = token_hex(16)
 
     def is_alive(self, instance: object) -> bool:
         return current_time() < self.alive_until[instance]
@@ -185,7 +207,7 @@ class _Kept(Struct, frozen=True, gc=False):
 class StoredConversation:
     """A conversation in the store. Its methods are what every engine does in one transaction. Sans-I/O."""
 
-    epoch: str = field(default_factory=lambda: token_hex(8))
+    epoch: str
     entries: deque[_Kept] = field(default_factory=deque)
     keys: dict[str, Entry] = field(default_factory=dict)
     head: int = 0
@@ -198,6 +220,11 @@ class StoredConversation:
 
     def state(self) -> LogState:
         return LogState(self.epoch, self.head - len(self.entries) + 1, self.head, self.answered)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing has happened in it yet."""
+        return self.head == self.token == 0 and not self.cancelled
 
     @property
     def is_unanswered(self) -> bool:

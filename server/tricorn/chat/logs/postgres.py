@@ -8,7 +8,8 @@ up: each step is one function (`postgres.sql`), and the database recognizes an a
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from importlib.resources import files
 from logging import CRITICAL, getLogger
 from math import isinf
@@ -31,14 +32,27 @@ from psycopg.pq import ConnStatus
 from trio import Event, Nursery, TooSlowError, fail_after, move_on_after, sleep
 from trio.lowlevel import checkpoint_if_cancelled, wait_readable
 
-from tricorn.chat.logs.base import Append, Entry, Lease, LeaseLost, LogState, OnChange, PastLost, draft
+from tricorn.chat.logs.base import (
+    PROBLEMS,
+    RESTORED,
+    Append,
+    Entry,
+    Examined,
+    Lease,
+    LeaseLost,
+    LogState,
+    OnChange,
+    PastLost,
+    draft,
+    incomplete,
+)
 from tricorn.chat.logs.calls import Call, CallQueue
 from tricorn.chat.logs.engine import SWEEP_PERIOD, Engine
 from tricorn.chat.logs.psycopg_trio import Row, TrioConnection, hosts
 from tricorn.chat.logs.watching import Watchers
 from tricorn.chat.settings import ChatSettings
 from tricorn.errors.reason import reason
-from tricorn.errors.report import report_error
+from tricorn.errors.report import report, report_error
 from tricorn.errors.text import title
 from tricorn.settings import SettingError
 
@@ -47,6 +61,7 @@ _SCHEMA = files("tricorn.chat.logs").joinpath("postgres.sql").read_text()
 _MIGRATING = 7428, 1  # the advisory lock under which the schema is made
 
 OTHERS = 2  # connections for everything but appends
+CONNECTIONS = 1 + OTHERS + 1  # with those that append and listen
 AT_ONCE = 500  # appends in one transaction
 
 WANTED = "log: must be postgresql://[USER:PASSWORD@]HOST[:PORT]/DATABASE"
@@ -71,6 +86,30 @@ _UNANSWERED = (
     "SELECT key FROM tricorn.conversation"
     " WHERE asked > answered AND (holder IS NULL OR NOT tricorn.alive(holder)) LIMIT %s"
 )
+_INCOMPLETE = (
+    "SELECT c.key, c.first, c.head, count(e.seq), min(e.seq), max(e.seq)"
+    " FROM tricorn.conversation c LEFT JOIN tricorn.entry e ON e.conversation = c.id GROUP BY c.id"
+    " HAVING count(e.seq) <> c.head - c.first + 1 OR min(e.seq) <> c.first OR max(e.seq) <> c.head LIMIT %s"
+)
+_COUNT = "SELECT (SELECT count(*) FROM tricorn.conversation), (SELECT count(*) FROM tricorn.entry)"
+# The table that a dump makes when it is restored is another one than that which it was made of.
+_MADE_AS = """
+DO $$ BEGIN
+    ALTER TABLE tricorn.store ADD COLUMN IF NOT EXISTS made_as oid;
+    UPDATE tricorn.store SET made_as = 'tricorn.store'::regclass::oid WHERE made_as IS NULL;
+EXCEPTION WHEN insufficient_privilege THEN  -- then a restored dump is not noticed
+END $$
+"""
+_HAS_MADE_AS = (
+    "SELECT EXISTS (SELECT FROM pg_attribute"
+    " WHERE attrelid = 'tricorn.store'::regclass AND attname = 'made_as' AND NOT attisdropped)"
+)
+_IS_RESTORED = "SELECT EXISTS (SELECT FROM tricorn.store WHERE made_as <> 'tricorn.store'::regclass::oid)"
+_RENEW_STORE = (
+    "UPDATE tricorn.store SET id = md5(random()::text || clock_timestamp()::text),"
+    " made_as = 'tricorn.store'::regclass::oid"
+)
+_RENEW_EPOCHS = "UPDATE tricorn.conversation SET epoch = left(md5(epoch || (SELECT id FROM tricorn.store)), 16)"
 _STAND = "SELECT * FROM tricorn.stand(%b::text[], %b::bigint[])"
 
 # This server cannot serve us now; another connection may lead to one that can.
@@ -97,8 +136,14 @@ class PostgresLog(Engine):
         self._watchers = Watchers()
         self._listening = Event()
         self._heard_all = True
+        self._connections = 0
+        self._complete = Event()  # all of them are there
 
     async def check(self) -> None:
+        await self._complete.wait()  # without one of them, something would wait in vain
+        await self._renew()
+
+    async def _renew(self) -> None:
         await self._ask("SELECT tricorn.renew(%s, %s)", self._instance, self._ttl)
 
     async def open(self, conversation: str) -> LogState:
@@ -156,6 +201,34 @@ class PostgresLog(Engine):
     async def unanswered(self, limit: int) -> list[str]:
         return [key for (key,) in await self._ask(_UNANSWERED, limit)]
 
+    # For operators
+
+    async def examine(self) -> Examined:
+        async with self._maintaining() as connection:
+            ((conversations, entries),) = await _fetch(connection, _COUNT, ())
+            rows = await _fetch(connection, _INCOMPLETE, (PROBLEMS,))
+            return Examined(conversations, entries, [incomplete(*row) for row in rows])
+
+    async def renew_epochs(self) -> None:
+        async with self._maintaining() as connection:
+            await connection.execute("BEGIN")
+            await self._renew_all(connection)
+            await connection.execute("COMMIT")
+
+    @asynccontextmanager
+    async def _maintaining(self) -> AsyncGenerator[TrioConnection]:
+        """Have a connection whose statements may take as long as they need."""
+        await self._in_time(self._open_store)
+        try:
+            connection = await TrioConnection.open(self._conninfo)
+            try:
+                await connection.execute("SET statement_timeout = 0")
+                yield connection
+            finally:
+                connection.pgconn.finish()
+        except (Error, OSError) as error:
+            raise self._unavailable(reason(error)) from None
+
     # Asking
 
     async def _ask(self, statement: str, *parameters: Any) -> list[Row]:
@@ -190,7 +263,17 @@ class PostgresLog(Engine):
                 raise self._unavailable(f"its schema has version {version}, and this Tricorn knows {VERSION}")
         else:
             await connection.execute(_SCHEMA)
+        ((has_made_as,),) = await _fetch(connection, _HAS_MADE_AS, ())
+        if not has_made_as:
+            await connection.execute(_MADE_AS)
+        elif (await _fetch(connection, _IS_RESTORED, ()))[0][0]:
+            await self._renew_all(connection)
+            report("WARNING", f"{self._where}: {RESTORED}")
         await connection.execute("COMMIT")
+
+    async def _renew_all(self, connection: TrioConnection) -> None:
+        await connection.execute(_RENEW_STORE)
+        await connection.execute(_RENEW_EPOCHS)
 
     def _start(self, nursery: Nursery) -> None:
         nursery.start_soon(self._appends.watch)
@@ -199,7 +282,7 @@ class PostgresLog(Engine):
         for _ in range(OTHERS):
             nursery.start_soon(self._stay_connected, self._serve_others)
         nursery.start_soon(self._stay_connected, self._listen)
-        nursery.start_soon(self._every, self._ttl / 3, self.check)
+        nursery.start_soon(self._every, self._ttl / 3, self._renew)
         nursery.start_soon(self._every, SWEEP_PERIOD, self._sweep)
 
     async def _let_go(self) -> None:
@@ -214,15 +297,28 @@ class PostgresLog(Engine):
                     connection = await TrioConnection.open(self._conninfo)
                 backoff.reset()
                 try:
+                    self._has_come()
                     await serve(connection)
                 finally:
+                    self._has_gone()
                     connection.pgconn.finish()
             except (Error, OSError, TooSlowError) as error:
-                self._problem = reason(error)
+                self._failed(reason(error))
             except Exception as error:  # not PostgreSQL's
                 self._problem = title(error)
                 report_error(error)
             await sleep(backoff.next())
+
+    def _has_come(self) -> None:
+        self._connections += 1
+        if self._connections == CONNECTIONS:
+            self._works()
+            self._complete.set()
+
+    def _has_gone(self) -> None:
+        self._connections -= 1
+        if self._complete.is_set():
+            self._complete = Event()
 
     async def _serve_others(self, connection: TrioConnection) -> None:
         while True:

@@ -11,13 +11,14 @@ it is lent out.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from hashlib import sha1
 from importlib.resources import files
 from logging import CRITICAL, getLogger
 from math import isinf
+from re import MULTILINE, compile
 from secrets import token_hex
 from ssl import create_default_context
 from typing import Any, Self
@@ -34,7 +35,19 @@ from coredis.exceptions import BusyLoadingError, ConnectionError, NoScriptError,
 from trio import Event, Nursery, TooSlowError, move_on_after, open_nursery, sleep
 from trio.lowlevel import checkpoint_if_cancelled
 
-from tricorn.chat.logs.base import Append, Entry, Lease, LeaseLost, LogState, OnChange, PastLost, draft
+from tricorn.chat.logs.base import (
+    PROBLEMS,
+    Append,
+    Entry,
+    Examined,
+    Lease,
+    LeaseLost,
+    LogState,
+    OnChange,
+    PastLost,
+    draft,
+    incomplete,
+)
 from tricorn.chat.logs.engine import Engine
 from tricorn.chat.logs.watching import Watchers
 from tricorn.chat.settings import ChatSettings
@@ -48,6 +61,9 @@ _SHA = sha1(_SCRIPT, usedforsecurity=False).hexdigest()
 
 OLDEST = (6, 2)  # the first version that has XTRIM MINID
 NOTHING = b""
+ROW, ENTRIES = b"tricorn:conversation:", b"tricorn:entries:"  # before the key of a conversation, as in redis.lua
+_ENDS = (b"XRANGE", b"-", b"+"), (b"XREVRANGE", b"+", b"-")
+_POLICY = compile(rb"^maxmemory_policy:(\S+)", MULTILINE)
 
 WANTED = (
     "log: must be redis://[USER:PASSWORD@]HOST[:PORT][/DB], rediss:// with the same, or "
@@ -179,6 +195,43 @@ class RedisLog(Engine):
                 self._drop(connection)
                 raise self._broken(error) from error
 
+    # For operators
+
+    async def examine(self) -> Examined:
+        async with self:
+            conversations = entries = 0
+            problems: list[str] = []
+            async for key in self._keys():
+                first, head = await self._ask(b"HMGET", ROW + key, b"first", b"head")
+                stream = ENTRIES + key
+                count = await self._ask(b"XLEN", stream)
+                conversations += 1
+                entries += count
+                first, head = int(first or 1), int(head or 0)
+                if count == head - first + 1 or (not count and not isinf(self._retention.seconds)):
+                    continue  # a stream whose time is over is gone before anybody looks
+                ends = [await self._ask(each, stream, *ends, b"COUNT", 1) for each, *ends in _ENDS] if count else []
+                found: list[int | None] = [int(id.partition(b"-")[0]) for ((id, _),) in ends] or [None, None]
+                if len(problems) < PROBLEMS:
+                    problems.append(incomplete(key.decode(), first, head, count, *found))
+            return Examined(conversations, entries, problems)
+
+    async def renew_epochs(self) -> None:
+        async with self:
+            await self._ask(b"SET", b"tricorn:store", token_hex(20))
+            async for key in self._keys():
+                await self._ask(b"HDEL", ROW + key, b"epoch")
+
+    async def _keys(self) -> AsyncGenerator[bytes]:
+        """Yield the key of each conversation, some maybe twice."""
+        cursor = b"0"
+        while True:
+            cursor, rows = await self._ask(b"SCAN", cursor, b"MATCH", ROW + b"*", b"COUNT", 1000)
+            for row in rows:
+                yield row.removeprefix(ROW)
+            if cursor in (b"0", 0):
+                return
+
     def _send(self, command: bytes, conversation: str) -> None:
         """Change a subscription. Without a connection there is nothing to do: the next one begins with all of them."""
         if self._connection is not None:
@@ -248,6 +301,12 @@ class RedisLog(Engine):
         role = await _request(connection, b"ROLE")
         if role[0] != b"master":
             raise ConnectionError("it is a replica; give the address of the one that takes writes")
+        # Not CONFIG GET, which hosted ones do not allow.
+        policy = _POLICY.search(await _request(connection, b"INFO", b"memory"))
+        if policy is not None and policy[1] != b"noeviction":
+            raise ConnectionError(
+                f"its maxmemory-policy is {policy[1].decode()}, which loses entries; it must be noeviction"
+            )
         known, told = self._watchers.known, set[str]()
         while new := [each for each in known if each not in told]:  # more may have come meanwhile
             told.update(new)

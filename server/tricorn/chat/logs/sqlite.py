@@ -7,9 +7,11 @@ that is cancelled leaves nothing half done.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from itertools import count
 from math import isinf
+from os.path import exists
 from sqlite3 import SQLITE_BUSY, DatabaseError
 from time import time_ns
 from typing import Any
@@ -17,12 +19,23 @@ from typing import Any
 from trio import Nursery, sleep, to_thread
 from trio.lowlevel import checkpoint
 
-from tricorn.chat.logs.base import Append, Entry, Lease, LeaseLost, LogState, OnChange, PastLost, draft
+from tricorn.chat.logs.base import (
+    RESTORED,
+    Append,
+    Entry,
+    Examined,
+    Lease,
+    LeaseLost,
+    LogState,
+    OnChange,
+    PastLost,
+    draft,
+)
 from tricorn.chat.logs.calls import CallQueue
 from tricorn.chat.logs.engine import SWEEP_PERIOD, Engine
 from tricorn.chat.logs.sqlite_file import File
 from tricorn.chat.settings import ChatSettings
-from tricorn.errors.report import report_error
+from tricorn.errors.report import report, report_error
 from tricorn.settings import SettingError
 
 AT_ONCE = 500  # calls in one transaction
@@ -106,17 +119,46 @@ class SQLiteLog(Engine):
         keys = await self._calls.call(File.unanswered, limit + len(self._leases))
         return [key for key in keys if key not in self._leases][:limit]
 
+    # For operators
+
+    async def examine(self) -> Examined:
+        examined: Examined = await self._maintain(File.examine)
+        return examined
+
+    async def renew_epochs(self) -> None:
+        await self._maintain(File.renew_epochs)
+
+    async def _maintain(self, step: Callable[[File], Any]) -> Any:
+        """Take a step in a thread, however long that takes, with the file open for it."""
+
+        def work() -> Any:
+            if not exists(self._path):  # else it would be made
+                raise DatabaseError("there is no such file")
+            with closing(File(self._path)) as file:
+                return step(file)
+
+        try:
+            return await to_thread.run_sync(work)
+        except DatabaseError as error:
+            busy = getattr(error, "sqlite_errorcode", None) == SQLITE_BUSY
+            raise self._unavailable(self._problem if busy else str(error)) from None
+
     # The file
 
     async def _open_store(self) -> None:
         while True:
             try:
                 self._file = await to_thread.run_sync(File, self._path)
-                return
+                self._works()
+                break
             except DatabaseError as error:
                 if getattr(error, "sqlite_errorcode", None) != SQLITE_BUSY:
                     raise self._unavailable(str(error)) from None
             await sleep(LOOK_AGAIN)
+        if self._file.is_restored:
+            report("WARNING", f"{self._where}: {RESTORED}")
+        if self._file.is_open_to_all:
+            report("WARNING", f"{self._where}: every user of this machine can open it; `chmod 600` ends that")
 
     def _start(self, nursery: Nursery) -> None:
         nursery.start_soon(self._serve)

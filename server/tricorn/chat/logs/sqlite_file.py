@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-import os
-import sqlite3
 from collections.abc import Sequence
 from contextlib import suppress
 from hashlib import blake2b
+from os import O_CLOEXEC, O_CREAT, O_EXCL, O_RDWR, W_OK, access, pread, pwrite, stat
+from os import close as close_file
+from os import open as open_file
+from os.path import abspath, exists
 from secrets import token_hex
-from sqlite3 import DatabaseError
+from sqlite3 import DatabaseError, connect
 from time import time
 from typing import Any, NamedTuple
 
-from tricorn.chat.logs.base import KEEP_EVERYTHING, Append, Draft, Entry, LogState, Retention
+from tricorn.chat.logs.base import (
+    KEEP_EVERYTHING,
+    PROBLEMS,
+    Append,
+    Draft,
+    Entry,
+    Examined,
+    LogState,
+    Retention,
+    incomplete,
+)
 
 VERSION = 1
 APPLICATION = 0x54524943  # marks a file as Tricorn's
 SWEPT_AT_ONCE = 1000  # conversations
 WAL_PAGES = 4000  # of 4 KiB: pages that change often are copied into the file once in so many
+NOTED_AFTER = 1.0  # seconds between two notes beside the file of how far it has come
 ROWS = 1000  # conversations whose rows are kept in memory
 
 _SCHEMA = """
@@ -43,6 +56,15 @@ CREATE UNIQUE INDEX entry_key ON entry (conversation, key) WHERE key IS NOT NULL
 """
 
 
+_INCOMPLETE = """
+SELECT c.key, first, head, count(seq), min(seq), max(seq)
+FROM conversation c LEFT JOIN entry e ON e.conversation = c.id
+GROUP BY c.id
+HAVING count(seq) <> head - first + 1 OR min(seq) <> first OR max(seq) <> head
+LIMIT ?
+"""
+
+
 class _Row(NamedTuple):
     """A conversation in the file."""
 
@@ -59,6 +81,10 @@ class File:
     In WAL mode a commit is one append to a file; with `synchronous=FULL` it is on the disk before it returns. The lock
     is the operating system's, so it ends with the process, however that ends.
 
+    Attributes:
+        is_open_to_all: every user of this machine may read it, or write to it.
+        is_restored: it was put back from a copy, so that entries are lost. Its conversations have got another epoch.
+
     Raises:
         sqlite3.Error: it cannot be opened, is not ours, or another process has it (`SQLITE_BUSY`).
     """
@@ -66,10 +92,12 @@ class File:
     def __init__(self, path: str) -> None:
         self._rows: dict[str, tuple[str, _Row]] = {}  # with the epoch: as they are, or will be after `_settle`
         self._unsettled: dict[str, _Row] = {}  # those that appends of this transaction have changed
-        self._path = os.path.abspath(path)
-        if os.path.exists(self._path) and not os.access(self._path, os.W_OK, effective_ids=True):
+        self._path = abspath(path)
+        if exists(self._path) and not access(self._path, W_OK, effective_ids=True):
             raise DatabaseError("it cannot be written to")  # SQLite calls that an I/O error
-        self._db = sqlite3.connect(self._path, timeout=0, isolation_level=None, check_same_thread=False)
+        _make_private(self._path)
+        self._witness = Witness(f"{self._path}-seen")
+        self._db = connect(self._path, timeout=0, isolation_level=None, check_same_thread=False)
         try:
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode = WAL")
@@ -77,10 +105,17 @@ class File:
             self._db.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
             self._db.execute("BEGIN IMMEDIATE")
             self._migrate()
+            self._witness.open()
+            ((store, noted),) = self._db.execute("SELECT id, checked FROM store")
+            self.is_restored = self._witness.has_seen_more(store, noted or 0.0)
+            self._store: str = self._renew_store() if self.is_restored else store
+            self._noted = self._note()
             self._db.execute("COMMIT")
-            ((self._store,),) = self._db.execute("SELECT id FROM store")
-            self._identity = _identity(self._path)
+            self._witness.note(self._store, self._noted)
+            self._identity = _identities(self._path)
+            self.is_open_to_all = bool(stat(self._path).st_mode & 0o007)
         except BaseException:
+            self._witness.close()
             self._db.close()
             raise
 
@@ -100,6 +135,10 @@ class File:
             raise DatabaseError(f"its schema has version {version}, and this Tricorn knows {VERSION}")
 
     def close(self) -> None:
+        with suppress(DatabaseError):  # then a copy from before cannot be told from this file
+            noted = self._note()
+            self._witness.note(self._store, noted)
+        self._witness.close()
         self._db.close()
 
     def serve(self, asked: Sequence[tuple[Any, ...]]) -> Sequence[Any]:
@@ -116,9 +155,15 @@ class File:
                     self._settle()
                 answers.append(step(self, *arguments))
             self._settle()
-            if self._db.total_changes != before and _identity(self._path) != self._identity:
-                raise DatabaseError("it has been moved away or replaced")
+            noted = self._noted
+            if self._db.total_changes != before:
+                self._check_still_there()
+                if abs(time() - noted) >= NOTED_AFTER:
+                    noted = self._note()
             self._db.execute("COMMIT")
+            if noted != self._noted:
+                self._noted = noted
+                self._witness.note(self._store, noted)
         except Exception as error:
             with suppress(DatabaseError):  # SQLite may have rolled back already
                 self._db.execute("ROLLBACK")
@@ -133,7 +178,7 @@ class File:
     # Steps
 
     def check(self) -> None:
-        self._db.execute("UPDATE store SET checked = ?", [time()])
+        self._db.execute("UPDATE store SET checked = checked")
 
     def open(self, key: str, retention: Retention) -> LogState:
         row = self._row(key)
@@ -215,7 +260,42 @@ class File:
             self._forget(_Row(*row), retention)
         return rows[-1][0] if rows else None
 
+    # For operators
+
+    def examine(self) -> Examined:
+        """Look at every page, and whether each conversation has its entries."""
+        problems = [text for (text,) in self._db.execute(f"PRAGMA integrity_check({PROBLEMS})") if text != "ok"]
+        ((conversations,),) = self._db.execute("SELECT count(*) FROM conversation")
+        ((entries,),) = self._db.execute("SELECT count(*) FROM entry")
+        problems += [incomplete(*row) for row in self._db.execute(_INCOMPLETE, [PROBLEMS])]
+        return Examined(conversations, entries, problems)
+
+    def renew_epochs(self) -> None:
+        """Give each conversation another epoch."""
+        self._store = self._renew_store()
+
     # Inside
+
+    def _renew_store(self) -> str:
+        store = token_hex(16)
+        self._db.execute("UPDATE store SET id = ?", [store])
+        return store
+
+    def _note(self) -> float:
+        """Note in the file when it was written to, and return that."""
+        noted = time()
+        self._db.execute("UPDATE store SET checked = ?", [noted])
+        return noted
+
+    def _check_still_there(self) -> None:
+        """Refuse what the next process would not find: both files must still be at their paths."""
+        file, wal = _identities(self._path)
+        if file != self._identity[0]:
+            raise DatabaseError("it has been moved away or replaced")
+        if wal != self._identity[1]:
+            raise DatabaseError(
+                "its -wal file has been removed or replaced; end the server, which saves what was in it"
+            )
 
     def _epoch(self, key: str) -> str:
         """Derive the epoch from the file's id: a conversation costs nothing before its first entry."""
@@ -249,9 +329,55 @@ class File:
         return first
 
 
+class Witness:
+    """A small file beside the log's: when the log was written to last. A log that knows less was put back from a copy.
+
+    It is written after the log, so it never has more than the log had. If it cannot be written, nobody knows.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._file = -1
+
+    def open(self) -> None:
+        with suppress(OSError):
+            self._file = open_file(self._path, O_CREAT | O_RDWR | O_CLOEXEC, 0o600)
+
+    def has_seen_more(self, store: str, noted: float) -> bool:
+        """Return whether this log was written to after `noted`."""
+        text = b""
+        with suppress(OSError):
+            text = pread(self._file, 100, 0)
+        seen, _, at = text.decode("ascii", "replace").partition(" ")
+        try:
+            return seen == store and float(at) > noted
+        except ValueError:  # it is new, or another program's
+            return False
+
+    def note(self, store: str, noted: float) -> None:
+        with suppress(OSError):
+            pwrite(self._file, f"{store} {noted!r:<30}\n".encode(), 0)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            close_file(self._file)
+
+
+def _make_private(path: str) -> None:
+    """Make a file that is not there, for its owner alone; SQLite gives its -wal the same rights. Others stay as is."""
+    with suppress(OSError):  # it is there, or SQLite says why it cannot be
+        # Exclusive, since closing an open file would end the lock that this process may have on it.
+        close_file(open_file(path, O_CREAT | O_EXCL | O_RDWR, 0o600))
+
+
+def _identities(path: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Tell the file from every other, and the one beside it that has the last commits."""
+    return _identity(path), _identity(f"{path}-wal")
+
+
 def _identity(path: str) -> tuple[int, int]:
     try:
-        found = os.stat(path)
+        found = stat(path)
     except OSError:
         return 0, 0
     return found.st_dev, found.st_ino
