@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -14,10 +15,12 @@ from pathlib import Path
 import pytest
 import trio
 
+from fixtures.real_services import RedisServer
 from integration.conftest import port_of
 
 DOCS = Path(__file__).parents[2] / "docs"
 STEPS = DOCS / "examples" / "tutorial"
+AGENT_STEPS = DOCS / "examples" / "agent_tutorial"
 TRICORN = Path(sys.executable).with_name("tricorn")
 PATIENCE = 60  # seconds, for what takes one or two
 KEY = "a secret key of at least 32 bytes"
@@ -32,12 +35,12 @@ with connect("ws://127.0.0.1:8080") as ws:
 
 @asynccontextmanager
 async def serving(
-    *command: str | Path, environ: dict[str, str] | None = None
+    *command: str | Path, environ: dict[str, str] | None = None, cwd: Path | None = None
 ) -> AsyncGenerator[tuple[trio.Process, int]]:
     """Run a program that serves until SIGTERM, and then exits with 0."""
     async with trio.open_nursery() as nursery:
         environ = {**os.environ, **(environ or {})}
-        process = await nursery.start(partial(trio.run_process, command, env=environ))
+        process = await nursery.start(partial(trio.run_process, command, env=environ, cwd=cwd))
         try:
             yield process, await port_of(process)
         finally:
@@ -118,16 +121,49 @@ async def line(process: trio.Process) -> str:
     return said.decode().strip()
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in STEPS.iterdir() if path.is_file()))
-def test_the_tutorial_shows_each_file(name: str) -> None:
-    page = (DOCS / "tutorial.md").read_text()
-    assert f"](examples/tutorial/{name})" in page or name == "pytest.ini"
-    assert f"```{{literalinclude}} examples/tutorial/{name}\n" in page
+async def test_the_first_agent_prints_what_the_page_says() -> None:
+    agent = ("--agent", "step1_agent:agent")
+    async with serving(TRICORN, "serve", "--bind", "127.0.0.1:0", *agent, cwd=AGENT_STEPS) as (_, port):
+        said = await printed(str(TRICORN), "chat", f"ws://127.0.0.1:{port}/ws", "--message", "tea")
+    assert re.sub(r"\(\d+\.\d s\)", "(0.0 s)", said) == blocks("tutorial-agent.md", "text")[0]
 
 
-async def test_the_tests_of_the_tutorial_pass() -> None:
-    command = (sys.executable, "-m", "pytest", "-q", "-p", "pytest_tricorn", "-p", "no:cacheprovider", STEPS)
-    done = await trio.run_process(command, cwd=STEPS, capture_stdout=True, check=False)
-    [said] = [each for each in blocks("tutorial.md", "console") if "pytest" in each]
+async def test_what_is_asked_at_one_instance_is_seen_at_the_other(another_redis_server: RedisServer) -> None:
+    another_redis_server.ask("FLUSHALL")
+    log = f"unix://{another_redis_server.path}"
+    command = (TRICORN, "serve", "--bind", "127.0.0.1:0", "--agent", "step1_agent:agent", "--log", log)
+    async with serving(*command, cwd=AGENT_STEPS) as (_, one), serving(*command, cwd=AGENT_STEPS) as (_, other):
+        asked = [
+            await printed(
+                *(str(TRICORN), "chat", f"ws://127.0.0.1:{port}/ws", "--json"),
+                *("--conversation", "shop", "--message", item),
+            )
+            for port, item in ((one, "tea"), (other, "coffee"))
+        ]
+    first, second = (json.loads(said.splitlines()[-1]) for said in asked)
+    assert (first["text"], second["text"]) == ("We have 12 packets of tea.", "We have 0 packets of coffee.")
+    assert first["seq"] < second["seq"]
+
+
+PAGES = {"tutorial.md": STEPS, "tutorial-agent.md": AGENT_STEPS}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_tutorial_links_to_each_file_and_shows_it(page: str) -> None:
+    text = (DOCS / page).read_text()
+    files = {path.name for path in PAGES[page].iterdir() if path.is_file()}
+    shown = {Path(name).name for name in re.findall(r"^```{literalinclude} (.*)", text, re.MULTILINE)}
+    linked = {Path(name).name for name in re.findall(r"\]\((examples/\w*tutorial/[^)]*)\)", text)}
+    assert shown | linked == files
+    assert shown - linked <= {"pytest.ini"}
+    assert linked - shown <= {"pytest.ini"}
+
+
+@pytest.mark.parametrize("page", PAGES)
+async def test_the_tests_of_a_tutorial_pass(page: str) -> None:
+    steps = PAGES[page]
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "pytest_tricorn", "-p", "no:cacheprovider", steps)
+    done = await trio.run_process(command, cwd=steps, capture_stdout=True, check=False)
+    [said] = [each for each in blocks(page, "console") if "pytest" in each]
     count = re.findall(r"\d+ passed", said)[0]
     assert (done.returncode, count in done.stdout.decode()) == (0, True), done.stdout.decode()
