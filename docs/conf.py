@@ -25,7 +25,7 @@ myst_heading_anchors = 4  # links between pages name headings, as forges do
 myst_enable_extensions = ["colon_fence"]
 
 default_role = "code"  # docstrings write code between single backquotes
-autodoc_default_options = {"members": True, "undoc-members": True}
+autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True

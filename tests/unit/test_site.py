@@ -51,10 +51,20 @@ def test_every_public_function_and_class_has_a_docstring(module: str) -> None:
         assert not (isclass(public) or isfunction(public)) or getdoc(public), name
 
 
-@pytest.mark.parametrize("name", tricorn.__all__)
+@pytest.mark.parametrize("name", [f"tricorn.{name}" for name in tricorn.__all__])
 def test_the_page_of_the_server_has_every_public_name(name: str) -> None:
-    page = (REFERENCE / "server.md").read_text()
-    assert re.search(rf"^\.\. [a-z:]+ (tricorn\.)?{name}$", page, re.MULTILINE)
+    assert described("server.md", name)
+
+
+@pytest.mark.parametrize("name", [f"tricorn.chat.{name}" for name in tricorn.chat.__all__])
+def test_the_page_of_the_chat_has_every_public_name(name: str) -> None:
+    assert described("chat.md", name)
+
+
+def described(page: str, name: str) -> bool:
+    module, _, short = name.rpartition(".")
+    text = (REFERENCE / page).read_text()
+    return re.search(rf"^\.\. [a-z:]+ ({re.escape(module)}\.)?{short}$", text, re.MULTILINE) is not None
 
 
 def test_every_page_is_in_the_site() -> None:
