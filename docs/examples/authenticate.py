@@ -19,4 +19,5 @@ async def greet(ws: tricorn.WebSocket[str]) -> None:
         await ws.send(f"{ws.state} said: {message!r}")
 
 
-tricorn.run(greet, 8080, before_upgrade=authenticate)
+if __name__ == "__main__":
+    tricorn.run(greet, 8080, before_upgrade=authenticate)

@@ -33,4 +33,6 @@ async def room(ws: tricorn.WebSocket) -> None:
 
 app = Starlette(routes=[Route("/", page), WebSocketRoute("/announce", announce)])
 
-tricorn.run({"/room": room, "/announce": tricorn.asgi_handler(app)}, 8080, app=app)
+
+if __name__ == "__main__":
+    tricorn.run({"/room": room, "/announce": tricorn.asgi_handler(app)}, 8080, app=app)

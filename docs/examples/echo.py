@@ -6,4 +6,5 @@ async def echo(ws: tricorn.WebSocket) -> None:
         await ws.send(message)
 
 
-tricorn.run(echo, 8080)
+if __name__ == "__main__":
+    tricorn.run(echo, 8080)

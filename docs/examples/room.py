@@ -16,4 +16,5 @@ async def room(ws: tricorn.WebSocket) -> None:
         members.discard(ws)
 
 
-tricorn.run(room, 8080)
+if __name__ == "__main__":
+    tricorn.run(room, 8080)

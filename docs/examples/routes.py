@@ -13,4 +13,5 @@ async def latency(ws: tricorn.WebSocket) -> None:
         await ws.send(f"{await ws.ping() * 1000:.1f} ms")
 
 
-tricorn.run({"/echo": echo, "/latency": latency}, 8080)
+if __name__ == "__main__":
+    tricorn.run({"/echo": echo, "/latency": latency}, 8080)

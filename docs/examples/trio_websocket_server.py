@@ -22,4 +22,5 @@ async def main() -> None:
             nursery.cancel_scope.cancel()  # closes every connection with 1012
 
 
-trio.run(main)
+if __name__ == "__main__":
+    trio.run(main)

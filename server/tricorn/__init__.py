@@ -16,6 +16,8 @@ from tricorn.server import Server, run, serve
 from tricorn.settings import SettingError, Settings
 from tricorn.websocket import Handler, WebSocket, broadcast
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ASGIApp",
     "Accept",
@@ -43,6 +45,7 @@ __all__ = [
     "Settings",
     "Sink",
     "WebSocket",
+    "__version__",
     "asgi_app",
     "asgi_handler",
     "broadcast",

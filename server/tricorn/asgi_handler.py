@@ -59,7 +59,7 @@ def asgi_handler(app: ASGIApp) -> AsgiHandler:
     `websocket.close`, which does nothing then. `receive` may be cancelled and loses no message; one task at a time may
     receive. An event that the state of the connection does not allow raises a RuntimeError.
 
-    In the scope, headers that came several times are joined by `, `, cookies by `; `.
+    In the scope, headers that came several times are joined by commas, cookies by semicolons.
 
     Raises:
         TypeError: this is not an ASGI 3.0 application.

@@ -17,7 +17,7 @@ class Request:
         path: the path, decoded.
         query: the part behind `?`, as it came.
         http_version: `1.1`, for example.
-        headers: the headers by lower-case name. Values that came several times are joined by `, `, cookies by `; `.
+        headers: the headers by lower-case name. Several values of one are joined by commas, cookies by semicolons.
         peer: the client's address, host and port; None if it connected to a Unix socket. Behind a trusted proxy it is
             what that says, with port 0 if it says none.
         raw_path: the path as it came, not decoded.

@@ -1,11 +1,9 @@
-"""Test a handler without a server: connect to it in memory, in the test's own Trio.
+"""Test a handler without a server: connect to it in memory, in the test's own Trio::
 
-```python
-async def test_echo(autojump_clock):
-    async with tricorn.testing.connect(echo) as client:
-        await client.send("hi")
-        assert await client.receive() == "hi"
-```
+    async def test_echo(autojump_clock):
+        async with tricorn.testing.connect(echo) as client:
+            await client.send("hi")
+            assert await client.receive() == "hi"
 
 Everything but the network is real: the handshake with its hook and limits, the codec, keepalive, backpressure, and the
 closing of a connection in all its steps. The client's codec is that of `websockets`. There are no sockets and no

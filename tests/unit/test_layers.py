@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import requires
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 OF_THE_CHAT = [
     "tricorn.chat",
@@ -66,6 +68,38 @@ def test_installing_the_server_brings_what_it_needs_and_nothing_else() -> None:
         *("hypercorn", "h11", "h2", "hpack", "hyperframe", "priority", "wsproto"),
         "websockets",
     }
+
+
+def test_what_the_package_imports_is_declared() -> None:
+    """By name, or by what brings it and whose types it is about."""
+    brought = {
+        "outcome": "trio",
+        "h2": "hypercorn",
+        "cryptography": "pyjwt",
+        **dict.fromkeys(("anyio", "jsonschema", "referencing", "mcp-types"), "mcp"),
+        "typing-extensions": "mypy",
+        "pytest": "pytest",  # for the type checker; the plugin, which pytest loads
+    }
+    extras = PROJECT["optional-dependencies"]
+    declared = [*PROJECT["dependencies"], *(each for extra in extras.values() for each in extra)]
+    names = {canonicalize_name(Requirement(each).name) for each in declared}
+    providers = packages_distributions()
+    for module in imported():
+        [provider] = {canonicalize_name(each) for each in providers[module]}
+        assert brought.get(provider, provider) in names, f"{module} comes with {provider}, which nothing declares"
+
+
+def imported() -> set[str]:
+    """The top-level modules of others that the package imports anywhere."""
+    found: set[str] = set()
+    for path in (ROOT / "server").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Import():
+                    found |= {each.name.partition(".")[0] for each in node.names}
+                case ast.ImportFrom(module=str(module), level=0):
+                    found.add(module.partition(".")[0])
+    return found - sys.stdlib_module_names - {"tricorn"}
 
 
 def distributions(requirements: list[str]) -> set[str]:

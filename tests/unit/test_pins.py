@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
-OF_NO_IMAGE = {"mcp", "test", "bench"}
+OF_NO_IMAGE = {"mcp", "unit", "test", "bench", "docs"}
 
 
 def pins(name: str) -> Iterator[tuple[Requirement, list[str]]]:

@@ -338,10 +338,11 @@ def send_records(to: Destination = "stderr", level: Level = "WARNING") -> tuple[
 
     Returns the choice that this one replaces: `send_records(*before)` restores it.
 
-    to: "stderr"; a `logging.Logger`; or a function that takes a record, which is a dict of what JSON can hold. The
-        function or the logger's handlers run at once in the thread that reports, so while they block, so does the
-        server. If they raise, the record goes to stderr, with what they raised as `sink_error`.
-    level: the least severity that is written: "DEBUG", "INFO", "WARNING", "ERROR" or "CRITICAL".
+    Args:
+        to: "stderr"; a `logging.Logger`; or a function that takes a record, which is a dict of what JSON can hold. The
+            function or the logger's handlers run at once in the thread that reports, so while they block, so does the
+            server. If they raise, the record goes to stderr, with what they raised as `sink_error`.
+        level: the least severity that is written: "DEBUG", "INFO", "WARNING", "ERROR" or "CRITICAL".
 
     Raises:
         TypeError: `to` is nothing of the kind, for example an async function.

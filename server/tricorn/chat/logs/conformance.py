@@ -1,7 +1,7 @@
 """What every log promises, as tests: for our engines, and for one of your own.
 
 Each of `CASES` is an async function that takes a `Stores`. Run it under Trio: it raises AssertionError if the log
-breaks a promise. With pytest-trio:
+breaks a promise. With pytest-trio::
 
     @pytest.mark.parametrize("case", conformance.CASES, ids=lambda case: case.__name__)
     async def test_conformance(case, my_stores):
