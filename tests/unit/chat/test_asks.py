@@ -145,16 +145,18 @@ async def test_who_comes_back_finds_the_question_and_can_answer(
         assert (await back.hear_until("agent_completed"))[-1]["text"] == "red"
 
 
-async def test_if_nobody_comes_back_the_run_is_cancelled(
+async def test_if_nobody_comes_back_the_run_is_abandoned(
     connect: Connect, autojump_clock: trio.testing.MockClock
 ) -> None:
     log = MemoryLog()
-    async with Chat(asker, ChatSettings(linger=30), log) as chat:
+    async with Chat(asker, ChatSettings(abandon_after=30), log) as chat:
         client = await connect(chat)
         await put(client)
         await client.leave()
         await trio.sleep(40)
-        check(await logged(log), "cancelled")
+        events = await logged(log)
+        check(events, "cancelled")
+        assert events[-1]["outcome"] == "abandoned"
 
 
 async def test_nobody_answers_in_time(connect: Connect, autojump_clock: trio.testing.MockClock) -> None:
