@@ -318,16 +318,17 @@ def test_it_does_not_wait_where_the_network_is_back(page: Page, server: Server) 
 def test_silence_is_a_lost_connection(page: Page, server: Server) -> None:
     server.wait(39)
     server.say("heartbeat")
-    page.evaluate("0")
+    server.event("user_message", id="o", text="heard")
+    expect(page.locator(".message > p")).to_have_text(["heard"])  # it has arrived
     server.wait(39)
     state(page, "Connected")
     server.wait(1.5)
     state(page, "Reconnecting… (no answer)")
     server.wait(1)
     state(page, "Connected")
-    server.sockets[0].send(json.dumps({"type": "user_message", "seq": 1, "id": "p", "text": "a ghost"}))
+    server.sockets[0].send(json.dumps({"type": "user_message", "seq": 2, "id": "p", "text": "a ghost"}))
     server.event("user_message", id="p", text="hello")
-    expect(page.locator(".message > p")).to_have_text(["hello"])
+    expect(page.locator(".message > p")).to_have_text(["heard", "hello"])
 
 
 def test_a_run_stands_under_the_message_that_it_answers(page: Page, server: Server) -> None:
