@@ -66,6 +66,7 @@ class _Envelope(Struct):
 
     type: object
     id: object = None
+    ask: object = None
     conversation: object = None
 
 
@@ -401,7 +402,7 @@ def _explain(message: str, error: ValidationError) -> Error:
     except (DecodeError, RecursionError):
         return Error(code="malformed", message=str(error))
     # What is no id is not repeated: it may be as long as a message, and many replies may wait for a client to read.
-    ref = next(filter(is_id, (envelope.id, envelope.conversation)), None)
+    ref = next(filter(is_id, (envelope.id, envelope.ask, envelope.conversation)), None)
     if isinstance(envelope.type, str) and envelope.type not in _KNOWN_TYPES:
         return Error(code="unknown_type", message=f"no request has the type {envelope.type[:64]!r}", ref=ref)
     return Error(code="malformed", message=str(error), ref=ref)

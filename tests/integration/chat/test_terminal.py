@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -12,12 +13,23 @@ import msgspec
 import pytest
 import trio
 import trio.testing
-from trio_websocket import WebSocketRequest, serve_websocket
+from trio_websocket import ConnectionClosed, WebSocketRequest, serve_websocket
 
 from fixtures.cutting_proxy import CuttingProxy, cutting_proxy
 from tricorn.chat import Run
 from tricorn.chat.client import connect, terminal
-from tricorn.chat.protocol import AgentCompleted, AgentStarted, Closing, Error, Open, Opened, UserMessage, Welcome
+from tricorn.chat.protocol import (
+    AgentAsked,
+    AgentAsking,
+    AgentCompleted,
+    AgentStarted,
+    Closing,
+    Error,
+    Open,
+    Opened,
+    UserMessage,
+    Welcome,
+)
 
 PATIENCE = 30  # seconds, for a whole test
 
@@ -173,14 +185,17 @@ async def test_it_does_not_come_back_where_that_would_change_nothing(
     assert [line.partition(": busy; ")[2] for line in told] == ["trying again in 0 s"] * (tries - 1)
 
 
-@pytest.mark.parametrize("code", ["too_fast", "too_many", "unavailable"])
-async def test_a_post_that_is_refused_for_now_is_posted_again(code: str, capsys: pytest.CaptureFixture[str]) -> None:
-    posts: list[dict[str, Any]] = []
-    limits = dict.fromkeys(
-        ["message_bytes", "event_bytes", "text_characters", "open_conversations", "user_runs", "posts_per_minute"], 9
-    )
+Tell = Callable[..., Awaitable[None]]
+LIMITS = dict.fromkeys(
+    ["message_bytes", "event_bytes", "text_characters", "open_conversations", "user_runs", "posts_per_minute"], 9
+)
 
-    async def server(request: Any) -> None:
+
+@asynccontextmanager
+async def scripted(respond: Callable[[dict[str, Any], Tell], Awaitable[None]]) -> AsyncIterator[str]:
+    """A server that answers requests as `respond` has it. Yields its address."""
+
+    async def server(request: WebSocketRequest) -> None:
         ws = await request.accept(subprotocol="tricorn.v1")
 
         async def say(*told: Any) -> None:
@@ -188,30 +203,78 @@ async def test_a_post_that_is_refused_for_now_is_posted_again(code: str, capsys:
                 await ws.send_message(msgspec.json.encode(each).decode())
 
         await say(
-            Welcome(connection="x", user="u", heartbeat=9.0, limits=limits), Opened(conversation="c", epoch="e", head=0)
+            Welcome(connection="x", user="u", heartbeat=9.0, limits=LIMITS), Opened(conversation="c", epoch="e", head=0)
         )
-        while len(posts) < 2:
-            asked = json.loads(await ws.get_message())
-            if asked["type"] == "post":
-                posts.append(asked)
-                if len(posts) == 1:
-                    await say(Error(code=code, message="not now", ref=asked["id"], retry_after=0.01))
-        post, about = posts[0]["id"], {"conversation": "c", "at": 0.0}
-        await say(
-            UserMessage(**about, seq=1, id=post, user="u", text="x"),
-            AgentStarted(**about, seq=2, run="r", agent="a", post=post, post_seq=1),
-            AgentCompleted(**about, seq=3, run="r", outcome="success", seconds=0.0),
-        )
-        await trio.sleep_forever()
+        with suppress(ConnectionClosed):
+            while True:
+                await respond(json.loads(await ws.get_message()), say)
 
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
             serving = await nursery.start(partial(serve_websocket, server, "127.0.0.1", 0, None))
-            url = f"ws://127.0.0.1:{serving.port}/ws"
-            status = await terminal.chat(url, conversation="c", message="x", raw=True, token=None)
+            yield f"ws://127.0.0.1:{serving.port}/ws"
             nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("code", ["too_fast", "too_many", "unavailable"])
+async def test_a_post_that_is_refused_for_now_is_posted_again(code: str, capsys: pytest.CaptureFixture[str]) -> None:
+    posts: list[dict[str, Any]] = []
+
+    async def respond(request: dict[str, Any], say: Tell) -> None:
+        if request["type"] != "post":
+            return
+        posts.append(request)
+        if len(posts) == 1:
+            await say(Error(code=code, message="not now", ref=request["id"], retry_after=0.01))  # type: ignore[arg-type]
+            return
+        about = {"conversation": "c", "at": 0.0}
+        await say(
+            UserMessage(**about, seq=1, id=request["id"], user="u", text="x"),
+            AgentStarted(**about, seq=2, run="r", agent="a", post=request["id"], post_seq=1),
+            AgentCompleted(**about, seq=3, run="r", outcome="success", seconds=0.0),
+        )
+
+    async with scripted(respond) as url:
+        status = await terminal.chat(url, conversation="c", message="x", raw=True, token=None)
     assert status == 0
     assert posts[0] == posts[1]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("refusal", [{"retry_after": 0.01}, {}], ids=["the server says when", "it does not"])
+async def test_an_answer_that_is_refused_for_now_is_sent_again(
+    refusal: dict[str, float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal, "SEND_AGAIN", 2 * PATIENCE if refusal else 0.0)  # not what is waited for
+    ours, theirs = os.pipe()
+    os.write(theirs, b"x\nyes\n")
+    monkeypatch.setattr(terminal, "STDIN", ours)
+    answers: list[dict[str, Any]] = []
+
+    async def respond(request: dict[str, Any], say: Tell) -> None:
+        about = {"conversation": "c", "at": 0.0, "run": "r"}
+        if request["type"] == "post":
+            await say(
+                UserMessage(conversation="c", at=0.0, seq=1, id=request["id"], user="u", text="x"),
+                AgentStarted(**about, seq=2, agent="a", post=request["id"], post_seq=1),
+                AgentAsking(**about, seq=3, ask="q", text="Send it?", until=0.0),
+            )
+        elif request["type"] == "answer":
+            answers.append(request)
+            if len(answers) == 1:
+                await say(Error(code="unavailable", message="not now", ref="q", **refusal))
+                return
+            await say(
+                AgentAsked(**about, seq=4, ask="q", outcome="answered", answer="yes", user="u"),
+                AgentCompleted(**about, seq=5, outcome="success", seconds=0.0),
+            )
+            os.close(theirs)
+
+    async with scripted(respond) as url:
+        status = await terminal.chat(url, conversation="c", message=None, raw=True, token=None)
+    os.close(ours)
+    assert status == 0
+    assert answers[0] == answers[1]
     assert capsys.readouterr().err == ""
 
 

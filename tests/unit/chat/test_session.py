@@ -111,6 +111,8 @@ def test_who_offers_both_subprotocols_gets_the_batch() -> None:
         ('{"type":"ping","x":' + "[" * 100_000, "malformed", "recursion", None),
         ('{"type":"leave","conversation":5,"x":' + "[" * 100_000, "malformed", "$.conversation", None),
         ('{"type":"post","id":"p","conversation":"c"}', "malformed", "text", "p"),
+        ('{"type":"answer","conversation":"c","ask":"q"}', "malformed", "text", "q"),
+        ('{"type":"answer","conversation":"c","ask":"a b","text":"x"}', "malformed", "regex", "c"),
         ('{"type":"open","conversation":"a b"}', "malformed", "regex", None),
         ('{"type":"post","id":"a b","conversation":"c"}', "malformed", "", "c"),
         (f'{{"type":"post","id":"{"x" * 129}"}}', "malformed", "", None),

@@ -252,8 +252,8 @@ class TerminalChat:
         if self._attached and not turn.logged:
             await self._post(turn)
 
-    async def _answer_again(self, ask: str) -> None:
-        await trio.sleep(SEND_AGAIN)
+    async def _answer_again(self, ask: str, seconds: float) -> None:
+        await trio.sleep(seconds)
         if self._attached and ask in self._answers:
             await self._send_answer(ask)
 
@@ -342,6 +342,7 @@ class TerminalChat:
 
     def _take_refusal(self, error: Error) -> None:
         turn = self._turn
+        for_now, again = error.retry_after is not None or error.code == "unavailable", error.retry_after or SEND_AGAIN
         if not self._attached:
             if error.code == "not_found" and self._seq > 0:  # the log has lost events that we have seen
                 self._epoch, self._seq = "", 0
@@ -349,15 +350,15 @@ class TerminalChat:
             elif self._head is None:
                 self._leave(1, error.message)
         elif error.ref in self._answers:
-            if error.code == "unavailable":
-                self._nursery.start_soon(self._answer_again, error.ref)
+            if for_now:
+                self._nursery.start_soon(self._answer_again, error.ref, again)
             elif error.code != "not_found":  # else somebody else was faster: an event says so
                 del self._answers[error.ref]
                 self._inform(error.message)
                 self._news.set()
         elif turn and not turn.logged and error.ref in {turn.post, None}:
-            if error.retry_after is not None or error.code == "unavailable":
-                self._nursery.start_soon(self._post_again, turn, error.retry_after or SEND_AGAIN)
+            if for_now:
+                self._nursery.start_soon(self._post_again, turn, again)
             elif error.code == "closing":
                 pass  # the next connection posts it again
             elif self._interactive:
