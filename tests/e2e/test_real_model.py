@@ -61,10 +61,16 @@ async def test_it_is_told_the_earlier_turn(served: Serve) -> None:
     assert alone["usage"]["input"] < first["usage"]["input"]
 
 
+ENVIRON = {
+    "timeout": {"TRICORN_RUN_TIMEOUT": "3"},
+    # At SIGTERM runs may finish for most of `drain_timeout`; here that is next to nothing.
+    "SIGTERM": {"TRICORN_DRAIN_TIMEOUT": "0.4", "TRICORN_CLOSE_TIMEOUT": "0.2"},
+}
+
+
 async def stopped(served: Serve, model_server: ModelServer, how: str) -> float:
     """Have the model begin a long answer, end the run, and return the seconds until its slot is free."""
-    environ = {"TRICORN_RUN_TIMEOUT": "3"} if how == "timeout" else {}
-    async with served(**environ) as instance, instance.connect() as client:
+    async with served(**ENVIRON.get(how, {})) as instance, instance.connect() as client:
         await client.post(LONG, "c")
         run = (await client.until("agent_message")).last["run"]
         await model_server.until_busy(1)

@@ -65,7 +65,7 @@ class Run:
         Anybody who may follow the conversation can answer, at any instance; the first answer counts. Question and
         answer are in the log. The deadlines of the run and of its tools stand still until then.
 
-        If cancelled, the question ends. If nobody follows the conversation for `linger` seconds, the run is cancelled.
+        If cancelled, the question ends. If nobody follows the conversation for `abandon_after` seconds, the run ends.
 
         Args:
             question: what people are asked.
