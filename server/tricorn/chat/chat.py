@@ -115,7 +115,7 @@ class Chat:
 
         How long the sending takes depends on the peers. Cancelling this ends only the waiting.
         """
-        self.closing = True
+        self._close()
         conversations = list(self._conversations.values())
         interrupt_at = self._interrupt_at()
         for session in self._sessions:
@@ -168,15 +168,18 @@ class Chat:
         return Conversation(key, self._agent, self._log, self.settings, self.metrics, self._runs)
 
     def _interrupt_at(self) -> float:
-        """Return until when runs may finish, in Trio's time, and set when everything must be over."""
-        now, settings = current_time(), self.settings
-        self.drain_by = min(self.drain_by, now + settings.drain_timeout)
-        end = min(current_effective_deadline(), self.drain_by - settings.close_timeout)
-        return end - min(settings.close_timeout, max(0.0, end - now) / 2)
+        """Return until when runs may finish, in Trio's time."""
+        close_timeout = self.settings.close_timeout
+        end = min(current_effective_deadline(), self.drain_by - close_timeout)
+        return end - min(close_timeout, max(0.0, end - current_time()) / 2)
 
-    def _end_conversations(self) -> None:
+    def _close(self) -> None:
+        """Take no more posts. The first time decides when everything must be over."""
         self.closing = True
         self.drain_by = min(self.drain_by, current_time() + self.settings.drain_timeout)
+
+    def _end_conversations(self) -> None:
+        self._close()
         for conversation in self._conversations.values():
             conversation.end()
 

@@ -140,8 +140,7 @@ class SQLiteLog(Engine):
         try:
             return await to_thread.run_sync(work)
         except DatabaseError as error:
-            busy = getattr(error, "sqlite_errorcode", None) == SQLITE_BUSY
-            raise self._unavailable(self._problem if busy else str(error)) from None
+            raise self._unavailable(self._problem if _is_busy(error) else str(error)) from None
 
     # The file
 
@@ -152,7 +151,7 @@ class SQLiteLog(Engine):
                 self._works()
                 break
             except DatabaseError as error:
-                if getattr(error, "sqlite_errorcode", None) != SQLITE_BUSY:
+                if not _is_busy(error):
                     raise self._unavailable(str(error)) from None
             await sleep(LOOK_AGAIN)
         if self._file.is_restored:
@@ -205,3 +204,8 @@ def connect(url: str, settings: ChatSettings) -> SQLiteLog:
     if path in (url, "") or path.endswith("/") or "\0" in path:
         raise SettingError(WANTED)
     return SQLiteLog(path, settings)
+
+
+def _is_busy(error: DatabaseError) -> bool:
+    """Return whether another process has the file."""
+    return getattr(error, "sqlite_errorcode", None) == SQLITE_BUSY
